@@ -1,0 +1,230 @@
+"""Program facts to seconds and bytes: what operators and reshards cost on one logical mesh.
+
+    operator   roofline of its local FLOPs and bytes, plus the collectives that a composite adds
+    reshard    the affine costs of its steps (sharding.reshard), and the copies that transposes need
+    parameter  once-per-step gather and optimizer, bytes at rest
+
+Seconds per microbatch unless a name says step; bytes per device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from autopar.graph.program import Operator, Ref, TensorMeta
+from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
+from autopar.layout import Layout, num_shards
+from autopar.mesh import LogicalMesh
+from autopar.sharding.reshard import StepKind, reshard_steps
+from autopar.sharding.rule import Call
+from autopar.sharding.strategy import Strategy
+from cost_models import (
+    AffineCost,
+    Cluster,
+    CollectiveKind,
+    collective_coefficients,
+    matmul_s,
+    pointwise_s,
+)
+
+FloatArray = NDArray[np.float64]
+
+# Share of a pointwise operator's traffic that is left once a compiler has fused it with a neighbour:
+# each value is either read or written by the fused kernel, not both. An assumption, not a measurement.
+POINTWISE_FUSION = 0.5
+
+_COLLECTIVE = {
+    StepKind.REDUCE_SCATTER: CollectiveKind.REDUCE_SCATTER,
+    StepKind.ALL_REDUCE: CollectiveKind.ALL_REDUCE,
+    StepKind.ALL_TO_ALL: CollectiveKind.ALL_TO_ALL,
+    StepKind.ALL_GATHER: CollectiveKind.ALL_GATHER,
+}
+
+# Small all-reduces inside a composite: (lowering, operator) -> (how many, of what).
+_aten = torch.ops.aten
+_COMPOSITE_REDUCES: Mapping[object, int] = {
+    _aten._log_softmax.default: 2,
+    _aten._log_softmax_backward_data.default: 1,
+    _aten._native_batch_norm_legit_functional.default: 2,
+    _aten.native_batch_norm_backward.default: 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerModel:
+    """What the optimizer keeps and moves per parameter element.
+
+    Defaults are AdamW's with fp32 states: two moments kept; parameter, gradient and both moments
+    read, parameter and both moments written, 4 bytes each (Loshchilov & Hutter, ICLR 2019).
+    """
+
+    state_bytes_per_element: float = 8.0
+    moved_bytes_per_element: float = 28.0
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class MeshCosts:
+    """Costs on one logical mesh of one cluster. Caches what repeats; the results are pure."""
+
+    def __init__(
+        self, cluster: Cluster, mesh: LogicalMesh, optimizer: OptimizerModel = OptimizerModel()
+    ) -> None:
+        self.cluster = cluster
+        self.mesh = mesh
+        self.optimizer = optimizer
+        self.device = cluster.groups[0].device
+        self._reshards: dict[tuple[Layout, Layout], AffineCost] = {}
+        self._copy_s_per_byte = 1.0 / (
+            self.device.memory_efficiency * self.device.memory_bandwidth_bytes_per_s
+        )
+
+    # ---- operators
+
+    def operator_seconds(
+        self,
+        op: Operator,
+        call: Call,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
+    ) -> FloatArray:
+        """Seconds of each strategy: local work and a composite's own collectives."""
+        if is_view(op) or op.target is torch.ops.autopar.hub.default:
+            return np.zeros(len(choices))
+        splits = np.array([s.num_splits for s in choices], dtype=np.float64)
+        local_bytes = self._local_bytes(op, choices, metas)
+        if is_contraction(op):
+            flops = operator_flops(op, metas) / splits
+            name = dtype_name(call.dtypes[0])
+            seconds = matmul_s(flops, local_bytes, name, self.device)
+        else:
+            numel = sum(m.numel for m in op.results if m is not None) / splits
+            seconds = pointwise_s(numel, local_bytes * POINTWISE_FUSION, self.device)
+        return np.asarray(seconds) + self._composite_seconds(op, choices, metas)
+
+    def _local_bytes(
+        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+    ) -> FloatArray:
+        sizes = self.mesh.axis_sizes
+        whole = operator_bytes(op, metas)
+        listed = sum(metas[ref].nbytes for ref in op.operands) + sum(
+            m.nbytes for m in op.results if m is not None
+        )
+        scale = whole / listed if listed else 0.0  # operands read in part, or twice
+        out = np.empty(len(choices))
+        for index, strategy in enumerate(choices):
+            total = 0.0
+            for ref, layout in zip(op.operands, strategy.operands, strict=True):
+                total += metas[ref].nbytes / num_shards(layout, sizes)
+            for meta, layout in zip(op.results, strategy.results, strict=True):
+                if meta is not None:
+                    total += meta.nbytes / num_shards(layout, sizes)
+            out[index] = total * scale
+        return out
+
+    def _composite_seconds(
+        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+    ) -> FloatArray:
+        count = _COMPOSITE_REDUCES.get(op.target, 0)
+        out = np.zeros(len(choices))
+        if not count:
+            return out
+        meta = op.results[0]
+        assert meta is not None
+        lowering, dim = ("vp", -1) if op.target in _LOG_SOFTMAX else ("bn", 1)
+        if lowering == "vp":
+            nbytes = meta.nbytes / max(1, meta.shape[dim])
+        else:
+            nbytes = meta.shape[dim] * meta.dtype.itemsize
+        for index, strategy in enumerate(choices):
+            local = nbytes / (strategy.num_splits if lowering == "vp" else 1)
+            for axis in strategy.axes(lowering):
+                cost = self._collective(CollectiveKind.ALL_REDUCE, axis)
+                out[index] += count * cost.seconds(local)
+        return out
+
+    # ---- reshards
+
+    def reshard(self, source: Layout, target: Layout) -> AffineCost:
+        """Seconds as an affine function of the bytes of the whole tensor."""
+        cost = self._reshards.get((source, target))
+        if cost is None:
+            cost = self._reshards[source, target] = self._reshard_cost(source, target)
+        return cost
+
+    def reshard_seconds(
+        self, sources: Sequence[Layout], targets: Sequence[Layout], nbytes: float
+    ) -> FloatArray:
+        """[len(sources), len(targets)] seconds for a tensor of nbytes bytes."""
+        rows, row_of = _unique(sources)
+        columns, column_of = _unique(targets)
+        table = np.empty((len(rows), len(columns)))
+        for i, source in enumerate(rows):
+            for j, target in enumerate(columns):
+                table[i, j] = self.reshard(source, target).seconds(nbytes)
+        return table[np.ix_(row_of, column_of)]
+
+    def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
+        size = self.mesh.axis_sizes[axis]
+        return collective_coefficients(kind, size, self.mesh.link(axis, self.cluster))
+
+    def _reshard_cost(self, source: Layout, target: Layout) -> AffineCost:
+        sizes = self.mesh.axis_sizes
+        current = list(source)
+        latency, per_byte = 0.0, 0.0
+        for step in reshard_steps(source, target):
+            before = 1.0 / num_shards(tuple(current), sizes)
+            current[step.axis] = -2 if step.kind is StepKind.TO_PARTIAL else step.target
+            after = 1.0 / num_shards(tuple(current), sizes)
+            copies = 0.0  # bytes read and written by local copies, per byte of the whole tensor
+            if step.kind in _COLLECTIVE:
+                cost = self._collective(_COLLECTIVE[step.kind], step.axis)
+                moved = after if step.kind is StepKind.ALL_GATHER else before
+                latency += cost.latency_s
+                per_byte += cost.seconds_per_byte * moved
+                copies += 2 * after if step.source > 0 else 0.0  # the result is transposed
+                copies += 2 * before if step.target > 0 else 0.0  # the operand is transposed
+            else:
+                copies += 2 * after
+                latency += self.device.launch_s
+            per_byte += copies * self._copy_s_per_byte
+        return AffineCost(latency, per_byte)
+
+    # ---- parameters and transfers
+
+    def optimizer_seconds(self, numel: float) -> float:
+        """Seconds per step of the optimizer on the local elements."""
+        return numel * self.optimizer.moved_bytes_per_element * self._copy_s_per_byte
+
+    def receive_seconds(self, nbytes: float) -> float:
+        """Seconds to receive a local shard from another stage."""
+        crosses = any(self.mesh.crosses_nodes) or self.cluster.num_nodes > 1
+        link = self.cluster.inter if crosses else self.cluster.groups[0].intra
+        return float(collective_coefficients(CollectiveKind.SEND, 2, link).seconds(nbytes))
+
+
+_LOG_SOFTMAX = (_aten._log_softmax.default, _aten._log_softmax_backward_data.default)
+
+
+def _unique(layouts: Sequence[Layout]) -> tuple[list[Layout], NDArray[np.intp]]:
+    """Distinct layouts, and for each given one its number."""
+    numbers: dict[Layout, int] = {}
+    index = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
+    return list(numbers), np.array(index, dtype=np.intp)
+
+
+def local_bytes(meta: TensorMeta, layout: Layout, sizes: Sequence[int]) -> float:
+    """Bytes of one shard."""
+    return meta.nbytes / num_shards(layout, tuple(sizes))
+
+
+def local_numel(meta: TensorMeta, layout: Layout, sizes: Sequence[int]) -> float:
+    return math.prod(meta.shape) / num_shards(layout, tuple(sizes))

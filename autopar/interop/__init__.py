@@ -1,0 +1,1 @@
+"""The inter-op pass: cut the layers into stages and give each a submesh. Arrays only, no torch."""

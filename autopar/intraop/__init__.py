@@ -1,0 +1,1 @@
+"""The intra-op program: arrays in, one strategy per node out. Imports no torch."""

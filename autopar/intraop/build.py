@@ -1,0 +1,356 @@
+"""Builds the intra-op program of one stage on one logical mesh.
+
+Nodes are the stage graph's inputs, operators and outputs; what a node chooses:
+
+    parameter        (layout at rest, layout held through the step)
+    batch, received  the layout in which the shard arrives
+    operator, hub    a strategy
+    gradient         the layout in which it accumulates over microbatches
+    sent             the layout in which it leaves
+
+Edges carry reshards. Seconds are per microbatch; what happens once per step counts 1/B. Bytes are
+those that stand through the step and what is saved, times the microbatches in flight; transients come
+from a schedule of the chosen strategies (`intraop.memory_use`), not from this sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.estimate import MeshCosts, local_bytes, local_numel
+from autopar.graph.program import (
+    Graph,
+    GraphInput,
+    GraphOutput,
+    InputKind,
+    OutputKind,
+    Phase,
+    Ref,
+    TensorMeta,
+)
+from autopar.intraop.problem import IntraOpProblem
+from autopar.layout import REPLICATE, Dims, Layout, coarsen, is_plain, parse_layout, replicated
+from autopar.sharding.registry import RuleTable
+from autopar.sharding.strategy import Strategy, layouts, strategies
+
+FloatArray = NDArray[np.float64]
+SAVE_SUFFIX = "__save"
+
+
+class Part(StrEnum):
+    """Which part of a step a cost belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    STEP = "step"  # once per step, counted 1/B
+    TRANSFER = "transfer"
+
+
+class ParameterChoice(NamedTuple):
+    rest: Layout
+    step: Layout
+
+
+Choice = Strategy | ParameterChoice | Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One decision. kind: "input", "operator" or "output"; name: of what the graph calls so."""
+
+    kind: str
+    name: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageProblem:
+    """The program and what its solution means. Parts are per node and per edge.
+
+    received, sent: boundary values of the stage by name, with their meta and phase.
+    """
+
+    problem: IntraOpProblem
+    nodes: tuple[Node, ...]
+    node_parts: tuple[Part, ...]
+    edge_parts: tuple[Part, ...]
+    byte_kinds: tuple[str, ...]  # per node: "parameter", "gradient", "saved" or ""
+    received: Mapping[str, tuple[TensorMeta, Phase]]
+    sent: Mapping[str, tuple[TensorMeta, Phase]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What the costs of a stage depend on beside the graph and the mesh.
+
+    owned: canonical names of the parameters that this stage keeps between steps (None: all).
+    pins: canonical parameter name -> layout at rest as text.
+    """
+
+    num_microbatches: int = 1
+    in_flight: int = 1
+    owned: frozenset[str] | None = None
+    pins: Mapping[str, str] | None = None
+
+
+class _Builder:
+    def __init__(
+        self, graph: Graph, table: RuleTable, costs: MeshCosts, context: StageContext
+    ) -> None:
+        self.graph, self.table, self.costs, self.context = graph, table, costs, context
+        self.sizes = costs.mesh.axis_sizes
+        self.metas = graph.metas()
+        self.phases = {ref: op.phase for op in graph.operators for ref in op.refs}
+        self.nodes: list[Node] = []
+        self.seconds: list[FloatArray] = []
+        self.bytes: list[FloatArray] = []
+        self.parts: list[Part] = []
+        self.byte_kinds: list[str] = []
+        self.edges: dict[tuple[int, int], tuple[FloatArray, Part]] = {}
+        self.number: dict[Ref, int] = {}
+        self.matrices: dict[Any, FloatArray] = {}
+        self.columns: dict[tuple[int, str, int], tuple[Layout, ...]] = {}
+
+    def add(
+        self, node: Node, seconds: FloatArray, nbytes: FloatArray, part: Part, kind: str = ""
+    ) -> int:
+        self.nodes.append(node)
+        self.seconds.append(np.asarray(seconds, dtype=np.float64))
+        self.bytes.append(np.asarray(nbytes, dtype=np.float64))
+        self.parts.append(part)
+        self.byte_kinds.append(kind)
+        return len(self.nodes) - 1
+
+    def connect(
+        self,
+        u: int,
+        v: int,
+        sources: tuple[Layout, ...],
+        targets: tuple[Layout, ...],
+        nbytes: float,
+        part: Part,
+        weight: float = 1.0,
+    ) -> None:
+        """An edge for one value; values between the same two nodes add up."""
+        key = (sources, targets, nbytes * weight, weight)
+        matrix = self.matrices.get(key)
+        if matrix is None:
+            matrix = self.costs.reshard_seconds(sources, targets, nbytes) * weight
+            self.matrices[key] = matrix
+        old = self.edges.get((u, v))
+        self.edges[u, v] = (matrix if old is None else old[0] + matrix, part)
+
+    # ---- inputs
+
+    def add_input(self, inp: GraphInput) -> None:
+        dims = self.table.dims[inp.ref]
+        if inp.kind is InputKind.PARAMETER:
+            self.number[inp.ref] = self._parameter(inp, dims)
+            return
+        free = inp.kind in (InputKind.BATCH, InputKind.RECEIVED)
+        choices = layouts(dims, self.sizes) if free else (replicated(len(self.sizes)),)
+        seconds = np.zeros(len(choices))
+        if inp.kind is InputKind.RECEIVED:
+            seconds = np.array(
+                [
+                    self.costs.receive_seconds(local_bytes(inp.meta, c, self.sizes))
+                    for c in choices
+                ]
+            )
+        node = Node("input", inp.name, choices)
+        self.number[inp.ref] = self.add(node, seconds, np.zeros(len(choices)), Part.TRANSFER)
+
+    def _parameter(self, inp: GraphInput, dims: Dims) -> int:
+        first = next(
+            i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner
+        )
+        per_step = 1.0 / self.context.num_microbatches
+        if first.name != inp.name:
+            return self._tied_parameter(inp, dims, self.number[first.ref], per_step)
+        choices = parameter_choices(dims, self.sizes)
+        pin = (self.context.pins or {}).get(inp.owner)
+        if pin is not None:
+            wanted = parse_layout(pin, dims)
+            choices = tuple(c for c in choices if c.rest == wanted)
+        owned = self.context.owned is None or inp.owner in self.context.owned
+        seconds, nbytes = [], []
+        for rest, step in choices:
+            numel = local_numel(inp.meta, rest, self.sizes)
+            at_rest = local_bytes(inp.meta, rest, self.sizes)
+            cost = self.costs.reshard(rest, step).seconds(inp.meta.nbytes)
+            size = at_rest if rest == step else at_rest + local_bytes(inp.meta, step, self.sizes)
+            if owned and inp.requires_grad:
+                cost += self.costs.optimizer_seconds(numel)
+                size += numel * self.costs.optimizer.state_bytes_per_element
+            if not owned:
+                cost += self.costs.receive_seconds(at_rest)
+            seconds.append(cost * per_step)
+            nbytes.append(size)
+        node = Node("input", inp.name, choices)
+        return self.add(node, np.array(seconds), np.array(nbytes), Part.STEP, "parameter")
+
+    def _tied_parameter(self, inp: GraphInput, dims: Dims, first: int, per_step: float) -> int:
+        """A second use in the same stage: made once per step from the first one's layout at rest."""
+        steps = tuple(c for c in layouts(dims, self.sizes) if is_plain(dims, c))
+        choices = tuple(ParameterChoice(s, s) for s in steps)
+        nbytes = np.array([local_bytes(inp.meta, s, self.sizes) for s in steps])
+        number = self.add(
+            Node("input", inp.name, choices), np.zeros(len(steps)), nbytes, Part.STEP, "parameter"
+        )
+        rests = tuple(c.rest for c in self.nodes[first].choices if isinstance(c, ParameterChoice))
+        self.connect(first, number, rests, steps, inp.meta.nbytes, Part.STEP, per_step)
+        return number
+
+    # ---- operators
+
+    def add_operators(self) -> None:
+        produced: dict[Ref, tuple[int, tuple[Layout, ...]]] = {}
+        for inp in self.graph.inputs:
+            choices = self.nodes[self.number[inp.ref]].choices
+            columns = tuple(c.step if isinstance(c, ParameterChoice) else c for c in choices)
+            produced[inp.ref] = (self.number[inp.ref], columns)  # type: ignore[assignment]
+        columns_memo: dict[int, tuple[Any, list[tuple[Layout, ...]], list[tuple[Layout, ...]]]] = {}
+        for op in self.graph.operators:
+            call, rule = self.table.calls[op.name], self.table.rules[op.name]
+            choices = strategies(rule, call.operands, self.sizes)
+            memo = columns_memo.get(id(choices))
+            if memo is None:
+                operand_columns = [
+                    tuple(s.operands[i] for s in choices) for i in range(len(call.operands))
+                ]
+                result_columns = [
+                    tuple(s.results[i] for s in choices) for i in range(len(rule.results))
+                ]
+                memo = columns_memo[id(choices)] = (choices, operand_columns, result_columns)
+            _, operand_columns, result_columns = memo
+            part = Part.FORWARD if op.phase is Phase.FORWARD else Part.BACKWARD
+            nbytes = np.zeros(len(choices))
+            kind = ""
+            if op.name.endswith(SAVE_SUFFIX):
+                meta = op.results[0]
+                assert meta is not None
+                kind = "saved"
+                nbytes = self.context.in_flight * np.array(
+                    [local_bytes(meta, s.results[0], self.sizes) for s in choices]
+                )
+            seconds = self.costs.operator_seconds(op, call, choices, self.metas)
+            number = self.add(Node("operator", op.name, choices), seconds, nbytes, part, kind)
+            for index, ref in enumerate(op.operands):
+                source, columns = produced[ref]
+                self.connect(
+                    source, number, columns, operand_columns[index], self.metas[ref].nbytes, part
+                )
+            for index in range(len(rule.results)):
+                produced[Ref(op.name, index)] = (number, result_columns[index])
+        self.produced = produced
+
+    # ---- outputs
+
+    def add_output(self, out: GraphOutput) -> None:
+        source, columns = self.produced[out.ref]
+        dims, meta = self.table.dims[out.ref], self.metas[out.ref]
+        phase = Part.FORWARD if self._phase_of(out.ref) is Phase.FORWARD else Part.BACKWARD
+        if out.kind is OutputKind.GRADIENT:
+            self._gradient(out, source, columns, dims, meta)
+            return
+        free = out.kind is OutputKind.SENT
+        choices = layouts(dims, self.sizes) if free else (replicated(len(self.sizes)),)
+        zeros = np.zeros(len(choices))
+        name = out.target if out.target else out.kind.value
+        number = self.add(Node("output", name, choices), zeros, zeros, phase)
+        self.connect(source, number, columns, choices, meta.nbytes, phase)
+
+    def _gradient(
+        self,
+        out: GraphOutput,
+        source: int,
+        columns: tuple[Layout, ...],
+        dims: Dims,
+        meta: TensorMeta,
+    ) -> None:
+        """Accumulates in a layout of its own; reduced once per step to the parameter's at rest."""
+        partial = meta.dtype.is_floating_point
+        choices = tuple(
+            c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c)
+        )
+        nbytes = np.array([local_bytes(meta, c, self.sizes) for c in choices])
+        node = Node("output", out.target, choices)
+        number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
+        self.connect(source, number, columns, choices, meta.nbytes, Part.BACKWARD)
+        inp = next(i for i in self.graph.inputs if i.name == out.target)
+        first = next(
+            i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner
+        )
+        parameter = self.number[first.ref]
+        rests = tuple(
+            c.rest for c in self.nodes[parameter].choices if isinstance(c, ParameterChoice)
+        )
+        coarse = tuple(coarsen(dims, c)[1] for c in choices)
+        per_step = 1.0 / self.context.num_microbatches
+        matrix = self.costs.reshard_seconds(coarse, rests, meta.nbytes).T * per_step
+        self.edges[parameter, number] = (np.ascontiguousarray(matrix), Part.STEP)
+
+    def _phase_of(self, ref: Ref) -> Phase:
+        return self.phases.get(ref, Phase.FORWARD)
+
+    def build(self) -> StageProblem:
+        for inp in self.graph.inputs:
+            self.add_input(inp)
+        self.add_operators()
+        for out in self.graph.outputs:
+            self.add_output(out)
+        problem = IntraOpProblem(
+            node_names=tuple(f"{n.kind}:{n.name}" for n in self.nodes),
+            node_seconds=tuple(self.seconds),
+            node_bytes=tuple(self.bytes),
+            edges=tuple(self.edges),
+            edge_seconds=tuple(m for m, _ in self.edges.values()),
+        )
+        return StageProblem(
+            problem,
+            tuple(self.nodes),
+            tuple(self.parts),
+            tuple(p for _, p in self.edges.values()),
+            tuple(self.byte_kinds),
+            received={
+                i.name: (i.meta, i.phase) for i in self.graph.inputs_of(InputKind.RECEIVED)
+            },
+            sent={
+                o.target: (self.metas[o.ref], self._phase_of(o.ref))
+                for o in self.graph.outputs_of(OutputKind.SENT)
+            },
+        )
+
+
+def parameter_choices(dims: Dims, sizes: Sequence[int]) -> tuple[ParameterChoice, ...]:
+    """Every plain layout at rest, and for each the layouts that gather some of its axes for the step.
+
+    (rest = step): gathered at each use if a use needs more, ZeRO-3; (S, R): gathered once per step,
+    ZeRO-1 and 2; (R, R): replicated, DDP; tensor parallel layouts are rest = step without a gather.
+    """
+    found = []
+    for rest in layouts(dims, tuple(sizes)):
+        if not is_plain(dims, rest):
+            continue
+        sharded = [axis for axis, p in enumerate(rest) if p >= 0]
+        for mask in range(1 << len(sharded)):
+            step = list(rest)
+            for bit, axis in enumerate(sharded):
+                if mask >> bit & 1:
+                    step[axis] = REPLICATE
+            found.append(ParameterChoice(rest, tuple(step)))
+    return tuple(found)
+
+
+def build_problem(
+    graph: Graph, table: RuleTable, costs: MeshCosts, context: StageContext
+) -> StageProblem:
+    """The program of one prepared stage. O(operators x strategies^2), matrices shared."""
+    return _Builder(graph, table, costs, context).build()
+

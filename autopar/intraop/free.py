@@ -1,0 +1,187 @@
+"""The program without a budget: reduce, ascend, fix, reduce, eliminate; a MIP only for what is
+left.
+
+After the dual, a strategy s of v with  bound + slack_v(s) > primal  is in no better assignment and
+is dropped (reduced-cost fixing). Few survive, so exact elimination usually ends it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.errors import SolverError
+from autopar.intraop.dual import CLOSED_GAP, DualResult, WarmMessages, ascend
+from autopar.intraop.eliminate import eliminate, elimination_order
+from autopar.intraop.mathopt import Engine, solve_mathopt
+from autopar.intraop.problem import FloatArray, IntraOpProblem
+from autopar.intraop.reduce import Graph
+
+TABLE_LIMIT = 30_000_000
+"""Entries of the largest table that elimination may build: 240 MB of float64."""
+_EASY_TABLE = 200_000
+"""A table this small is eliminated at once: cheaper than one sweep over a graph of that width."""
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to try: until target_gap (relative) or time.monotonic() = deadline.
+
+    close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
+    table_limit: entries of the largest table that exact elimination may build. allow_mip: HiGHS
+    may finish.
+    """
+
+    deadline: float
+    target_gap: float
+    allow_mip: bool
+    table_limit: int = TABLE_LIMIT
+    close_enough: float = CLOSED_GAP
+
+
+@dataclass(frozen=True, slots=True)
+class FreeResult:
+    """An assignment of all nodes and the proven bound on the objective c (which may be a_v + l
+    m_v).
+    """
+
+    choice: tuple[int, ...] | None
+    value: float
+    bound: float
+    sweeps: int
+    fixed: int
+    largest_table: int
+    used_mip: bool
+
+
+class _Best:
+    """The incumbent and the bound of one solve, the graph's constant included."""
+
+    __slots__ = ("bound", "choice", "fixed", "largest", "sweeps", "used_mip", "value")
+
+    def __init__(self) -> None:
+        self.choice: tuple[int, ...] | None = None
+        self.value, self.bound = np.inf, -np.inf
+        self.sweeps = self.fixed = self.largest = 0
+        self.used_mip = False
+
+    def offer(self, graph: Graph, choice: dict[int, int], value: float) -> None:
+        if value < self.value:
+            self.value, self.choice = value, graph.restore(choice)
+
+    def gap(self) -> float:
+        """Relative to the value; inf before there is one."""
+        if self.value == np.inf:
+            return np.inf
+        return (self.value - self.bound) / max(abs(self.value), np.finfo(np.float64).tiny)
+
+    def result(self) -> FreeResult:
+        bound = min(self.bound, self.value)
+        return FreeResult(
+            self.choice, self.value, bound, self.sweeps, self.fixed, self.largest, self.used_mip
+        )
+
+
+def minimise(
+    problem: IntraOpProblem,
+    unary: Sequence[FloatArray],
+    *,
+    effort: Effort,
+    warm: WarmMessages | None = None,
+) -> FreeResult:
+    """min sum_v unary_v . x_v + sum x_u' R_uv x_v over one-hot x, the budget ignored.
+
+    choice is None and value inf when every assignment is forbidden. warm may be kept
+    between calls.
+    """
+    graph = Graph(problem, unary)
+    best = _Best()
+    for attempt in range(_ROUNDS):
+        graph.reduce()
+        if (
+            not all(np.isfinite(c_v).any() for c_v in graph.unary.values())
+            or graph.constant == np.inf
+        ):
+            best.bound = best.value  # nothing better than the incumbent is left
+            return best.result()
+        graph.keep({v: np.isfinite(c_v) for v, c_v in graph.unary.items()})
+        if _eliminated(graph, best, _EASY_TABLE):
+            return best.result()
+        dual = ascend(
+            graph,
+            deadline=effort.deadline,
+            close_enough=effort.close_enough,
+            warm=warm if attempt == 0 else None,
+        )
+        best.sweeps += dual.sweeps
+        best.offer(graph, dual.choice, dual.primal + graph.constant)
+        best.bound = max(best.bound, dual.bound + graph.constant)
+        if best.gap() <= effort.close_enough:
+            return best.result()
+        fixed = _fix(graph, dual, best.value - graph.constant)
+        best.fixed += fixed
+        if fixed == 0 or time.monotonic() > effort.deadline:
+            break
+    enough = best.value - best.bound <= effort.target_gap * abs(best.bound)
+    if not _eliminated(graph, best, _EASY_TABLE if enough else effort.table_limit) and not enough:
+        _remainder(graph, best, effort)
+    return best.result()
+
+
+def _fix(graph: Graph, dual: DualResult, primal: float) -> int:
+    if not np.isfinite(primal):
+        return 0
+    margin = 1e-12 * max(abs(primal), abs(dual.bound))
+    return graph.keep({v: dual.bound + s_v <= primal + margin for v, s_v in dual.slack.items()})
+
+
+def _eliminated(graph: Graph, best: _Best, limit: int) -> bool:
+    order = elimination_order(graph, limit)
+    if order is None:
+        return False
+    best.largest = max(best.largest, order.largest_table)
+    choice, value = eliminate(graph, order)
+    if np.isfinite(value):
+        best.offer(graph, choice, value + graph.constant)
+    best.bound = best.value  # what was dropped before is no better than the incumbent
+    return True
+
+
+def _remainder(graph: Graph, best: _Best, effort: Effort) -> None:
+    """HiGHS on the living nodes, from the incumbent, for the rest of the time."""
+    seconds_left = effort.deadline - time.monotonic()
+    if not effort.allow_mip or seconds_left <= 0:
+        return
+    nodes = sorted(graph.unary)
+    index = {v: i for i, v in enumerate(nodes)}
+    pairs = [(v, w) for v in nodes for w in sorted(graph.adj[v]) if v < w]
+    rest = IntraOpProblem(
+        node_names=tuple(f"n{v}" for v in nodes),
+        node_seconds=tuple(graph.unary[v] for v in nodes),
+        node_bytes=tuple(np.zeros(len(graph.unary[v])) for v in nodes),
+        edges=tuple((index[v], index[w]) for v, w in pairs),
+        edge_seconds=tuple(graph.adj[v][w] for v, w in pairs),
+    )
+    start = _start(graph, nodes, best)
+    try:
+        found = solve_mathopt(
+            rest, Engine.HIGHS, time_limit_s=seconds_left, target_gap=effort.target_gap, start=start
+        )
+    except SolverError:
+        return  # no better than the incumbent within the time
+    best.used_mip = True
+    chosen = {v: int(graph.labels[v][s]) for v, s in zip(nodes, found.choice, strict=True)}
+    best.offer(graph, chosen, found.seconds + graph.constant)
+    best.bound = max(best.bound, min(best.value, found.bound + graph.constant))
+
+
+def _start(graph: Graph, nodes: list[int], best: _Best) -> tuple[int, ...] | None:
+    if best.choice is None:
+        return None
+    start = tuple(int(np.searchsorted(graph.labels[v], best.choice[v])) for v in nodes)
+    alive = all(s < len(graph.unary[v]) for v, s in zip(nodes, start, strict=True))
+    return start if alive else None

@@ -1,0 +1,144 @@
+"""Primal moves around an assignment that fits the budget: switch whole parts, then single nodes.
+
+Both only ever save seconds and keep the bytes within the budget. O(edge rows) a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.intraop.problem import FloatArray, IntraOpProblem
+from autopar.intraop.reduce import Products
+
+_MAX_PASSES = 8
+_WORTH = 1e-12
+"""A move must save this share of the seconds: float noise is no saving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A choice with its objective and its bytes."""
+
+    choice: tuple[int, ...]
+    seconds: float
+    bytes: float
+
+    @classmethod
+    def of(cls, problem: IntraOpProblem, choice: tuple[int, ...]) -> Assignment:
+        return cls(choice, problem.seconds(choice), problem.bytes(choice))
+
+
+class Neighbourhood:
+    """The program's edges by node: adj[v] = [(w, R_wv oriented [n_w, n_v])], for local costs."""
+
+    __slots__ = ("_adj", "_problem")
+
+    def __init__(self, problem: IntraOpProblem) -> None:
+        products = Products()
+        self._problem = problem
+        self._adj: list[list[tuple[int, FloatArray]]] = [[] for _ in problem.node_names]
+        for (u, v), r_uv in zip(problem.edges, problem.edge_seconds, strict=True):
+            self._adj[v].append((u, r_uv))
+            self._adj[u].append((v, products.transpose(r_uv)))
+
+    def switch_parts(self, start: Assignment, other: Assignment) -> Assignment:
+        """Take from `other` the connected parts of differing nodes that save most, while they
+        fit.
+        """
+        choice, num_bytes = list(start.choice), start.bytes
+        differ = {v for v, s in enumerate(start.choice) if s != other.choice[v]}
+        priced = []
+        for part in self._parts(differ):
+            seconds, part_bytes = self._price(part, start.choice, other.choice)
+            priced.append((seconds, part_bytes, part))
+        for seconds, part_bytes, part in sorted(priced, key=lambda item: (item[0], item[2][0])):
+            if seconds >= 0:
+                continue
+            taken = part
+            if not self._problem.fits(num_bytes + part_bytes):
+                taken, part_bytes = self._best_run(part, choice, num_bytes, other.choice)
+            num_bytes += part_bytes
+            for v in taken:
+                choice[v] = other.choice[v]
+        return Assignment.of(self._problem, tuple(choice))
+
+    def _parts(self, nodes: set[int]) -> list[list[int]]:
+        parts, left = [], set(nodes)
+        for first in sorted(nodes):
+            if first not in left:
+                continue
+            left.discard(first)
+            part, stack = [first], [first]
+            while stack:
+                for w, _ in self._adj[stack.pop()]:
+                    if w in left:
+                        left.discard(w)
+                        part.append(w)
+                        stack.append(w)
+            parts.append(sorted(part))
+        return parts
+
+    def _price(
+        self, part: list[int], now: tuple[int, ...], then: tuple[int, ...]
+    ) -> tuple[float, float]:
+        """(seconds, bytes) that switching the part from now to then adds; its surroundings stay."""
+        inside, seconds, num_bytes = set(part), 0.0, 0.0
+        for v in part:
+            c_v, m_v = self._problem.node_seconds[v], self._problem.node_bytes[v]
+            seconds += float(c_v[then[v]] - c_v[now[v]])
+            num_bytes += float(m_v[then[v]] - m_v[now[v]])
+            for w, r_wv in self._adj[v]:
+                if w not in inside:
+                    seconds += float(r_wv[now[w], then[v]] - r_wv[now[w], now[v]])
+                elif w < v:
+                    seconds += float(r_wv[then[w], then[v]] - r_wv[now[w], now[v]])
+        return seconds, num_bytes
+
+    def _best_run(
+        self, part: list[int], choice: list[int], num_bytes: float, then: tuple[int, ...]
+    ) -> tuple[list[int], float]:
+        """(nodes, bytes) of the first or last nodes of a part that save most and fit; may be none.
+
+        Nodes follow the program: a run is about "the first k layers switch". O(edges of the part).
+        """
+        best, best_seconds, best_bytes = part[:0], 0.0, 0.0
+        for order in (part, part[::-1]):
+            trial = {v: choice[v] for v in order}
+            seconds = added = 0.0
+            for count, v in enumerate(order, start=1):
+                c_v, m_v = self._problem.node_seconds[v], self._problem.node_bytes[v]
+                before, after = choice[v], then[v]
+                seconds += float(c_v[after]) - float(c_v[before])
+                added += float(m_v[after]) - float(m_v[before])
+                for w, r_wv in self._adj[v]:
+                    row = r_wv[trial.get(w, choice[w])]
+                    seconds += float(row[after]) - float(row[before])
+                trial[v] = after
+                if seconds < best_seconds and self._problem.fits(num_bytes + added):
+                    best, best_seconds, best_bytes = order[:count], seconds, added
+        return best, best_bytes
+
+    def move_nodes(self, start: Assignment) -> Assignment:
+        """Single-node moves, first to last, until a pass finds none."""
+        problem = self._problem
+        choice, num_bytes = list(start.choice), start.bytes
+        worth = _WORTH * abs(start.seconds)
+        for _ in range(_MAX_PASSES):
+            moved = False
+            for v, (c_v, m_v) in enumerate(
+                zip(problem.node_seconds, problem.node_bytes, strict=True)
+            ):
+                local = c_v.copy()
+                for w, r_wv in self._adj[v]:
+                    local += r_wv[choice[w]]
+                after = num_bytes + m_v - m_v[choice[v]]
+                if problem.budget_bytes is not None:
+                    local[~(after <= max(problem.budget_bytes, num_bytes))] = np.inf
+                s = int(np.argmin(local))
+                if s != choice[v] and local[s] < local[choice[v]] - worth:
+                    choice[v], num_bytes, moved = s, float(after[s]), True
+            if not moved:
+                break
+        return Assignment.of(problem, tuple(choice))

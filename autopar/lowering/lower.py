@@ -1,0 +1,392 @@
+"""Lowering: a graph and its plan to the local programs of every stage.
+
+    recompute   the plan's save/recompute policy, on the joint graph
+    cut         one graph per stage
+    hubs        resharding points
+    SPMD        forward, backward, and the once-per-step programs of each stage
+    transfers   tiles between stages
+
+`prepare_stages` is the part before strategies are chosen, which the planner shares: it plans exactly
+the graphs that are lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.errors import PlanError
+from autopar.graph.program import (
+    Graph,
+    GraphInput,
+    InputKind,
+    OutputKind,
+    Phase,
+    Ref,
+    TensorMeta,
+)
+from autopar.layout import Dims, Layout, coarsen, parse_layout, replicated
+from autopar.lowering.hubs import insert_hubs, is_save
+from autopar.lowering.program import LocalProgram, Port
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.spmd import lower_program
+from autopar.lowering.stages import cut_stages, parameter_owners, parameter_sources
+from autopar.lowering.transfer import Transfer, make_tiles
+from autopar.mesh import LogicalMesh
+from autopar.plan import ParallelPlan, Remat, StagePlan
+from autopar.schedule import Schedule, build_schedule
+from autopar.sharding.registry import RuleTable
+from autopar.sharding.strategy import Strategy, strategies
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedStage:
+    """A stage graph with recompute and hubs, and the rules of its operators."""
+
+    graph: Graph
+    table: RuleTable
+
+
+@dataclass(frozen=True, slots=True)
+class StageParameter:
+    """One parameter input of a stage.
+
+    name: of the graph input; path: where the model has it; owner: its canonical name.
+    source: the parameter input of this stage that holds the value at rest: itself, or, for a second
+    use of a tied weight in the same stage, the first one.
+    owned: this stage keeps the value between steps; otherwise it comes from its owner's stage at each
+    step, and its gradient goes back there.
+    """
+
+    name: str
+    path: str
+    owner: str
+    source: str
+    owned: bool
+    requires_grad: bool
+    meta: TensorMeta
+    dims: Dims
+    rest: Layout
+    step: Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoweredStage:
+    """What the ranks of one stage run. Programs' inputs and outputs are keyed by the names of graph
+    inputs and values; the loss is LOSS.
+
+    gather: once per step, parameters from their layout at rest to the one held through the step.
+    reduce: once per step, accumulated gradients to the parameters' layout at rest.
+    batch, buffers: graph input name -> path in the batch, in the model. gradients: names of the
+    parameter inputs whose gradient backward makes. saved: values that backward takes from forward.
+    """
+
+    index: int
+    mesh: LogicalMesh
+    devices: tuple[int, ...]
+    forward: LocalProgram
+    backward: LocalProgram
+    gather: LocalProgram
+    reduce: LocalProgram
+    parameters: tuple[StageParameter, ...]
+    batch: Mapping[str, str]
+    buffers: Mapping[str, str]
+    gradients: tuple[str, ...]
+    saved: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoweredPlan:
+    """Everything that the runtime needs. loss_stage: index of the stage that makes the loss."""
+
+    stages: tuple[LoweredStage, ...]
+    transfers: tuple[Transfer, ...]
+    schedule: Schedule
+    loss_stage: int
+
+
+def prepare_stages(
+    graph: Graph, remat: Remat, first_layers: Sequence[int]
+) -> tuple[PreparedStage, ...]:
+    """Stage graphs as they are planned and lowered."""
+    recomputed = apply_recompute(graph, remat)
+    joint = RuleTable(recomputed)
+    return tuple(
+        prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers)
+    )
+
+
+def prepare_stage(stage: Graph, dims: Mapping[Ref, Dims]) -> PreparedStage:
+    """dims: of the joint graph's values, so that a received value keeps its atoms."""
+    by_text = {str(ref): d for ref, d in dims.items()}
+    hubbed = insert_hubs(stage)
+    received = {i.name: by_text[i.target] for i in hubbed.inputs_of(InputKind.RECEIVED)}
+    return PreparedStage(hubbed, RuleTable(hubbed, received))
+
+
+def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
+    """PlanError where the plan belongs to another graph or names what does not exist."""
+    if plan.graph != graph.fingerprint():
+        raise PlanError(
+            f"the plan was made for another model, batch or version (graph {plan.graph}, this one is "
+            f"{graph.fingerprint()}): plan again with the model as it is now"
+        )
+    prepared = prepare_stages(graph, plan.remat, [s.first_layer for s in plan.stages])
+    owners = parameter_owners([p.graph for p in prepared])
+    stages = tuple(
+        _lower_stage(index, stage, stage_plan, owners)
+        for index, (stage, stage_plan) in enumerate(zip(prepared, plan.stages, strict=True))
+    )
+    loss = [i for i, p in enumerate(prepared) if p.graph.outputs_of(OutputKind.LOSS)]
+    return LoweredPlan(
+        stages=stages,
+        transfers=(*_value_transfers(prepared, stages), *_parameter_transfers(stages)),
+        schedule=build_schedule(plan.schedule, len(stages), plan.num_microbatches),
+        loss_stage=loss[0],
+    )
+
+
+def _lower_stage(
+    index: int, stage: PreparedStage, plan: StagePlan, owners: Mapping[str, int]
+) -> LoweredStage:
+    mesh = LogicalMesh(plan.axis_sizes, plan.crosses_nodes)
+    graph, table = stage.graph, stage.table
+    chosen = _chosen_strategies(stage, plan, mesh)
+    layouts = {i.name: _input_layout(i, plan, table.dims[i.ref], mesh) for i in graph.inputs}
+    sources = parameter_sources(graph)
+    parameters = tuple(
+        StageParameter(
+            name=i.name,
+            path=i.target,
+            owner=i.owner,
+            source=sources[i.owner],
+            owned=owners[i.owner] == index,
+            requires_grad=i.requires_grad,
+            meta=i.meta,
+            dims=table.dims[i.ref],
+            rest=parse_layout(plan.parameters[sources[i.owner]].rest, table.dims[i.ref]),
+            step=layouts[i.name],
+        )
+        for i in graph.inputs_of(InputKind.PARAMETER)
+    )
+    forward = _phase_program(stage, plan, mesh, chosen, layouts, Phase.FORWARD)
+    backward = _phase_program(stage, plan, mesh, chosen, layouts, Phase.BACKWARD)
+    gradients = tuple(o.target for o in graph.outputs_of(OutputKind.GRADIENT))
+    return LoweredStage(
+        index=index,
+        mesh=mesh,
+        devices=plan.devices,
+        forward=forward,
+        backward=backward,
+        gather=_gather_program(parameters, mesh),
+        reduce=_reduce_program(parameters, backward, gradients, mesh),
+        parameters=parameters,
+        batch={i.name: i.target for i in graph.inputs_of(InputKind.BATCH)},
+        buffers={i.name: i.target for i in graph.inputs_of(InputKind.BUFFER)},
+        gradients=gradients,
+        saved=tuple(op.name for op in graph.operators if is_save(op)),
+    )
+
+
+def _chosen_strategies(
+    stage: PreparedStage, plan: StagePlan, mesh: LogicalMesh
+) -> dict[str, Strategy]:
+    """Each operator's strategy by its text."""
+    chosen = {}
+    for op in stage.graph.operators:
+        text = plan.strategies.get(op.name)
+        if text is None:
+            raise PlanError(f"the plan has no strategy for operator {op.name}")
+        rule, call = stage.table.rules[op.name], stage.table.calls[op.name]
+        for strategy in strategies(rule, call.operands, mesh.axis_sizes):
+            if strategy.text == text:
+                chosen[op.name] = strategy
+                break
+        else:
+            raise PlanError(f"operator {op.name} has no strategy {text!r} on mesh {mesh}")
+    return chosen
+
+
+def _input_layout(inp: GraphInput, plan: StagePlan, dims: Dims, mesh: LogicalMesh) -> Layout:
+    """The layout in which the programs of the stage take an input."""
+    if inp.kind is InputKind.PARAMETER:
+        if inp.name not in plan.parameters:
+            raise PlanError(f"the plan does not place parameter {inp.target!r} ({inp.name})")
+        return parse_layout(plan.parameters[inp.name].step, dims)
+    if inp.name in plan.inputs:
+        return parse_layout(plan.inputs[inp.name], dims)
+    return replicated(mesh.num_axes)
+
+
+def _phase_program(
+    stage: PreparedStage,
+    plan: StagePlan,
+    mesh: LogicalMesh,
+    chosen: Mapping[str, Strategy],
+    layouts: Mapping[str, Layout],
+    phase: Phase,
+) -> LocalProgram:
+    """Forward or backward. What crosses from one to the other are saves and graph inputs."""
+    graph, table = stage.graph, stage.table
+    metas = graph.metas()
+    operators = [op for op in graph.operators if op.phase is phase]
+    own = {op.name for op in operators}
+    made = {op.name: op for op in graph.operators}
+    given = {i.name: i for i in graph.inputs}
+    read = dict.fromkeys(ref for op in operators for ref in op.operands if ref.name not in own)
+    outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
+    for out in graph.outputs:
+        made_here = out.ref.name in own
+        if made_here or (out.ref.name in given and given[out.ref.name].phase is phase):
+            key = LOSS if out.kind is OutputKind.LOSS else out.target
+            layout = replicated(mesh.num_axes)
+            if key in plan.outputs:
+                layout = parse_layout(plan.outputs[key], table.dims[out.ref])
+            outputs[key] = (out.ref, metas[out.ref], layout)
+            if not made_here:
+                read[out.ref] = None
+    if phase is Phase.FORWARD:
+        for op in operators:
+            if is_save(op):
+                ref = Ref(op.name)
+                outputs[op.name] = (ref, metas[ref], chosen[op.name].results[0])
+    inputs = {}
+    for ref in read:
+        if ref.name in graph.constants:
+            continue
+        layout = layouts[ref.name] if ref.name in given else chosen[made[ref.name].name].results[0]
+        inputs[ref.name] = Port(ref, metas[ref], table.dims[ref], layout)
+    constants = {
+        i.name: Port(i.ref, i.meta, table.dims[i.ref], replicated(mesh.num_axes))
+        for i in graph.inputs_of(InputKind.CONSTANT)
+        if i.ref in read
+    }
+    program = lower_program(
+        operators,
+        inputs={**inputs, **constants},
+        outputs=outputs,
+        strategies=chosen,
+        calls=table.calls,
+        rules=table.rules,
+        dims=table.dims,
+        mesh=mesh.axis_sizes,
+    )
+    # constants are part of the program: their values travel with it
+    values = {program.inputs[name].ref.name: graph.constants[name] for name in constants}
+    ports = {key: port for key, port in program.inputs.items() if key not in constants}
+    return replace(program, inputs=ports, constants=values)
+
+
+def _relayout_program(
+    inputs: Mapping[str, Port], outputs: Mapping[str, tuple[Ref, Layout]], mesh: LogicalMesh
+) -> LocalProgram:
+    """Takes values from one layout to another."""
+    ports = {port.ref: port for port in inputs.values()}
+    return lower_program(
+        [],
+        inputs=inputs,
+        outputs={k: (ref, ports[ref].meta, layout) for k, (ref, layout) in outputs.items()},
+        strategies={},
+        calls={},
+        rules={},
+        dims={ref: port.dims for ref, port in ports.items()},
+        mesh=mesh.axis_sizes,
+    )
+
+
+def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> LocalProgram:
+    inputs = {
+        p.name: Port(Ref(p.name), p.meta, p.dims, p.rest) for p in parameters if p.source == p.name
+    }
+    return _relayout_program(inputs, {p.name: (Ref(p.source), p.step) for p in parameters}, mesh)
+
+
+def _reduce_program(
+    parameters: Sequence[StageParameter],
+    backward: LocalProgram,
+    gradients: Sequence[str],
+    mesh: LogicalMesh,
+) -> LocalProgram:
+    by_name = {p.name: p for p in parameters}
+    inputs = {}
+    for name in gradients:
+        port = backward.outputs[name]
+        dims, layout = coarsen(port.dims, port.layout)  # parameters have one atom per dim
+        inputs[name] = Port(Ref(name), port.meta, dims, layout)
+    return _relayout_program(
+        inputs, {name: (Ref(name), by_name[name].rest) for name in gradients}, mesh
+    )
+
+
+def _value_transfers(
+    prepared: Sequence[PreparedStage], stages: Sequence[LoweredStage]
+) -> list[Transfer]:
+    """Activations and their gradients, each microbatch."""
+    sender = {
+        out.target: index
+        for index, stage in enumerate(prepared)
+        for out in stage.graph.outputs_of(OutputKind.SENT)
+    }
+    transfers = []
+    for index, stage in enumerate(prepared):
+        for inp in stage.graph.inputs_of(InputKind.RECEIVED):
+            source = stages[sender[inp.target]]
+            sent = (source.forward if inp.phase is Phase.FORWARD else source.backward).outputs
+            target = stages[index]
+            programs = (target.forward, target.backward)
+            port = next(p.inputs[inp.name] for p in programs if inp.name in p.inputs)
+            transfers.append(
+                _transfer(
+                    (inp.target, inp.name),
+                    (source, target),
+                    inp.phase,
+                    inp.meta,
+                    port.dims,
+                    (sent[inp.target].layout, port.layout),
+                )
+            )
+    return transfers
+
+
+def _parameter_transfers(stages: Sequence[LoweredStage]) -> list[Transfer]:
+    """Tied or shared parameters, once per step: from the owner's stage to the others. Gradients go
+    the same way back."""
+    owned = {
+        p.owner: (stage, p)
+        for stage in stages
+        for p in stage.parameters
+        if p.owned and p.source == p.name
+    }
+    transfers = []
+    for stage in stages:
+        for parameter in stage.parameters:
+            if not parameter.owned and parameter.source == parameter.name:
+                source, original = owned[parameter.owner]
+                transfers.append(
+                    _transfer(
+                        (original.name, parameter.name),
+                        (source, stage),
+                        None,
+                        parameter.meta,
+                        parameter.dims,
+                        (original.rest, parameter.rest),
+                    )
+                )
+    return transfers
+
+
+def _transfer(
+    keys: tuple[str, str],
+    ends: tuple[LoweredStage, LoweredStage],
+    phase: Phase | None,
+    meta: TensorMeta,
+    dims: Dims,
+    layouts: tuple[Layout, Layout],
+) -> Transfer:
+    source, target = ends
+    tiles = make_tiles(dims, layouts[0], source.mesh, layouts[1], target.mesh)
+    return Transfer(
+        keys[0], keys[1], source.index, target.index, phase, meta, dims, *layouts, tiles
+    )

@@ -1,0 +1,107 @@
+"""Local programs: what one rank of a stage runs, the same text for all ranks.
+
+Operators have local shapes in their arguments; an integer that differs between ranks is an Offset.
+Collectives name a mesh axis and work on dim 0, as functional collectives do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from autopar.errors import InternalError
+from autopar.graph.program import Ref, TensorMeta, iter_refs
+from autopar.layout import Dims, Layout
+
+
+class CollectiveOp(StrEnum):
+    """Collectives over one mesh axis. All but all_reduce split or join along dim 0."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A call on local tensors. origin: name of the graph operator it was lowered from."""
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Communicate:
+    """A collective. reduce: "sum" or "max"."""
+
+    name: str
+    op: CollectiveOp
+    operand: Ref
+    axis: int
+    reduce: str = "sum"
+    origin: str = ""
+
+
+Instruction = Compute | Communicate
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a program: its value, global meta, dims and layout on the stage's mesh."""
+
+    ref: Ref
+    meta: TensorMeta
+    dims: Dims
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalProgram:
+    """inputs and outputs are keyed by the names that the stage gives them."""
+
+    inputs: Mapping[str, Port]
+    body: tuple[Instruction, ...]
+    outputs: Mapping[str, Port]
+    constants: Mapping[str, torch.Tensor]
+
+    def last_uses(self) -> tuple[tuple[str, ...], ...]:
+        """Names whose last reader is each instruction, so that an executor frees them there."""
+        kept = {port.ref.name for port in self.outputs.values()}
+        seen: set[str] = set()
+        frees: list[tuple[str, ...]] = []
+        for instruction in reversed(self.body):
+            names = {ref.name for ref in reads_of(instruction)}
+            names.add(instruction.name)
+            frees.append(tuple(sorted(n for n in names - seen if n not in kept)))
+            seen |= names
+        return tuple(reversed(frees))
+
+
+def reads_of(instruction: Instruction) -> tuple[Ref, ...]:
+    if isinstance(instruction, Communicate):
+        return (instruction.operand,)
+    return tuple(iter_refs((instruction.args, dict(instruction.kwargs))))
+
+
+def check_program(program: LocalProgram) -> LocalProgram:
+    """Verifier: each value is made once and before it is read; outputs exist."""
+    made = {port.ref.name for port in program.inputs.values()} | set(program.constants)
+    for instruction in program.body:
+        for ref in reads_of(instruction):
+            if ref.name not in made:
+                raise InternalError(f"{instruction.name} reads {ref}, which nothing before it makes")
+        if instruction.name in made:
+            raise InternalError(f"two instructions are called {instruction.name!r}")
+        made.add(instruction.name)
+    for key, port in program.outputs.items():
+        if port.ref.name not in made:
+            raise InternalError(f"output {key!r} is {port.ref}, which nothing makes")
+    return program

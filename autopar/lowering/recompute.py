@@ -1,0 +1,184 @@
+"""Save or recompute: which forward values are kept for backward, decided by a minimum cut.
+
+The pass rewrites the graph: forward operators whose values are not kept get a copy in the backward
+phase, just before its first reader. Afterwards the values that cross from forward to backward are
+exactly the saved ones, so that the planner, the memory model and the lowering need no further notion
+of rematerialisation.
+
+    minimise   sum of bytes(v) over kept values v
+    such that  every value that backward reads is kept, or recomputed from kept values and graph inputs
+               by operators that the policy allows
+
+One cut per layer: a layer's inputs from other layers are kept or unread, never recomputed across the
+boundary. Parameters, constants and batch inputs cost nothing. (Minimum cut as in min-cut
+rematerialisation: Horace He, Shangdi Yu, "Transcending runtime-memory tradeoffs in checkpointing
+by being fusion aware", MLSys 2023.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import networkx as nx
+import torch
+
+from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph, map_refs
+from autopar.graph.work import is_contraction, is_view
+from autopar.plan import Remat
+
+aten = torch.ops.aten
+
+
+# Expensive although they have no FLOPs in torch's registry.
+_EXPENSIVE = {
+    aten._softmax.default,
+    aten._safe_softmax.default,
+    aten._log_softmax.default,
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    aten.native_group_norm.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.cumsum.default,
+    aten.sort.default,
+    aten.topk.default,
+    aten.max_pool2d_with_indices.default,
+}
+
+_SOURCE, _SINK = "source", "sink"
+_VIEW_PENALTY = 1.001  # prefers keeping the base of a view, which others may read as well
+_COPY_SUFFIX = "__re"
+
+
+def may_recompute(op: Operator, policy: Remat) -> bool:
+    """Whether the policy lets backward run this forward operator again."""
+    if is_view(op) or not op.operands:
+        return True
+    if policy is Remat.NONE:
+        return False
+    return policy is Remat.FULL or not (is_contraction(op) or op.target in _EXPENSIVE)
+
+
+def apply_recompute(graph: Graph, policy: Remat) -> Graph:
+    """Pre: layers are set. Post: check_graph; backward reads only saved values, graph inputs and
+    backward values. O(sum over layers of a max-flow)."""
+    kept = _kept_values(graph, policy)
+    made_by = {ref: op for op in graph.operators for ref in op.refs}
+    copies: dict[tuple[str, int], str] = {}
+    operators: list[Operator] = []
+
+    def use(ref: Ref, layer: int) -> Ref:
+        """The value as backward of `layer` reads it: kept, or made by a copy emitted here."""
+        op = made_by.get(ref)
+        if op is None or op.phase is Phase.BACKWARD or ref in kept:
+            return ref
+        if (op.name, layer) not in copies:
+            suffix = _COPY_SUFFIX if layer == op.layer else f"{_COPY_SUFFIX}{layer}"
+            args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda r: use(r, layer))
+            copy = replace(
+                op,
+                name=op.name + suffix,
+                args=args,
+                kwargs=kwargs,
+                phase=Phase.BACKWARD,
+                forward=op.name,
+                layer=layer,
+                recompute=True,
+            )
+            operators.append(copy)
+            copies[op.name, layer] = copy.name
+        return Ref(copies[op.name, layer], ref.index)
+
+    for op in graph.operators:
+        if op.phase is Phase.FORWARD:
+            operators.append(op)
+            continue
+        args, kwargs = map_refs(
+            (op.args, dict(op.kwargs)), lambda r, layer=op.layer: use(r, layer)
+        )
+        operators.append(replace(op, args=args, kwargs=kwargs))
+    return check_graph(graph.with_operators(tuple(operators)))
+
+
+def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
+    """Union of the layers' cuts."""
+    forward: dict[int, list[Operator]] = {}
+    for op in graph.operators:
+        if op.phase is Phase.FORWARD:
+            forward.setdefault(op.layer, []).append(op)
+    wanted = {
+        ref for op in graph.operators if op.phase is Phase.BACKWARD for ref in op.operands
+    }
+    made_by = {ref: op for op in graph.operators for ref in op.refs}
+    metas = graph.metas()
+    kept: set[Ref] = set()
+    # later layers first: what their copies read from earlier layers is wanted there
+    for layer in sorted(forward, reverse=True):
+        ops = forward[layer]
+        own = {ref for op in ops for ref in op.refs}
+        targets = wanted & own
+        cut = _minimum_cut(
+            ops, targets, lambda op: may_recompute(op, policy), lambda r: metas[r].nbytes, made_by
+        )
+        kept |= cut
+        wanted |= {ref for ref in cut if ref not in own}
+    return kept
+
+
+def _minimum_cut(
+    ops: Iterable[Operator],
+    targets: set[Ref],
+    allowed: Callable[[Operator], bool],
+    nbytes: Callable[[Ref], int],
+    made_by: dict[Ref, Operator],
+) -> set[Ref]:
+    """The cheapest set of values from which the allowed operators can remake the targets."""
+    if not targets:
+        return set()
+    network = nx.DiGraph()
+    needed = _needed(ops, targets, allowed)
+    values: set[Ref] = set()
+    for op in needed.values():
+        values.update(op.refs)
+        values.update(op.operands)
+    for ref in values:
+        maker = made_by.get(ref)
+        cost = 0.0 if maker is None else float(nbytes(ref))
+        if maker is not None and is_view(maker):
+            cost *= _VIEW_PENALTY
+        network.add_edge((ref, "in"), (ref, "out"), capacity=cost)
+        outside = maker is None or maker.name not in needed
+        if outside or (maker is not None and not allowed(maker)):
+            network.add_edge(_SOURCE, (ref, "in"))  # no capacity: infinite
+    for op in needed.values():
+        if allowed(op):
+            for ref in op.operands:
+                for result in op.refs:
+                    network.add_edge((ref, "out"), (result, "in"))
+    for ref in targets:
+        network.add_edge((ref, "out"), _SINK)
+    if _SOURCE not in network:
+        return set()
+    _, (near, far) = nx.minimum_cut(network, _SOURCE, _SINK)
+    return {
+        ref
+        for ref in values
+        if made_by.get(ref) is not None and (ref, "in") in near and (ref, "out") in far
+    }
+
+
+def _needed(
+    ops: Iterable[Operator], targets: set[Ref], allowed: Callable[[Operator], bool]
+) -> dict[str, Operator]:
+    """Operators that make a target or could take part in remaking one."""
+    wanted = set(targets)
+    needed: dict[str, Operator] = {}
+    for op in reversed(list(ops)):
+        if any(ref in wanted for ref in op.refs):
+            needed[op.name] = op
+            if allowed(op):
+                wanted.update(op.operands)
+    return needed

@@ -1,0 +1,10 @@
+"""Operators of our own. Importing this package registers them with torch."""
+
+from autopar.ops import attention as _attention
+from autopar.ops import hub as _hub
+from autopar.ops import partial as _partial
+from autopar.ops import random as _random
+
+__all__: list[str] = []
+
+del _attention, _hub, _partial, _random

@@ -1,0 +1,205 @@
+"""`autopar::sdpa` and `autopar::sdpa_backward`: attention as one operator with its own backward.
+
+    s = scale * q k^T + bias (-inf above the diagonal if causal);  lse = log sum exp s
+    p = exp(s - lse);  out = p v
+    ds = p * (dout v^T - sum(dout * out));  dq = scale * ds k,  dk = scale * ds^T q,  dv = p^T dout
+
+Shapes: q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G (grouped queries),
+bias [B|1, H|1, S|1, T|1] without gradient; out [B, H, S, E], lse [B, H, S] in fp32 (fp64 for
+fp64). A row whose every score is -inf gives out = 0, lse = 0 and no gradient. The diagonal of a
+causal mask starts at the upper left, as in torch. Legend: B batch, H heads, G key heads, S queries,
+T keys, D head width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import (
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from autopar.ops.library import LIBRARY, define
+
+aten = torch.ops.aten
+
+define(
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale)"
+    " -> (Tensor out, Tensor lse)"
+)
+define(
+    "sdpa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse,"
+    " bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def sdpa_math(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Explicit attention in the accumulation dtype: any device, any widths. O(B H S T) memory."""
+    groups = q.shape[1] // k.shape[1]
+    scores = _scores(q, _expand_heads(k, groups), bias, causal, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)  # [B, H, S]
+    probs = torch.exp(scores - lse.unsqueeze(-1))
+    out = probs @ _expand_heads(v, groups).to(probs.dtype)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def sdpa_backward_math(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Explicit gradient of :func:`sdpa_math`."""
+    groups = q.shape[1] // k.shape[1]
+    acc = accumulation_dtype(q.dtype)
+    k_wide, v_wide = (_expand_heads(t, groups).to(acc) for t in (k, v))
+    probs = torch.exp(_scores(q, k_wide, bias, causal, scale) - lse.unsqueeze(-1))
+    dout = dout.to(acc)
+    delta = (dout * out.to(acc)).sum(-1, keepdim=True)
+    dscores = probs * (dout @ v_wide.mT - delta) * scale  # [B, H, S, T]
+    dq = dscores @ k_wide
+    dk = _sum_heads(dscores.mT @ q.to(acc), groups)
+    dv = _sum_heads(probs.mT @ dout, groups)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+
+
+def _sdpa_cpu(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if not _has_cpu_flash(q, v):
+        return sdpa_math(q, k, v, bias, causal, scale)
+    groups = q.shape[1] // k.shape[1]
+    k, v = _expand_heads(k, groups), _expand_heads(v, groups)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+def _sdpa_backward_cpu(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_cpu_flash(q, v):
+        return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale)
+    groups = q.shape[1] // k.shape[1]
+    k, v = _expand_heads(k, groups), _expand_heads(v, groups)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return (
+        dq.contiguous(),
+        _sum_heads(dk, groups).contiguous(),
+        _sum_heads(dv, groups).contiguous(),
+    )
+
+
+def _sdpa_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if q.ndim != 4 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "autopar::sdpa wants q [B, H, S, D], k [B, G, T, D] with H a multiple of G:"
+            f" got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty(batch, heads, queries, v.shape[3])
+    return out, q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
+
+
+def _sdpa_backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything narrower accumulates in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    acc = accumulation_dtype(q.dtype)
+    scores = (q.to(acc) @ k.to(acc).mT) * scale  # [B, H, S, T]
+    if bias is not None:
+        scores = scores + bias.to(acc)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores
+
+
+def _expand_heads(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _sum_heads(x: Tensor, groups: int) -> Tensor:
+    """Adjoint of :func:`_expand_heads`."""
+    return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
+
+
+def _has_cpu_flash(q: Tensor, v: Tensor) -> bool:
+    """torch's CPU kernel has one width for keys and values, and no empty tensors."""
+    return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
+
+
+def _sdpa_grad(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
+    """lse is for backward only: its own gradient is not defined and not looked at."""
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    grads = torch.ops.autopar.sdpa_backward(dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+LIBRARY.impl("sdpa", _sdpa_cpu, "CPU")
+LIBRARY.impl("sdpa_backward", _sdpa_backward_cpu, "CPU")
+LIBRARY.impl("sdpa", sdpa_math, "CUDA")
+LIBRARY.impl("sdpa_backward", sdpa_backward_math, "CUDA")
+torch.library.register_fake("autopar::sdpa", _sdpa_fake, lib=LIBRARY)
+torch.library.register_fake("autopar::sdpa_backward", _sdpa_backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "autopar::sdpa", _sdpa_grad, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+@register_flop_formula(torch.ops.autopar.sdpa)
+def sdpa_flops(
+    q_shape: Any, k_shape: Any, v_shape: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+) -> int:
+    """Torch's convention for attention: the whole square, causal or not."""
+    wide = (q_shape[0], q_shape[1])
+    return int(sdpa_flop_count(q_shape, (*wide, *k_shape[2:]), (*wide, *v_shape[2:])))
+
+
+@register_flop_formula(torch.ops.autopar.sdpa_backward)
+def sdpa_backward_flops(
+    dout_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *_args: Any, **_kwargs: Any
+) -> int:
+    """Torch's convention: five matmuls over the whole square."""
+    wide = (q_shape[0], q_shape[1])
+    return int(
+        sdpa_backward_flop_count(dout_shape, q_shape, (*wide, *k_shape[2:]), (*wide, *v_shape[2:]))
+    )

@@ -1,0 +1,16 @@
+"""The `autopar` operator library: one place where our schemas are declared.
+
+Every operator is functional (no result aliases an operand), takes local shards as well as whole
+tensors, and returns contiguous results, so that fake and real kernels agree on strides.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("autopar", "DEF")
+
+
+def define(schema: str) -> None:
+    """Declare an operator whose results depend on nothing but its arguments."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,0 +1,73 @@
+"""What a user can ask of the search: limits, pins and the objective's surroundings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autopar.errors import OptionError
+from autopar.estimate import OptimizerModel
+from autopar.intraop.solver import Solver
+from autopar.plan import Remat
+from autopar.schedule import ScheduleKind
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(value: str | float | None) -> float | None:
+    """Bytes of "70GiB", "512 MiB" or a number. OptionError otherwise."""
+    if value is None:
+        return None
+    if isinstance(value, (int, float)):
+        size = float(value)
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", value)
+        if not match or match[2].lower() not in _UNITS or match[1].count(".") > 1:
+            raise OptionError(f'a size reads like "70GiB" or 512000000: got {value!r}')
+        size = float(match[1]) * _UNITS[match[2].lower()]
+    if not size > 0:
+        raise OptionError(f"a memory budget is positive: got {value!r}")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """None means that the search decides.
+
+    num_stages:       pipeline stages.
+    mesh_shape:       logical mesh of every stage, such as (2, 4).
+    num_microbatches: of a global batch; must divide its rows.
+    placements:       canonical parameter name -> layout at rest on its stage's mesh, such as "S0".
+    budget_fraction:  share of a device's memory that a plan may use where no budget is given; the rest
+                      is for the allocator's fragmentation and the communication library's buffers.
+    candidates:       how many stage cuts are solved exactly and simulated.
+    """
+
+    num_stages: int | None = None
+    mesh_shape: tuple[int, ...] | None = None
+    num_microbatches: int | None = None
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    remat: Remat | None = None
+    placements: Mapping[str, str] = field(default_factory=dict)
+    budget_fraction: float = 0.9
+    solver: Solver = Solver.DUAL
+    time_limit_s: float = 120.0
+    target_gap: float = 0.01
+    candidates: int = 3
+    num_layers: int | None = None
+    max_axes: int = 2
+    optimizer: OptimizerModel = field(default_factory=OptimizerModel)
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "num_microbatches", "num_layers", "candidates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is at least 1: got {value}")
+        if self.mesh_shape is not None and (not self.mesh_shape or min(self.mesh_shape) < 1):
+            raise OptionError(f"mesh_shape has axes of size >= 1: got {self.mesh_shape}")
+        if not 0 < self.budget_fraction <= 1:
+            raise OptionError(f"budget_fraction lies in (0, 1]: got {self.budget_fraction}")
+        if not self.time_limit_s > 0:
+            raise OptionError(f"time_limit_s is positive: got {self.time_limit_s}")

@@ -1,0 +1,253 @@
+"""The plan: everything that the search decided, as frozen, versioned data.
+
+A plan names choices, not layouts: each operator's strategy is the text of its factors per mesh axis
+("b k", "-" for none), each input's and output's layout is a text such as "S0 R". Together with the
+model it determines the lowered program; it holds no code and loads on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import PlanError
+from autopar.schedule import ScheduleKind
+
+PLAN_VERSION = 1
+
+
+class Remat(StrEnum):
+    """What may be recomputed in backward."""
+
+    NONE = "none"  # views and constants only: every other value that backward reads is kept
+    SELECTIVE = "selective"  # also pointwise operators, dropout, small reductions
+    FULL = "full"  # everything inside a layer: its inputs are kept
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterPlacement:
+    """rest: layout between steps (the optimizer's); step: layout held through a step."""
+
+    rest: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """Seconds per microbatch or per step, bytes per device."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float  # once per step: gathers, gradient reductions, optimizer
+    parameter_bytes: float  # at rest, and gathered copies held through the step
+    gradient_bytes: float
+    optimizer_bytes: float
+    saved_bytes: float  # per microbatch in flight
+    in_flight: int
+    transient_bytes: float
+
+    @property
+    def peak_bytes(self) -> float:
+        standing = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return standing + self.saved_bytes * self.in_flight + self.transient_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: consecutive layers on one logical mesh.
+
+    devices: global ranks, row-major over the mesh. strategies: operator name -> factors per axis.
+    inputs:  layouts of batch, received and other inputs; parameters have placements instead.
+    outputs: layouts of sent values and of gradients as they accumulate, by value or input name.
+    """
+
+    first_layer: int
+    last_layer: int
+    axis_sizes: tuple[int, ...]
+    crosses_nodes: tuple[bool, ...]
+    devices: tuple[int, ...]
+    strategies: Mapping[str, str]
+    parameters: Mapping[str, ParameterPlacement]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    prediction: StagePrediction
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRecord:
+    """How the plan was found, for people: seconds by pass, what the solvers proved, what lost."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    objective_s: float = 0.0
+    bound_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        return (self.objective_s - self.bound_s) / self.objective_s if self.objective_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlan:
+    """The answer, as data.
+
+    graph: fingerprint of the captured graph. cluster: complete description (Cluster.to_dict).
+    bubble: share of device time idle in the schedule, predicted. fallbacks: operators that no rule
+    covers, replicated.
+    """
+
+    graph: str
+    cluster_text: str
+    cluster: Mapping[str, Any]
+    num_microbatches: int
+    schedule: ScheduleKind
+    remat: Remat
+    layer_names: tuple[str, ...]
+    stages: tuple[StagePlan, ...]
+    step_s: float
+    bubble: float
+    budget_bytes: float
+    search: SearchRecord = field(default_factory=SearchRecord)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        _check_plan(self)
+
+    @property
+    def num_devices(self) -> int:
+        return sum(len(stage.devices) for stage in self.stages)
+
+    def stage_of(self, rank: int) -> int:
+        """Index of the stage that a global rank belongs to."""
+        for index, stage in enumerate(self.stages):
+            if rank in stage.devices:
+                return index
+        raise PlanError(f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}")
+
+    def to_json(self) -> dict[str, Any]:
+        encoded: dict[str, Any] = _encode(self)
+        return {"format": "autopar-plan", **encoded}
+
+    @classmethod
+    def from_json(cls, record: Any) -> ParallelPlan:
+        """PlanError names the field that is wrong."""
+        if not isinstance(record, Mapping) or record.get("format") != "autopar-plan":
+            raise PlanError('not a plan: a plan is a JSON object with "format": "autopar-plan"')
+        version = record.get("version")
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"the plan has version {version!r}, this autopar reads version {PLAN_VERSION}: make the "
+                "plan again with `autopar plan`"
+            )
+        fields = {key: value for key, value in record.items() if key != "format"}
+        plan: ParallelPlan = _decode(cls, fields, "plan")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON; equal plans give equal bytes."""
+        text = json.dumps(self.to_json(), indent=1, sort_keys=True)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ParallelPlan:
+        """PlanError where the file is missing, not JSON, or not a plan of this version."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_json(record)
+
+
+def _check_plan(plan: ParallelPlan) -> None:
+    """Stages cover the layers in order and the ranks once."""
+    if not plan.stages:
+        raise PlanError("a plan has at least one stage")
+    if plan.num_microbatches < 1:
+        raise PlanError(f"a plan has at least one microbatch: got {plan.num_microbatches}")
+    expected = 0
+    for index, stage in enumerate(plan.stages):
+        if stage.first_layer != expected or stage.last_layer < stage.first_layer:
+            raise PlanError(
+                f"stage {index} has layers {stage.first_layer} to {stage.last_layer}, expected to start "
+                f"at {expected}: stages cover the layers in order"
+            )
+        expected = stage.last_layer + 1
+        size = 1
+        for axis in stage.axis_sizes:
+            size *= axis
+        if size != len(stage.devices) or len(stage.axis_sizes) != len(stage.crosses_nodes):
+            raise PlanError(
+                f"stage {index}: mesh {stage.axis_sizes} does not have {len(stage.devices)} devices"
+            )
+    if expected != len(plan.layer_names):
+        raise PlanError(f"the stages hold {expected} layers, the model has {len(plan.layer_names)}")
+    ranks = sorted(rank for stage in plan.stages for rank in stage.devices)
+    if ranks != list(range(len(ranks))):
+        raise PlanError(f"the stages use the ranks {ranks}: each of 0..n-1 belongs to one stage")
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(v) for v in value]
+    return value
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as `kind`, a dataclass, enum, tuple, mapping or scalar type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if kind is Any:
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise PlanError(f"{where} is a list: got {_short(value)}")
+        return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (Mapping, dict) or origin is getattr(types, "MappingProxyType", None):
+        if not isinstance(value, Mapping):
+            raise PlanError(f"{where} is an object: got {_short(value)}")
+        return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            choices = ", ".join(str(m.value) for m in kind)
+            raise PlanError(f"{where} is one of {choices}: got {_short(value)}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise PlanError(f"{where} is a {kind.__name__}: got {_short(value)}")
+    return value
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise PlanError(f"{where} is an object: got {_short(value)}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    unknown, missing = sorted(set(value) - set(names)), sorted(set(names) - set(value))
+    if unknown or missing:
+        raise PlanError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,560 @@
+"""The search: from a captured graph and a cluster to a plan.
+
+    layers      graph.layers, unless the graph has them
+    recompute   the policies in order of cost, until one fits
+    points      per distinct layer and mesh view: solutions from fast to small (intraop.compose)
+    stage cut   inter-op dynamic program over layers x submeshes, per number of stages
+    exact       the best few cuts: every stage's whole integer program under the budget
+    simulate    the actual schedule, event by event; the plan is what simulates best
+
+The result is deterministic: it depends on the graph, the cluster and the options only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autopar.errors import AutoparError, MeshError, NoFeasiblePlan, OptionError
+from autopar.estimate import MeshCosts
+from autopar.graph.layers import cluster_layers, layer_classes
+from autopar.graph.program import Graph, InputKind, Phase
+from autopar.interop import dp
+from autopar.interop.problem import InterOpProblem
+from autopar.intraop.build import StageContext
+from autopar.intraop.compose import Point, boundary_bytes, layer_points, stage_table
+from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.layout import layout_text
+from autopar.lowering.lower import PreparedStage, prepare_stage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import cut_stages, parameter_owners, parameter_sources, stage_graph
+from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
+from autopar.options import SearchOptions
+from autopar.plan import (
+    ParallelPlan,
+    ParameterPlacement,
+    Remat,
+    SearchRecord,
+    StagePlan,
+)
+from autopar.schedule import ActionKind, build_schedule, in_flight_count
+from autopar.sharding.registry import RuleTable
+from autopar.simulate import StageCost, Timeline, Transfer, simulate
+from cost_models import Cluster
+
+_LOG = logging.getLogger(__name__)
+_GIB = 2.0**30
+_REMAT_ORDER = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds by pass, and the deadline."""
+
+    limit_s: float
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def passes(self, name: str, detail: str = "") -> Iterator[None]:
+        self.progress(f"{name} {detail}".strip())
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed = time.monotonic() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    @property
+    def left_s(self) -> float:
+        return max(0.05, self.limit_s - (time.monotonic() - self.started))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recomputed:
+    """The graph under one recompute policy, its joint rules, and one prepared graph per layer class."""
+
+    remat: Remat
+    graph: Graph
+    table: RuleTable
+    classes: tuple[int, ...]
+    prepared: Mapping[int, PreparedStage]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Stages of a candidate: first layers, submesh of each, and the table's view for each."""
+
+    first_layers: tuple[int, ...]
+    submeshes: tuple[Submesh, ...]
+    views: tuple[tuple[LogicalMesh, ...], ...]  # of each stage, best first
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    cut: _Cut
+    stages: tuple[StageSolution, ...]
+    timeline: Timeline
+    step_s: float
+
+
+def make_plan(
+    graph: Graph,
+    cluster: Cluster,
+    *,
+    num_microbatches: int = 1,
+    budget_bytes: float | None = None,
+    options: SearchOptions = SearchOptions(),
+    progress: Progress = lambda _: None,
+) -> ParallelPlan:
+    """The plan that simulates best. graph: at the shape of one microbatch.
+
+    budget_bytes: per device; by default options.budget_fraction of the device's memory.
+    Raises NoFeasiblePlan where nothing fits, OptionError where pins cannot be honoured.
+    """
+    clock = _Clock(options.time_limit_s, progress)
+    fingerprint = graph.fingerprint()
+    if not graph.layer_names:
+        with clock.passes("layers"):
+            graph = cluster_layers(graph, options.num_layers)
+            fingerprint = graph.fingerprint()
+    if budget_bytes is None:
+        budget_bytes = cluster.groups[0].device.memory_bytes * options.budget_fraction
+    search = _Search(graph, cluster, num_microbatches, budget_bytes, options, clock)
+    policies = _REMAT_ORDER if options.remat is None else (options.remat,)
+    failures: list[NoFeasiblePlan] = []
+    for remat in policies:
+        try:
+            recomputed, candidates = search.run(remat)
+        except NoFeasiblePlan as error:
+            _LOG.info("remat %s: %s", remat, error)
+            failures.append(error)
+            continue
+        return search.plan(fingerprint, recomputed, candidates, failures)
+    raise failures[-1]
+
+
+class _Search:
+    """One call of make_plan."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        num_microbatches: int,
+        budget_bytes: float,
+        options: SearchOptions,
+        clock: _Clock,
+    ) -> None:
+        self.graph, self.cluster = graph, cluster
+        self.num_microbatches, self.budget_bytes = num_microbatches, budget_bytes
+        self.options, self.clock = options, clock
+        self.submeshes, self.views = _allowed_views(cluster, options)
+        self.costs: dict[LogicalMesh, MeshCosts] = {}
+
+    def mesh_costs(self, mesh: LogicalMesh) -> MeshCosts:
+        if mesh not in self.costs:
+            self.costs[mesh] = MeshCosts(self.cluster, mesh, self.options.optimizer)
+        return self.costs[mesh]
+
+    # ---- passes
+
+    def run(self, remat: Remat) -> tuple[_Recomputed, list[_Candidate]]:
+        with self.clock.passes("recompute", remat):
+            recomputed = self.recompute(remat)
+        cuts = self.stage_cuts(recomputed)
+        candidates: list[_Candidate] = []
+        failures: list[NoFeasiblePlan] = []
+        for cut in cuts:
+            if candidates and self.clock.left_s < 1.0:
+                break
+            try:
+                candidates.append(self.solve_cut(recomputed, cut))
+            except NoFeasiblePlan as error:
+                failures.append(error)
+        if not candidates:
+            raise failures[0]
+        candidates.sort(key=lambda c: c.step_s)
+        if any(s.gap > self.options.target_gap for s in candidates[0].stages):
+            candidates[0] = self.solve_cut(recomputed, candidates[0].cut, proven=True)
+            candidates.sort(key=lambda c: c.step_s)
+        return recomputed, candidates
+
+    def recompute(self, remat: Remat) -> _Recomputed:
+        classes = layer_classes(self.graph)
+        graph = apply_recompute(self.graph, remat)
+        table = RuleTable(graph)
+        prepared: dict[int, PreparedStage] = {}
+        for layer, kind in enumerate(classes):
+            if kind not in prepared:
+                prepared[kind] = prepare_stage(stage_graph(graph, layer, layer), table.dims)
+        return _Recomputed(remat, graph, table, classes, prepared)
+
+    def stage_cuts(self, recomputed: _Recomputed) -> list[_Cut]:
+        """The best stage cut for each number of stages, the fastest first."""
+        num_layers = len(self.graph.layer_names)
+        if self._only_one_stage(num_layers):
+            submesh = self.submeshes[-1]
+            return [_Cut((0,), (submesh,), (self.views[submesh],), 0.0)]
+        with self.clock.passes("layer points"):
+            points = {
+                view: self._points(recomputed, view)
+                for submesh in self.submeshes
+                for view in self.views[submesh]
+            }
+        with self.clock.passes("stage cut"):
+            return self._inter_op(recomputed, points)
+
+    def _only_one_stage(self, num_layers: int) -> bool:
+        pinned = self.options.num_stages == 1
+        whole = [s for s in self.submeshes if s.num_devices == self.cluster.num_devices]
+        return bool(whole) and (pinned or num_layers == 1 or self.cluster.num_devices == 1)
+
+    def _points(self, recomputed: _Recomputed, view: LogicalMesh) -> list[tuple[Point, ...]]:
+        """Points of each layer on one view; equal layers are solved once."""
+        context = StageContext(self.num_microbatches)
+        by_class: dict[int, tuple[Point, ...]] = {}
+        roomy = True
+        for kind, stage in recomputed.prepared.items():
+            by_class[kind] = layer_points(
+                stage.graph, stage.table, self.mesh_costs(view), context, prices=(0.0,)
+            )
+        flight = self._max_in_flight()
+        need = sum(
+            by_class[kind][0].standing_bytes + flight * by_class[kind][0].saved_bytes
+            for kind in recomputed.classes
+        ) + max(p[0].transient_bytes for p in by_class.values())
+        roomy = need <= self.budget_bytes
+        if not roomy:  # memory may bind somewhere: the whole frontier
+            for kind, stage in recomputed.prepared.items():
+                self.clock.progress(f"layer points {view}, layer class {kind}")
+                by_class[kind] = layer_points(
+                    stage.graph, stage.table, self.mesh_costs(view), context
+                )
+        return [by_class[kind] for kind in recomputed.classes]
+
+    def _max_in_flight(self) -> int:
+        limit = self.options.num_stages or len(self.graph.layer_names)
+        return in_flight_count(self.options.schedule, limit, self.num_microbatches)
+
+    def _inter_op(
+        self, recomputed: _Recomputed, points: Mapping[LogicalMesh, list[tuple[Point, ...]]]
+    ) -> list[_Cut]:
+        num_layers = len(self.graph.layer_names)
+        limit = min(num_layers, self.cluster.num_devices, self.options.num_stages or num_layers)
+        flights = [
+            in_flight_count(self.options.schedule, s + 1, self.num_microbatches)
+            for s in range(limit)
+        ]
+        rows = sorted(set(flights))
+        tables = {
+            view: stage_table(layers, rows, self.budget_bytes) for view, layers in points.items()
+        }
+        choices = [(s, v) for s in self.submeshes for v in self.views[s]]
+        seconds = np.stack([tables[v] for _, v in choices], axis=-1)
+        crossing = boundary_bytes(recomputed.graph)
+        transfers = np.array(
+            [
+                [self.mesh_costs(v).receive_seconds(b / s.num_devices) if b else 0.0 for s, v in choices]
+                for b in crossing
+            ]
+        )
+        problem = InterOpProblem(
+            num_layers=num_layers,
+            num_devices=self.cluster.num_devices,
+            submesh_devices=tuple(s.num_devices for s, _ in choices),
+            num_microbatches=self.num_microbatches,
+            stage_seconds=seconds,
+            transfer_seconds=transfers,
+            in_flight=tuple(rows.index(f) + 1 for f in flights),
+            max_stages=limit,
+        )
+        pinned = self.options.num_stages
+        counts = [pinned] if pinned else range(1, limit + 1)
+        cuts: list[_Cut] = []
+        failures: list[NoFeasiblePlan] = []
+        for count in counts:
+            try:
+                found = dp.solve(problem.with_stages(count))
+            except NoFeasiblePlan as error:
+                failures.append(error)
+                continue
+            cuts.append(self._cut(found, choices, seconds))
+        if not cuts:
+            raise failures[0]
+        return sorted(cuts, key=lambda c: c.seconds)[: self.options.candidates]
+
+    def _cut(
+        self,
+        found: dp.InterOpSolution,
+        choices: Sequence[tuple[Submesh, LogicalMesh]],
+        seconds: np.ndarray,
+    ) -> _Cut:
+        """The two best views of each stage's submesh, best first."""
+        views = []
+        for stage in found.stages:
+            submesh = choices[stage.submesh][0]
+            row = stage.in_flight - 1
+            ranked = sorted(
+                (float(seconds[row, stage.first_layer, stage.last_layer, m]), m)
+                for m, (s, _) in enumerate(choices)
+                if s == submesh
+            )
+            views.append(tuple(choices[m][1] for t, m in ranked[:2] if np.isfinite(t)))
+        return _Cut(
+            tuple(s.first_layer for s in found.stages),
+            tuple(choices[s.submesh][0] for s in found.stages),
+            tuple(views),
+            found.seconds,
+        )
+
+    def solve_cut(
+        self, recomputed: _Recomputed, cut: _Cut, *, proven: bool = False
+    ) -> _Candidate:
+        """Solution of every stage of a cut, on its best views, and the simulated step. proven: a gap
+        above the target goes to the MIP backend."""
+        label = f"{len(cut.first_layers)} stage(s)"
+        with self.clock.passes("exact stages", label):
+            graphs = cut_stages(recomputed.graph, cut.first_layers)
+            owners = parameter_owners(graphs)
+            stages = tuple(
+                self._solve_stage(
+                    prepare_stage(graph, recomputed.table.dims),
+                    cut.views[index],
+                    index,
+                    len(graphs),
+                    frozenset(o for o, stage in owners.items() if stage == index),
+                    proven,
+                )
+                for index, graph in enumerate(graphs)
+            )
+        with self.clock.passes("simulate", label):
+            timeline = simulate_stages(
+                graphs, stages, self.options, self.num_microbatches
+            )
+        return _Candidate(cut, stages, timeline, timeline.step_s)
+
+    def _solve_stage(
+        self,
+        stage: PreparedStage,
+        views: Sequence[LogicalMesh],
+        index: int,
+        num_stages: int,
+        owned: frozenset[str],
+        proven: bool,
+    ) -> StageSolution:
+        flight = in_flight_count(
+            self.options.schedule, num_stages - index, self.num_microbatches
+        )
+        pins = {k: v for k, v in self.options.placements.items()}
+        context = StageContext(self.num_microbatches, flight, owned, pins)
+        options = SolverOptions(
+            self.options.solver, self.clock.left_s, self.options.target_gap, proven
+        )
+        best: StageSolution | None = None
+        failures: list[NoFeasiblePlan] = []
+        for view in views:
+            try:
+                found = solve_stage(
+                    stage.graph,
+                    stage.table,
+                    self.mesh_costs(view),
+                    context,
+                    budget_bytes=self.budget_bytes,
+                    options=options,
+                )
+            except NoFeasiblePlan as error:
+                failures.append(error)
+                continue
+            if best is None or found.seconds < best.seconds:
+                best = found
+        if best is None:
+            raise NoFeasiblePlan(
+                f"stage {index} of {num_stages}: {failures[0]}",
+                least_bytes=failures[0].least_bytes,
+            )
+        return best
+
+    # ---- the answer
+
+    def plan(
+        self,
+        fingerprint: str,
+        recomputed: _Recomputed,
+        candidates: Sequence[_Candidate],
+        failures: Sequence[AutoparError],
+    ) -> ParallelPlan:
+        best = candidates[0]
+        graphs = cut_stages(recomputed.graph, best.cut.first_layers)
+        devices = place_stages(best.cut.submeshes, self.cluster)
+        bounds = [*best.cut.first_layers[1:], len(self.graph.layer_names)]
+        stages = tuple(
+            _stage_plan(
+                prepare_stage(graph, recomputed.table.dims),
+                solution,
+                (best.cut.first_layers[i], bounds[i] - 1),
+                devices[i],
+            )
+            for i, (graph, solution) in enumerate(zip(graphs, best.stages, strict=True))
+        )
+        notes = tuple(f"remat {_REMAT_ORDER[i]} did not fit: {e}" for i, e in enumerate(failures))
+        record = SearchRecord(
+            seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
+            objective_s=sum(s.seconds for s in best.stages),
+            bound_s=sum(s.bound for s in best.stages),
+            notes=notes,
+            candidates=tuple(_describe(c) for c in candidates),
+        )
+        return ParallelPlan(
+            graph=fingerprint,
+            cluster_text=str(self.cluster),
+            cluster=self.cluster.to_dict(),
+            num_microbatches=self.num_microbatches,
+            schedule=self.options.schedule,
+            remat=recomputed.remat,
+            layer_names=self.graph.layer_names,
+            stages=stages,
+            step_s=best.step_s,
+            bubble=best.timeline.bubble_fraction,
+            budget_bytes=self.budget_bytes,
+            search=record,
+            fallbacks=dict(sorted(Counter(recomputed.table.fallbacks.values()).items())),
+        )
+
+
+def _describe(candidate: _Candidate) -> str:
+    meshes = ", ".join(
+        f"layers {first}.. on {stage.mesh}"
+        for first, stage in zip(candidate.cut.first_layers, candidate.stages, strict=True)
+    )
+    return f"{candidate.step_s * 1e3:.2f} ms: {len(candidate.stages)} stage(s): {meshes}"
+
+
+def _allowed_views(
+    cluster: Cluster, options: SearchOptions
+) -> tuple[tuple[Submesh, ...], Mapping[Submesh, tuple[LogicalMesh, ...]]]:
+    """Submeshes and their views, within the pins."""
+    found: dict[Submesh, tuple[LogicalMesh, ...]] = {}
+    for submesh in submeshes(cluster):
+        views = logical_meshes(submesh, options.max_axes)
+        if options.mesh_shape is not None:
+            size = int(np.prod(options.mesh_shape))
+            crosses = submesh.num_nodes > 1
+            views = ()
+            if size == submesh.num_devices:
+                first = (crosses, *([False] * (len(options.mesh_shape) - 1)))
+                views = (LogicalMesh(options.mesh_shape, first),)
+        if views:
+            found[submesh] = views
+    if not found:
+        raise OptionError(
+            f"mesh_shape {options.mesh_shape} is no submesh of {cluster}: submeshes have "
+            f"{', '.join(str(s.num_devices) for s in submeshes(cluster))} devices"
+        )
+    return tuple(found), found
+
+
+def simulate_stages(
+    graphs: Sequence[Graph],
+    stages: Sequence[StageSolution],
+    options: SearchOptions,
+    num_microbatches: int,
+) -> Timeline:
+    """Plays the schedule with the stages' predicted costs."""
+    costs = []
+    for stage in stages:
+        p = stage.prediction
+        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
+        costs.append(
+            StageCost(
+                forward_s=p.forward_s,
+                backward_s=p.backward_s,
+                step_s=p.step_s,
+                rest_bytes=int(standing),
+                saved_bytes_per_microbatch=int(p.saved_bytes),
+                transient_bytes=int(p.transient_bytes),
+            )
+        )
+    schedule = build_schedule(options.schedule, len(stages), num_microbatches)
+    return simulate(schedule, costs, _transfers(graphs, stages))
+
+
+def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
+    """Seconds between each pair of stages per microbatch and direction."""
+    sender = {
+        out.target: index
+        for index, graph in enumerate(graphs)
+        for out in graph.outputs
+        if out.kind == "sent"
+    }
+    seconds: dict[tuple[int, int, Phase], float] = {}
+    for index, graph in enumerate(graphs):
+        for inp in graph.inputs_of(InputKind.RECEIVED):
+            key = (sender[inp.target], index, inp.phase)
+            seconds[key] = seconds.get(key, 0.0) + stages[index].receive_s[inp.name]
+    kinds = {Phase.FORWARD: ActionKind.FORWARD, Phase.BACKWARD: ActionKind.BACKWARD}
+    return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
+
+
+def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node never
+    straddles two (Alpa, OSDI'22, theorem 1)."""
+    order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
+    placed: dict[int, tuple[int, ...]] = {}
+    start = 0
+    for index in order:
+        size = stages[index].num_devices
+        placed[index] = tuple(range(start, start + size))
+        start += size
+    if start != cluster.num_devices:
+        raise MeshError(f"the stages use {start} of the {cluster.num_devices} devices of {cluster}")
+    return tuple(placed[i] for i in range(len(stages)))
+
+
+def _stage_plan(
+    stage: PreparedStage,
+    solution: StageSolution,
+    layers: tuple[int, int],
+    devices: tuple[int, ...],
+) -> StagePlan:
+    """The solution as texts."""
+    graph, dims = stage.graph, stage.table.dims
+    sources = parameter_sources(graph)
+    parameters = {}
+    for inp in graph.inputs_of(InputKind.PARAMETER):
+        own = dims[inp.ref]
+        rest = solution.parameters[sources[inp.owner]].rest
+        step = solution.parameters[inp.name].step
+        parameters[inp.name] = ParameterPlacement(layout_text(own, rest), layout_text(own, step))
+    inputs = {
+        i.name: layout_text(dims[i.ref], solution.inputs[i.name])
+        for i in graph.inputs
+        if i.kind in (InputKind.BATCH, InputKind.RECEIVED)
+    }
+    outputs = {
+        o.target: layout_text(dims[o.ref], solution.outputs[o.target])
+        for o in graph.outputs
+        if o.target in solution.outputs
+    }
+    return StagePlan(
+        first_layer=layers[0],
+        last_layer=layers[1],
+        axis_sizes=solution.mesh.axis_sizes,
+        crosses_nodes=solution.mesh.crosses_nodes,
+        devices=devices,
+        strategies={name: s.text for name, s in solution.strategies.items()},
+        parameters=parameters,
+        inputs=inputs,
+        outputs=outputs,
+        prediction=solution.prediction,
+    )

@@ -1,0 +1,49 @@
+"""Gradients summed over microbatches, in place, in the layout in which backward makes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from autopar.runtime.interpreter import Shards
+
+
+class Accumulator:
+    """Sums of gradients by name. The first microbatch's tensors become the sums where they are this
+    object's alone; one that shares its storage with another value of the program is copied."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Shards] = {}
+
+    def add(self, outputs: Mapping[str, Shards], names: Sequence[str], *, reused: bool) -> None:
+        """outputs: all that backward made. reused: other microbatches follow."""
+        if self._sums:
+            for name in names:
+                for total, gradient in zip(self._sums[name], outputs[name], strict=True):
+                    total.add_(gradient)
+            return
+        if not reused:
+            self._sums = {name: outputs[name] for name in names}
+            return
+        owners = Counter(_storage(t) for shards in outputs.values() for t in shards)
+        self._sums = {
+            name: [g if _is_own(g, owners) else g.clone() for g in outputs[name]] for name in names
+        }
+
+    def take(self) -> dict[str, Shards]:
+        """The sums, which are then the caller's."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_own(tensor: Tensor, owners: Counter[int]) -> bool:
+    """Whether nothing else can see an addition in place. A view of a larger storage may be of a value
+    that is kept elsewhere, such as a saved one."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return whole and tensor.is_contiguous() and owners[_storage(tensor)] == 1

@@ -1,0 +1,123 @@
+"""What the programs of one microbatch read: rows of the batch, the seed, parts of whole tensors.
+
+A leaf of the batch belongs to the microbatches where its dim 0 is num_microbatches times the one that
+was captured: microbatch m then reads rows m n to (m + 1) n - 1. A leaf of the captured shape is read
+whole by each of them. Parts are views wherever strides allow it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from autopar.errors import BatchError
+from autopar.graph.program import TensorMeta
+from autopar.layout import REPLICATE, Dims, Layout, atom_offsets, local_atoms, local_shape
+from autopar.lowering.program import Port
+from autopar.mesh import LogicalMesh
+from autopar.ops.random import mix_int
+
+_MICROBATCH_SALT = 0x9E3779B9  # golden ratio: any odd word separates the microbatches
+
+
+def microbatch_seed(seed: int, microbatch: int) -> int:
+    """The seed that the random operators of one microbatch read, an int32: a hash of the step's seed
+    and the number of the microbatch. Every reference execution uses it too."""
+    word = mix_int(mix_int(seed) + mix_int(seed >> 32) + (microbatch + 1) * _MICROBATCH_SALT)
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def local_part(
+    whole: Tensor, dims: Dims, layout: Layout, mesh: LogicalMesh, coords: tuple[int, ...]
+) -> Tensor:
+    """The shard of a whole tensor at these coordinates: a view where strides allow it, else a copy
+    of the part only. Pre: no pending sum in the layout."""
+    sizes = mesh.axis_sizes
+    lengths = local_atoms(dims, layout, sizes)
+    flat = [atom for dim in dims for atom in dim]
+    if list(lengths) == flat:
+        return whole
+    part = whole.reshape(flat)
+    offsets = atom_offsets(dims, layout, sizes)
+    for number, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        if length != flat[number]:
+            part = part.narrow(number, offset.at(coords), length)
+    return part.reshape(local_shape(dims, layout, sizes))
+
+
+def row_range(port: Port, mesh: LogicalMesh, coords: tuple[int, ...]) -> tuple[int, int]:
+    """(start, length) of the rows of dim 0 of a microbatch that these coordinates hold."""
+    if not port.meta.shape:
+        return 0, 0
+    atoms = port.dims[0]
+    if not atoms:
+        return 0, port.meta.shape[0]
+    lengths = local_atoms(port.dims, port.layout, mesh.axis_sizes)
+    if any(port.layout[axis] in range(1, len(atoms)) for axis in range(mesh.num_axes)):
+        return 0, port.meta.shape[0]  # an inner part of dim 0 is sharded: rows are scattered
+    inner = math.prod(atoms[1:])
+    start = atom_offsets(port.dims, port.layout, mesh.axis_sizes)[0].at(coords)
+    return start * inner, lengths[0] * inner
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFeed:
+    """The batch of one step.
+
+    leaves: by graph input name. sliced: names of those that are cut into microbatches along dim 0.
+    rows: None where the leaves hold all rows of the batch; else the rows of each microbatch that they
+    hold, in order, the same ones for every microbatch.
+    """
+
+    leaves: Mapping[str, Tensor]
+    sliced: frozenset[str]
+    num_microbatches: int
+    rows: tuple[int, ...] | None = None
+
+    def part(
+        self, name: str, port: Port, mesh: LogicalMesh, coords: tuple[int, ...], microbatch: int
+    ) -> Tensor:
+        """What one rank reads of a leaf in one microbatch."""
+        leaf = self.leaves[name]
+        if name not in self.sliced:
+            return local_part(leaf, port.dims, port.layout, mesh, coords)
+        held = port.meta.shape[0] if self.rows is None else len(self.rows)
+        part = leaf.narrow(0, microbatch * held, held)
+        if self.rows is None:
+            return local_part(part, port.dims, port.layout, mesh, coords)
+        start, length = row_range(port, mesh, coords)
+        dims: Dims = ((length,) if length != 1 else (), *port.dims[1:])
+        layout = _without_dim_0(port.dims, port.layout, len(dims[0]))
+        rows = part.narrow(0, self.rows.index(start), length)
+        return local_part(rows, dims, layout, mesh, coords)
+
+
+def whole_feed(
+    leaves: Mapping[str, Tensor], metas: Mapping[str, TensorMeta], num_microbatches: int
+) -> BatchFeed:
+    """The feed of a whole global batch. metas: of the leaves in one microbatch. BatchError where a
+    leaf has neither the shape of a microbatch nor that of num_microbatches of them."""
+    sliced = set()
+    for name, leaf in leaves.items():
+        want = metas[name]
+        shape = tuple(leaf.shape)
+        whole = (want.shape[0] * num_microbatches, *want.shape[1:]) if want.shape else ()
+        if leaf.dtype != want.dtype or shape not in (whole, want.shape):
+            raise BatchError(
+                f"batch input {name!r} is {TensorMeta(shape, leaf.dtype)}, expected "
+                f"{TensorMeta(whole, want.dtype)}: {num_microbatches} microbatches of {want}"
+            )
+        if shape == whole and want.shape:
+            sliced.add(name)
+    return BatchFeed(leaves, frozenset(sliced), num_microbatches)
+
+
+def _without_dim_0(dims: Dims, layout: Layout, left: int) -> Layout:
+    """The layout of a tensor whose dim 0 is already cut and has `left` atoms."""
+    gone = len(dims[0])
+    return tuple(
+        REPLICATE if 0 <= p < gone else p if p < 0 else p - gone + left for p in layout
+    )

@@ -1,0 +1,122 @@
+"""Plays a local program, for one rank or for all ranks of a mesh in lockstep.
+
+Every value is a list with one tensor per rank that this process plays: one in a real job, all of them
+on the virtual mesh. Collectives get the whole list, so both worlds run the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from autopar.graph.program import Ref
+from autopar.layout import Offset
+from autopar.lowering.program import Communicate, LocalProgram
+
+Shards = list[Tensor]
+
+
+class Collectives(Protocol):
+    """Collectives over one axis of one stage's mesh, on the shards that this process plays."""
+
+    def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards: ...
+
+
+class ProgramPlayer(Protocol):
+    """Plays one program. `inputs` is emptied: whoever still needs a value keeps it elsewhere, and
+    every other one is freed after its last reader."""
+
+    def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]: ...
+
+
+class InterpretedProgram:
+    """A program with what each run of it needs anew: constants on the device, last uses."""
+
+    def __init__(
+        self,
+        program: LocalProgram,
+        *,
+        coordinates: Sequence[tuple[int, ...]],
+        collectives: Collectives,
+        device: torch.device,
+    ) -> None:
+        self._program = program
+        self._last_uses = program.last_uses()
+        self._coordinates = tuple(coordinates)
+        self._collectives = collectives
+        self._device = device
+        self._constants = {name: t.to(device) for name, t in program.constants.items()}
+
+    def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
+        values: dict[str, list[Any]] = {
+            port.ref.name: inputs.pop(key) for key, port in self._program.inputs.items()
+        }
+        inputs.clear()
+        for name, tensor in self._constants.items():
+            values[name] = [tensor] * len(self._coordinates)
+        for instruction, dead in zip(self._program.body, self._last_uses, strict=True):
+            if isinstance(instruction, Communicate):
+                values[instruction.name] = self._collectives.run(
+                    instruction.op,
+                    _read(values, instruction.operand),
+                    instruction.axis,
+                    instruction.reduce,
+                )
+            else:
+                values[instruction.name] = [
+                    instruction.target(
+                        *_bind(instruction.args, values, rank, coords),
+                        **_bind_kwargs(instruction.kwargs, values, rank, coords, self._device),
+                    )
+                    for rank, coords in enumerate(self._coordinates)
+                ]
+            for name in dead:
+                values.pop(name, None)
+        return {key: _read(values, port.ref) for key, port in self._program.outputs.items()}
+
+
+def run_program(
+    program: LocalProgram,
+    inputs: Mapping[str, Shards],
+    *,
+    coordinates: Sequence[tuple[int, ...]],
+    collectives: Collectives,
+    device: torch.device,
+) -> dict[str, Shards]:
+    """Outputs by key, of a program that is run once. coordinates: of each rank played."""
+    player = InterpretedProgram(
+        program, coordinates=coordinates, collectives=collectives, device=device
+    )
+    return player(dict(inputs))
+
+
+def _read(values: Mapping[str, list[Any]], ref: Ref) -> Shards:
+    return [v[ref.index] if isinstance(v, (tuple, list)) else v for v in values[ref.name]]
+
+
+def _bind(tree: Any, values: Mapping[str, list[Any]], rank: int, coords: tuple[int, ...]) -> Any:
+    """The arguments of one rank."""
+    if isinstance(tree, Ref):
+        value = values[tree.name][rank]
+        return value[tree.index] if isinstance(value, (tuple, list)) else value
+    if isinstance(tree, Offset):
+        return tree.at(coords)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_bind(item, values, rank, coords) for item in tree)
+    return tree
+
+
+def _bind_kwargs(
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, list[Any]],
+    rank: int,
+    coords: tuple[int, ...],
+    device: torch.device,
+) -> dict[str, Any]:
+    bound = {key: _bind(item, values, rank, coords) for key, item in kwargs.items()}
+    if bound.get("device") is not None:  # captured on fake cpu
+        bound["device"] = device
+    return bound

@@ -1,0 +1,134 @@
+"""Which transfers a stage takes part in, when, and how tiles are cut from and put into shards.
+
+Between two stages values go through one FIFO channel per direction. Both sides find the same order
+here: parameters, then per action the values in the order of `LoweredPlan.transfers`, then gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autopar.graph.program import Phase
+from autopar.layout import local_atoms, local_shape
+from autopar.lowering.lower import LoweredPlan, LoweredStage
+from autopar.lowering.transfer import Tile, Transfer, make_tiles
+from autopar.mesh import LogicalMesh
+from autopar.runtime.interpreter import Shards
+
+Route = tuple[Transfer, ...]
+
+
+class Transport(Protocol):
+    """Moves values between stages for the ranks that this process plays. A send never blocks; a
+    receive blocks until the value has been sent."""
+
+    def send(self, transfers: Route, values: Sequence[Shards]) -> None: ...
+
+    def receive(self, transfers: Route) -> list[Shards]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageRoutes:
+    """Transfers of one stage, out and in: parameters that it lends and borrows (fetch), values of
+    forward and of backward, gradients of borrowed parameters (give back)."""
+
+    fetch_out: Route
+    fetch_in: Route
+    forward_out: Route
+    forward_in: Route
+    backward_out: Route
+    backward_in: Route
+    return_out: Route
+    return_in: Route
+
+
+def stage_routes(lowered: LoweredPlan, stage: int) -> StageRoutes:
+    """The routes of one stage. O(transfers)."""
+    returns = gradient_returns(lowered)
+    once = tuple(t for t in lowered.transfers if t.phase is None)
+    forward = tuple(t for t in lowered.transfers if t.phase is Phase.FORWARD)
+    backward = tuple(t for t in lowered.transfers if t.phase is Phase.BACKWARD)
+    pairs = [
+        (
+            tuple(t for t in group if t.source_stage == stage),
+            tuple(t for t in group if t.target_stage == stage),
+        )
+        for group in (once, forward, backward, returns)
+    ]
+    return StageRoutes(*(route for pair in pairs for route in pair))
+
+
+def gradient_returns(lowered: LoweredPlan) -> Route:
+    """The way back of each borrowed parameter whose gradient the borrower makes."""
+    return tuple(
+        Transfer(
+            source_key=t.target_key,
+            target_key=t.source_key,
+            source_stage=t.target_stage,
+            target_stage=t.source_stage,
+            phase=None,
+            meta=t.meta,
+            dims=t.dims,
+            source_layout=t.target_layout,
+            target_layout=t.source_layout,
+            tiles=make_tiles(
+                t.dims,
+                t.target_layout,
+                lowered.stages[t.target_stage].mesh,
+                t.source_layout,
+                lowered.stages[t.source_stage].mesh,
+            ),
+        )
+        for t in lowered.transfers
+        if t.phase is None and t.target_key in sources_with_gradient(lowered.stages[t.target_stage])
+    )
+
+
+def sources_with_gradient(stage: LoweredStage) -> set[str]:
+    """Parameter inputs at rest for which the stage makes a gradient, through any of their uses."""
+    made = set(stage.gradients)
+    return {p.source for p in stage.parameters if p.name in made}
+
+
+def channels(lowered: LoweredPlan) -> tuple[tuple[int, int], ...]:
+    """Ordered pairs of stages between which something is sent, in one order for all ranks."""
+    every = (*lowered.transfers, *gradient_returns(lowered))
+    return tuple(sorted({(t.source_stage, t.target_stage) for t in every}))
+
+
+def cut_tile(shard: Tensor, transfer: Transfer, mesh: LogicalMesh, tile: Tile) -> Tensor:
+    """The part of a sender's shard that a tile names, in atoms: a view where strides allow it."""
+    part = shard.reshape(local_atoms(transfer.dims, transfer.source_layout, mesh.axis_sizes))
+    for atom, (start, length) in enumerate(tile.source_window):
+        part = part.narrow(atom, start, length)
+    return part
+
+
+def tile_shape(tile: Tile) -> tuple[int, ...]:
+    return tuple(length for _, length in tile.target_window)
+
+
+def join_tiles(
+    transfer: Transfer,
+    mesh: LogicalMesh,
+    tiles: Sequence[tuple[Tile, Tensor]],
+    device: torch.device,
+) -> Tensor:
+    """A receiver's shard from all of its tiles. A single tile is the shard."""
+    sizes = mesh.axis_sizes
+    shape = local_shape(transfer.dims, transfer.target_layout, sizes)
+    if len(tiles) == 1:
+        return tiles[0][1].reshape(shape)
+    atoms = local_atoms(transfer.dims, transfer.target_layout, sizes)
+    whole = torch.empty(atoms, dtype=transfer.meta.dtype, device=device)
+    for tile, value in tiles:
+        window = whole
+        for atom, (start, length) in enumerate(tile.target_window):
+            window = window.narrow(atom, start, length)
+        window.copy_(value)
+    return whole.reshape(shape)

@@ -1,0 +1,126 @@
+"""The virtual mesh: all ranks of a logical mesh in one process, collectives included."""
+
+from __future__ import annotations
+
+import torch
+
+from autopar.errors import InternalError, VerificationError
+from autopar.layout import (
+    PARTIAL,
+    REPLICATE,
+    Dims,
+    Layout,
+    atom_offsets,
+    local_atoms,
+    local_shape,
+    shape_of,
+)
+from autopar.lowering.program import CollectiveOp
+from autopar.mesh import LogicalMesh
+from autopar.runtime.interpreter import Shards
+
+_REDUCE = {"sum": torch.sum, "max": torch.amax}
+
+
+class VirtualCollectives:
+    """Collectives on a list with one shard per rank of the mesh, in rank order."""
+
+    def __init__(self, mesh: LogicalMesh) -> None:
+        self._mesh = mesh
+
+    def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
+        results: list[torch.Tensor | None] = [None] * len(shards)
+        for group in self._mesh.groups(axis):
+            members = [shards[rank] for rank in group]
+            for rank, result in zip(group, _collective(op, members, reduce), strict=True):
+                results[rank] = result
+        return [r for r in results if r is not None]
+
+
+def _collective(op: str, members: Shards, reduce: str) -> Shards:
+    n = len(members)
+    if op == CollectiveOp.ALL_GATHER:
+        whole = torch.cat(members)
+        return [whole] * n
+    if op == CollectiveOp.ALL_TO_ALL:
+        chunks = [m.chunk(n) for m in members]
+        return [torch.cat([row[i] for row in chunks]) for i in range(n)]
+    total = _REDUCE[reduce](torch.stack(members), 0)
+    if op == CollectiveOp.ALL_REDUCE:
+        return [total] * n
+    if op == CollectiveOp.REDUCE_SCATTER:
+        return list(total.chunk(n))
+    raise InternalError(f"no collective {op!r}")
+
+
+def shard(
+    whole: torch.Tensor,
+    dims: Dims,
+    layout: Layout,
+    mesh: LogicalMesh,
+    generator: torch.Generator | None = None,
+) -> Shards:
+    """One shard per rank. A PARTIAL axis splits the value into random summands if a generator is
+    given (integers, so that the split is exact), else coordinate 0 keeps it and the others hold zero."""
+    sizes = mesh.axis_sizes
+    atoms = local_atoms(dims, layout, sizes)
+    offsets = atom_offsets(dims, layout, sizes)
+    shape = local_shape(dims, layout, sizes)
+    view = whole.reshape([a for dim in dims for a in dim])
+    shards = []
+    for rank in range(mesh.num_devices):
+        part = view
+        for number, (offset, length) in enumerate(zip(offsets, atoms, strict=True)):
+            part = part.narrow(number, offset.at(mesh.coordinates(rank)), length)
+        shards.append(part.reshape(shape).clone())
+    for axis, placement in enumerate(layout):
+        if placement == PARTIAL:
+            for group in mesh.groups(axis):
+                _split_sum(shards, group, generator)
+    for rank in range(mesh.num_devices):  # replicas hold the same summand
+        coords = zip(mesh.coordinates(rank), layout, strict=True)
+        shards[rank] = shards[mesh.rank(tuple(0 if p == REPLICATE else c for c, p in coords))]
+    return shards
+
+
+def _split_sum(shards: Shards, group: tuple[int, ...], generator: torch.Generator | None) -> None:
+    """Replaces the value that every rank of the group has by summands of it."""
+    for rank in group[1:]:
+        value = shards[rank]
+        if generator is None:
+            shards[rank] = torch.zeros_like(value)
+        else:
+            shards[rank] = torch.randint(-4, 5, value.shape, generator=generator).to(value.dtype)
+            shards[group[0]] = shards[group[0]] - shards[rank]
+
+
+def unshard(shards: Shards, dims: Dims, layout: Layout, mesh: LogicalMesh) -> torch.Tensor:
+    """The whole tensor from all ranks' shards, pending sums done. VerificationError where replicas
+    differ or a shard has another shape than its layout says."""
+    sizes = mesh.axis_sizes
+    atoms = local_atoms(dims, layout, sizes)
+    offsets = atom_offsets(dims, layout, sizes)
+    flat = [a for dim in dims for a in dim]
+    whole = shards[0].new_zeros(flat)
+    shape = local_shape(dims, layout, sizes)
+    first: dict[tuple[int, ...], torch.Tensor] = {}
+    for rank, local in enumerate(shards):
+        if local.shape != shape:
+            raise VerificationError(f"rank {rank} holds {tuple(local.shape)} instead of {shape}")
+        coords = mesh.coordinates(rank)
+        starts = tuple(o.at(coords) for o in offsets)
+        summand = tuple(c if p == PARTIAL else 0 for c, p in zip(coords, layout, strict=True))
+        twin = first.get((*starts, *summand))
+        if twin is not None:
+            if not torch.allclose(twin, local, equal_nan=True):
+                raise VerificationError(f"rank {rank} holds another value than its replicas")
+            continue
+        first[(*starts, *summand)] = local
+        window = whole
+        for number, (start, length) in enumerate(zip(starts, atoms, strict=True)):
+            window = window.narrow(number, start, length)
+        if PARTIAL in layout:
+            window += local.reshape(atoms)
+        else:
+            window.copy_(local.reshape(atoms))
+    return whole.reshape(shape_of(dims))

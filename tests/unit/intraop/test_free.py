@@ -1,0 +1,54 @@
+"""The whole path without a budget, with the shortcut for small programs switched off."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from autopar.intraop import free
+from autopar.intraop.free import TABLE_LIMIT, Effort, minimise
+from tests.unit.intraop.brute_force import brute_force
+from tests.unit.intraop.random_problems import small_problem
+
+
+def effort(table_limit: int, allow_mip: bool) -> Effort:
+    deadline = time.monotonic() + 20.0
+    return Effort(deadline, target_gap=0.0, allow_mip=allow_mip, table_limit=table_limit)
+
+
+@pytest.mark.parametrize("first", range(0, 300, 30))
+def test_ascend_fix_and_eliminate_are_exact(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free, "_EASY_TABLE", 0)
+    for seed in range(first, first + 30):
+        problem = small_problem(seed)
+        found = minimise(problem, problem.node_seconds, effort=effort(TABLE_LIMIT, False))
+        optimum = brute_force(problem).optimum(None)
+        assert found.choice is not None
+        assert problem.seconds(found.choice) == pytest.approx(optimum, rel=1e-9), f"seed {seed}"
+        assert found.bound == pytest.approx(optimum, rel=1e-9), f"seed {seed}"
+
+
+def test_remainder_goes_to_the_mip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free, "_EASY_TABLE", 0)
+    handed_over = 0
+    for seed in range(2, 300, 3):  # seed % 3 == 2: dense graphs
+        problem = small_problem(seed)
+        found = minimise(problem, problem.node_seconds, effort=effort(0, True))
+        optimum = brute_force(problem).optimum(None)
+        assert found.value == pytest.approx(optimum, rel=1e-7), f"seed {seed}"
+        assert found.bound <= optimum * (1 + 1e-9), f"seed {seed}"
+        handed_over += found.used_mip
+    assert handed_over > 5
+
+
+def test_without_elimination_or_mip_the_bound_still_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free, "_EASY_TABLE", 0)
+    for seed in range(2, 200, 3):
+        problem = small_problem(seed)
+        found = minimise(problem, problem.node_seconds, effort=effort(0, False))
+        optimum = brute_force(problem).optimum(None)
+        assert found.bound <= optimum * (1 + 1e-12)
+        assert found.value >= optimum * (1 - 1e-12)
+        assert np.isfinite(found.bound)
