@@ -1,11 +1,11 @@
 """Layouts: how one tensor lies on a logical mesh.
 
 A tensor dim is a product of **atoms**: ``view`` regroups atoms instead of hiding them, so that the
-batch part of a flattened ``[batch * sequence, hidden]`` stays shardable. ``Dims`` holds the atoms of
-each dim, major first; a dim of size 1 has none. A layout gives one placement per mesh axis: the number
-of an atom (counted over all dims) that the axis shards, REPLICATE, or PARTIAL (a sum is pending).
-Where two axes shard one atom, axis 0 is the major one. On a dim's first atom this is DTensor's
-``Shard(dim)``; :func:`to_placements` makes the translation.
+batch part of a flattened ``[batch * sequence, hidden]`` stays shardable. ``Dims`` holds the atoms
+of each dim, major first; a dim of size 1 has none. A layout gives one placement per mesh axis: the
+number of an atom (counted over all dims) that the axis shards, REPLICATE, or PARTIAL (a sum is
+pending). Where two axes shard one atom, axis 0 is the major one. On a dim's first atom this is
+DTensor's ``Shard(dim)``; :func:`to_placements` makes the translation.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def local_atoms(dims: Dims, layout: Layout, mesh: MeshSizes) -> Atoms:
         if placement >= 0:
             if atoms[placement] % size:
                 raise LayoutError(
-                    f"atom {placement} of {dims} has {atoms[placement]} rows, which {size} devices do "
-                    "not divide; choose another placement"
+                    f"atom {placement} of {dims} has {atoms[placement]} rows, which {size} devices"
+                    " do not divide; choose another placement"
                 )
             atoms[placement] //= size
     return tuple(atoms)
@@ -177,12 +177,14 @@ def to_placements(dims: Dims, layout: Layout) -> tuple[Placement, ...]:
 
 
 def is_plain(dims: Dims, layout: Layout) -> bool:
-    """Only first atoms of dims are sharded: DTensor can say it, and so can any other split of the dims."""
+    """Only first atoms of dims are sharded: DTensor can say it, and so can any other split of the
+    dims."""
     return all(p < 0 or dim_of_atom(dims, p)[1] == 0 for p in layout)
 
 
 def coarsen(dims: Dims, layout: Layout) -> tuple[Dims, Layout]:
-    """The same plain layout of the same tensor with one atom per dim. LayoutError if it is not plain."""
+    """The same plain layout of the same tensor with one atom per dim. LayoutError if it is not
+    plain."""
     if not is_plain(dims, layout):
         raise LayoutError(f"{layout_text(dims, layout)} of {dims} shards inside a dim")
     raw = raw_dims(shape_of(dims))

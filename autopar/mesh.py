@@ -1,8 +1,8 @@
 """Submeshes of a cluster, and the logical meshes that they can be seen as.
 
 A submesh is what one pipeline stage runs on: (1, 2^k) devices inside a node, or whole nodes (Alpa,
-OSDI'22, section 5.2). A logical mesh is a submesh seen as a grid with named axes, slowest link first,
-so that axis 0 is the major one wherever two axes shard the same part of a tensor.
+OSDI'22, section 5.2). A logical mesh is a submesh seen as a grid with named axes, slowest link
+first, so that axis 0 is the major one wherever two axes shard the same part of a tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Submesh:
 class LogicalMesh:
     """Devices of one stage seen as a grid; ranks are row-major over the axes.
 
-    axis_sizes[i] devices along AXIS_NAMES[i]; crosses_nodes[i] says that the axis uses the slow link.
+    axis_sizes[i] devices along AXIS_NAMES[i]; crosses_nodes[i] says that the axis uses the slow
+    link.
     """
 
     axis_sizes: tuple[int, ...]
@@ -108,8 +109,8 @@ def submeshes(cluster: Cluster) -> tuple[Submesh, ...]:
 
 
 def logical_meshes(submesh: Submesh, max_axes: int = 2) -> tuple[LogicalMesh, ...]:
-    """Every view of a submesh up to symmetry. Axes inside one link are interchangeable, so their sizes
-    are in non-decreasing order; an axis either crosses nodes or does not."""
+    """Every view of a submesh up to symmetry. Axes inside one link are interchangeable, so their
+    sizes are in non-decreasing order; an axis either crosses nodes or does not."""
     views: list[LogicalMesh] = []
     nodes, devices = submesh.num_nodes, submesh.devices_per_node
     if nodes == 1:

@@ -1,8 +1,8 @@
 """Oracles: what a rule, a lowering or a plan must agree with.
 
-The rule oracle takes every distinct signature of a graph with the values that it really gets, and for
-every strategy runs the operator whole and on shards: recombined results must agree. Pending sums are
-split at random into integers and a rest, so that an operator that is not linear is seen.
+The rule oracle takes every distinct signature of a graph with the values that it really gets, and
+for every strategy runs the operator whole and on shards: recombined results must agree. Pending
+sums are split at random into integers and a rest, so that an operator that is not linear is seen.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def _meta(tensor: Tensor) -> TensorMeta:
 
 
 def _distinct_operands(op: Operator) -> Operator:
-    """The same operator with a name of its own for every operand, so that one value passed twice may
-    come in two layouts."""
+    """The same operator with a name of its own for every operand, so that one value passed twice
+    may come in two layouts."""
     numbers = iter(range(len(op.operands)))
     args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda _: Ref(f"operand{next(numbers)}"))
     return replace(op, args=args, kwargs=kwargs)
@@ -264,7 +264,8 @@ class Draw:
         generator: torch.Generator,
         tolerance: float = 1e-8,
     ) -> str:
-        """The first operator whose value differs from the reference, with its strategy; "" if none."""
+        """The first operator whose value differs from the reference, with its strategy; "" if
+        none."""
         metas = self.graph.metas()
         refs = {str(ref): (op, ref) for op in self.graph.operators for ref in op.refs}
         outputs = {

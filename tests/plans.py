@@ -1,4 +1,5 @@
-"""Random valid plans: any strategy, layout and placement that the rules allow, with no thought of cost."""
+"""Random valid plans: any strategy, layout and placement that the rules allow, with no thought of
+cost."""
 
 from __future__ import annotations
 

@@ -89,3 +89,32 @@ def _path_text(path: tuple[Any, ...]) -> str:
                 parts.append(str(getattr(key, name)))
                 break
     return ".".join(parts) or "0"
+
+
+def batch_rows(batch: Any) -> int | None:
+    """Rows of a global batch: dim 0 of its first tensor that has one; None where none has."""
+    for leaf in pytree.tree_leaves(plain_mapping(batch)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return None
+
+
+def microbatch_of(batch: Any, num_microbatches: int, number: int = 0) -> Any:
+    """Microbatch `number` of a global batch: every tensor whose dim 0 is the batch's rows is cut into
+    equal parts, the others are shared. BatchError where the rows do not divide."""
+    rows = batch_rows(batch)
+    if num_microbatches == 1 or rows is None:
+        return batch
+    if rows % num_microbatches:
+        raise BatchError(
+            f"a batch of {rows} rows does not divide into {num_microbatches} microbatches: choose a "
+            "divisor, or another batch size"
+        )
+    size = rows // num_microbatches
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows:
+            return leaf.narrow(0, number * size, size)
+        return leaf
+
+    return pytree.tree_map(cut, plain_mapping(batch))

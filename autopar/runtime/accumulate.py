@@ -27,10 +27,7 @@ class Accumulator:
         if not reused:
             self._sums = {name: outputs[name] for name in names}
             return
-        owners = Counter(_storage(t) for shards in outputs.values() for t in shards)
-        self._sums = {
-            name: [g if _is_own(g, owners) else g.clone() for g in outputs[name]] for name in names
-        }
+        self._sums = own_copies(outputs, names)
 
     def take(self) -> dict[str, Shards]:
         """The sums, which are then the caller's."""
@@ -38,12 +35,24 @@ class Accumulator:
         return sums
 
 
+def own_copies(
+    values: Mapping[str, Shards], names: Sequence[str] | None = None
+) -> dict[str, Shards]:
+    """The named values, all by default, each in memory that no other value sees: copied only where
+    it is not so already."""
+    owners = Counter(_storage(t) for shards in values.values() for t in shards)
+    return {
+        name: [t if _is_own(t, owners) else t.clone() for t in values[name]]
+        for name in (values if names is None else names)
+    }
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def _is_own(tensor: Tensor, owners: Counter[int]) -> bool:
-    """Whether nothing else can see an addition in place. A view of a larger storage may be of a value
-    that is kept elsewhere, such as a saved one."""
+    """Whether nothing else can see an addition in place. A view of a larger storage may be of a
+    value that is kept elsewhere, such as a saved one."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
     return whole and tensor.is_contiguous() and owners[_storage(tensor)] == 1

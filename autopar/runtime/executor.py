@@ -1,12 +1,13 @@
 """Plays the steps of one stage for the ranks of it that this process plays.
 
-A step is a row of tasks: fetch (borrowed parameters, then `gather`), the actions of the schedule's row,
-reduce among them. `StagePlayer` plays them one by one, so that one loop can drive a single stage in a
-real job and another all stages in one process.
+A step is a row of tasks: fetch (borrowed parameters, then `gather`), the actions of the schedule's
+row, reduce among them. `StagePlayer` plays them one by one, so that one loop can drive a single
+stage in a real job and another all stages in one process.
 
     loss       mean over microbatches
-    gradient   sum over microbatches of the gradients of loss / num_microbatches: accumulated locally
-               with sums over ranks pending, reduced once, then summed over the uses of tied weights
+    gradient   sum over microbatches of the gradients of loss / num_microbatches: accumulated
+               locally with sums over ranks pending, reduced once, then summed over the uses of
+               tied weights
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from autopar.errors import InternalError, PlanError
 from autopar.graph.program import Graph, GraphInput, InputKind
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram
-from autopar.runtime.accumulate import Accumulator
+from autopar.runtime.accumulate import Accumulator, own_copies
 from autopar.runtime.inputs import BatchFeed, microbatch_seed
 from autopar.runtime.interpreter import Collectives, InterpretedProgram, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
@@ -40,8 +41,8 @@ class Mode(StrEnum):
 class StepInputs:
     """What one step of a stage starts from.
 
-    parameters: owned ones at rest, by the name of the input that holds them. buffers: by input name.
-    seed: of the step.
+    parameters: owned ones at rest, by the name of the input that holds them. buffers: by input
+    name. seed: of the step.
     """
 
     parameters: Mapping[str, Shards]
@@ -52,8 +53,8 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """loss: None on stages that do not make it. gradients: of owned parameters, at rest, by the name
-    of the input that holds them. buffers: those after the step, by input name."""
+    """loss: None on stages that do not make it. gradients: of owned parameters, at rest, by the
+    name of the input that holds them. buffers: those after the step, by input name."""
 
     loss: Shards | None
     gradients: Mapping[str, Shards]
@@ -252,7 +253,7 @@ class StagePlayer:
         ):
             _add(at_rest, transfer.target_key, value)
         owned = {p.source for p in executor.stage.parameters if p.owned}
-        state.gradients = {name: value for name, value in at_rest.items() if name in owned}
+        state.gradients = own_copies({n: value for n, value in at_rest.items() if n in owned})
 
     def _send(self, route: Route, values: Mapping[str, Shards]) -> None:
         if route:

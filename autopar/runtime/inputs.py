@@ -1,8 +1,8 @@
 """What the programs of one microbatch read: rows of the batch, the seed, parts of whole tensors.
 
-A leaf of the batch belongs to the microbatches where its dim 0 is num_microbatches times the one that
-was captured: microbatch m then reads rows m n to (m + 1) n - 1. A leaf of the captured shape is read
-whole by each of them. Parts are views wherever strides allow it.
+A leaf of the batch belongs to the microbatches where its dim 0 is num_microbatches times the one
+that was captured: microbatch m then reads rows m n to (m + 1) n - 1. A leaf of the captured shape
+is read whole by each of them. Parts are views wherever strides allow it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MICROBATCH_SALT = 0x9E3779B9  # golden ratio: any odd word separates the microb
 
 
 def microbatch_seed(seed: int, microbatch: int) -> int:
-    """The seed that the random operators of one microbatch read, an int32: a hash of the step's seed
-    and the number of the microbatch. Every reference execution uses it too."""
+    """The seed that the random operators of one microbatch read, an int32: a hash of the step's
+    seed and the number of the microbatch. Every reference execution uses it too."""
     word = mix_int(mix_int(seed) + mix_int(seed >> 32) + (microbatch + 1) * _MICROBATCH_SALT)
     return word - (1 << 32) if word >= 1 << 31 else word
 
@@ -68,8 +68,8 @@ class BatchFeed:
     """The batch of one step.
 
     leaves: by graph input name. sliced: names of those that are cut into microbatches along dim 0.
-    rows: None where the leaves hold all rows of the batch; else the rows of each microbatch that they
-    hold, in order, the same ones for every microbatch.
+    rows: None where the leaves hold all rows of the batch; else the rows of each microbatch that
+    they hold, in order, the same ones for every microbatch.
     """
 
     leaves: Mapping[str, Tensor]
@@ -118,6 +118,4 @@ def whole_feed(
 def _without_dim_0(dims: Dims, layout: Layout, left: int) -> Layout:
     """The layout of a tensor whose dim 0 is already cut and has `left` atoms."""
     gone = len(dims[0])
-    return tuple(
-        REPLICATE if 0 <= p < gone else p if p < 0 else p - gone + left for p in layout
-    )
+    return tuple(REPLICATE if 0 <= p < gone else p if p < 0 else p - gone + left for p in layout)

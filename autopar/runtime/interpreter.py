@@ -1,7 +1,7 @@
 """Plays a local program, for one rank or for all ranks of a mesh in lockstep.
 
-Every value is a list with one tensor per rank that this process plays: one in a real job, all of them
-on the virtual mesh. Collectives get the whole list, so both worlds run the same code.
+Every value is a list with one tensor per rank that this process plays: one in a real job, all of
+them on the virtual mesh. Collectives get the whole list, so both worlds run the same code.
 """
 
 from __future__ import annotations

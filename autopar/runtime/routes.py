@@ -1,7 +1,8 @@
 """Which transfers a stage takes part in, when, and how tiles are cut from and put into shards.
 
 Between two stages values go through one FIFO channel per direction. Both sides find the same order
-here: parameters, then per action the values in the order of `LoweredPlan.transfers`, then gradients.
+here: parameters, then per action the values in the order of `LoweredPlan.transfers`, then
+gradients.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The virtual run: all stages and ranks of a plan in one process, without a process group.
 
-Stages take turns, one action at a time, each playing its ranks in lockstep; values between stages go
-through mailboxes. The programs, the executor and the order of actions are those of a real job.
+Stages take turns, one action at a time, each playing its ranks in lockstep; values between stages
+go through mailboxes. The programs, the executor and the order of actions are those of a real job.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class VirtualRun:
         shard's `.grad` is set. leaves: in the order of the graph's BATCH inputs."""
         results = self._play(leaves, seed, Mode.TRAIN)
         gradients = {}
-        for stage, shards, result in zip(
-            self._lowered.stages, self._shards, results, strict=True
-        ):
+        for stage, shards, result in zip(self._lowered.stages, self._shards, results, strict=True):
             for parameter in owned(stage):
                 if parameter.name not in result.gradients:
                     continue

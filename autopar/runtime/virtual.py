@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from autopar.errors import InternalError, VerificationError
@@ -19,7 +21,10 @@ from autopar.lowering.program import CollectiveOp
 from autopar.mesh import LogicalMesh
 from autopar.runtime.interpreter import Shards
 
-_REDUCE = {"sum": torch.sum, "max": torch.amax}
+_REDUCE: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "sum": torch.sum,
+    "max": torch.amax,
+}
 
 
 class VirtualCollectives:
@@ -61,7 +66,8 @@ def shard(
     generator: torch.Generator | None = None,
 ) -> Shards:
     """One shard per rank. A PARTIAL axis splits the value into random summands if a generator is
-    given (integers, so that the split is exact), else coordinate 0 keeps it and the others hold zero."""
+    given (integers, so that the split is exact), else coordinate 0 keeps it and the others hold
+    zero."""
     sizes = mesh.axis_sizes
     atoms = local_atoms(dims, layout, sizes)
     offsets = atom_offsets(dims, layout, sizes)

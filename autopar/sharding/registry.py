@@ -1,7 +1,7 @@
 """The table of rules: operator overload -> rule function, merged from the families.
 
-The table is built once at import and never changes. An operator that is not in it is replicated, and
-`rule_for` says so in `Rule.fallback`, which the planner reports.
+The table is built once at import and never changes. An operator that is not in it is replicated,
+and `rule_for` says so in `Rule.fallback`, which the planner reports.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Order of the steps, each on one axis; axis 0 is major where two axes share an atom:
 
-    1. PARTIAL -> shard by reduce-scatter, where the target's other shards of that atom are in place;
-       otherwise PARTIAL -> REPLICATE by all-reduce
+    1. PARTIAL -> shard by reduce-scatter, where the target's other shards of that atom are
+       in place; otherwise PARTIAL -> REPLICATE by all-reduce
     2. shard -> shard of another atom by all-to-all, where no other axis touches either atom
     3. all-gathers, minor axis first; also of an unchanged minor shard whose major axis changes
     4. slices of what is replicated, major axis first (no communication)
@@ -31,7 +31,8 @@ class StepKind(StrEnum):
 
 
 class Step(NamedTuple):
-    """One step on one axis. source and target: atoms that the axis shards before and after (-1 none)."""
+    """One step on one axis. source and target: atoms that the axis shards before and after (-1
+    none)."""
 
     kind: StepKind
     axis: int

@@ -1,21 +1,23 @@
 """Sharding rules: the factors of an operator, as data, and the small algebra that derives them.
 
-A **factor** is an index of the operator's iteration space. It says which atom of each operand and of
-each result carries the index; an axis of the mesh that is given to the factor shards these atoms.
-An operand that the factor does not name must be replicated on that axis. Results follow:
+A **factor** is an index of the operator's iteration space. It says which atom of each operand and
+of each result carries the index; an axis of the mesh that is given to the factor shards these
+atoms. An operand that the factor does not name must be replicated on that axis. Results follow:
 
     parallel    the index appears in the result                       result atom
     reduction   summed over                                           PARTIAL
-    linear      no index: the operator is linear in some operands     operand PARTIAL -> result PARTIAL
+    linear      no index: linear in the operands that are PARTIAL     PARTIAL
     composite   needs a lowering of its own, named by `lowering`
 
 A **rule** is the factors of one call plus the atoms of its results. It is a pure function of the
-call's signature. Atoms are compared by their strides within a dim: two splits of one dim agree where
-they share strides, and the common refinement exists where the strides form a divisibility chain.
+call's signature. Atoms are compared by their strides within a dim: two splits of one dim agree
+where they share strides, and the common refinement exists where the strides form a divisibility
+chain.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from autopar.layout import PARTIAL, REPLICATE, Atoms, Dims, flat_atoms, raw_dims
 class Slot(NamedTuple):
     """Stands for operand number `index` in the argument tree of a Call."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class Rule:
 
 
 class Piece(NamedTuple):
-    """A refined atom of one letter: its size, and for each list the atom it is the first part of."""
+    """A refined atom of one letter: its size, and for each list the atom it is the first part
+    of."""
 
     size: int
     limit: int  # gcd with the atoms it begins
@@ -116,8 +119,8 @@ def refine(lists: Sequence[Atoms]) -> tuple[Piece, ...]:
     """Common refinement of several splits of one dim, the first list's strides being kept for sure.
 
     A stride of another list is taken where it keeps the chain of divisibility. An atom and a piece
-    correspond where both start at the same stride: n shards of one are n shards of the other as long
-    as n divides both, because both are contiguous runs of the same elements. O(atoms^2), tiny.
+    correspond where both start at the same stride: n shards of one are n shards of the other as
+    long as n divides both, because both are contiguous runs of the same elements. O(atoms^2), tiny.
     """
     chain = sorted(set(strides_of(lists[0])), reverse=True)
     for atoms in lists[1:]:
@@ -130,7 +133,7 @@ def refine(lists: Sequence[Atoms]) -> tuple[Piece, ...]:
                 chain = sorted({*chain, stride}, reverse=True)
     starts = [{s: i for i, s in enumerate(strides_of(atoms)[:-1])} for atoms in lists]
     pieces = []
-    for high, low in zip(chain, chain[1:], strict=False):
+    for high, low in itertools.pairwise(chain):
         found = tuple(start.get(high) for start in starts)
         sizes = [lists[i][a] for i, a in enumerate(found) if a is not None]
         pieces.append(Piece(high // low, math.gcd(high // low, *sizes), found))
@@ -190,9 +193,9 @@ def letter_rule(
             pieces[letter] = refine(splits)
         elif letter not in blocked:
             raise InternalError(f"{call.target}: dim {letter} has the sizes {splits}")
-    for letter, split in (atoms or {}).items():
+    for letter, sizes in (atoms or {}).items():
         if letter not in pieces:
-            pieces[letter] = tuple(Piece(size, size, ()) for size in split)
+            pieces[letter] = tuple(Piece(size, size, ()) for size in sizes)
 
     result_dims = tuple(
         None if meta is None else _result_dims(meta, letters, pieces)
@@ -272,8 +275,9 @@ def _partial_forbidden(call: Call, placements: Sequence[int]) -> bool:
 
 
 def linear_factors(call: Call, groups: Sequence[Sequence[int]]) -> list[Factor]:
-    """One factor per group of operands in which the call is jointly linear. Not where another operand
-    is the same value (x * x is a square), nor where integers or an exact call are involved."""
+    """One factor per group of operands in which the call is jointly linear. Not where another
+    operand is the same value (x * x is a square), nor where integers or an exact call are
+    involved."""
     if call.exact or any(m is not None and not m.dtype.is_floating_point for m in call.results):
         return []
     factors = []
@@ -299,8 +303,8 @@ def replicate_rule(call: Call, *, fallback: bool = False) -> Rule:
 def regroup(call: Call, shape: Sequence[int], linear: bool = True) -> Rule:
     """The rule of `view`: the operand's atoms regrouped to `shape`.
 
-    Splits that the new shape forces are kept, others where they chain; the first part of a split atom
-    stays shardable. 0-dim and empty tensors have no atoms.
+    Splits that the new shape forces are kept, others where they chain; the first part of a split
+    atom stays shardable. 0-dim and empty tensors have no atoms.
     """
     target = tuple(size for size in shape if size != 1)
     source = flat_atoms(call.operands[0])

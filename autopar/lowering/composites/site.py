@@ -1,4 +1,5 @@
-"""One operator being lowered: its call, strategy and local operands, and how to emit the call anew."""
+"""One operator being lowered: its call, strategy and local operands, and how to emit the call
+anew."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A sharded vocabulary: masked embedding lookups and the vocab-parallel cross-entropy.
 
-Each device holds a run of rows or classes; indices are global. What is elsewhere counts zero and the
-sums over the axes are all-reduced inside, or left pending.
+Each device holds a run of rows or classes; indices are global. What is elsewhere counts zero and
+the sums over the axes are all-reduced inside, or left pending.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Scaled dot-product attention: batch and heads are parallel, sequence and head dims stay whole.
 
-With fewer key and value heads than query heads, h query heads are g groups: shards hold whole groups.
+With fewer key and value heads than query heads, h query heads are g groups: shards hold whole
+groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from autopar.sharding.rule import Call, Factor, Rule, linear_factors
 def _attention_factors(
     call: Call, tensors: list[int], bias: int | None, results: list[Dims | None]
 ) -> list[Factor]:
-    """Factors b (dim 0) and h (dim 1) of every operand in `tensors`; a bias of size 1 is replicated."""
+    """Factors b (dim 0) and h (dim 1) of every operand in `tensors`; a bias of size 1 is
+    replicated."""
     factors = []
     for name, dim in (("b", 0), ("h", 1)):
         operands = [REPLICATE] * len(call.operands)
@@ -41,7 +43,8 @@ def _attention_factors(
 
 
 def _sdpa(call: Call) -> Rule:
-    """(q [b h s d], k [b g t d], v [b g t d], bias?, causal, scale) -> (out [b h s d], lse [b h s])."""
+    """(q [b h s d], k [b g t d], v [b g t d], bias?, causal, scale) -> (out [b h s d], lse [b h
+    s])."""
     results: list[Dims | None] = [
         raw_dims(m.shape) if m is not None else None for m in call.results
     ]

@@ -39,8 +39,8 @@ def _dot(call: Call) -> Rule:
 
 
 def _convolution(call: Call) -> Rule:
-    """n c .., o c .. -> n o .. ; grouped convolutions keep their channels whole. A bias would be added
-    once per shard of c, so c is a reduction factor only without one."""
+    """n c .., o c .. -> n o .. ; grouped convolutions keep their channels whole. A bias would be
+    added once per shard of c, so c is a reduction factor only without one."""
     transposed, groups = call.args[6], call.args[8]
     spatial = [f"s{i}" for i in range(len(call.operands[0]) - 2)]
     kernel = [f"k{i}" for i in range(len(spatial))]

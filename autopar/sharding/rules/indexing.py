@@ -1,5 +1,5 @@
-"""Embeddings, index selection and scattering by index: looked-up dims whole, or the masked composite
-"vocab". Accumulating forms add: shards of the index leave a pending sum."""
+"""Embeddings, index selection and scattering by index: looked-up dims whole, or the masked
+composite "vocab". Accumulating forms add: shards of the index leave a pending sum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 
 def with_lowering(rule: Rule, letter: str, lowering: str) -> Rule:
-    """The factor of a letter becomes a composite. Only its first atom: a shard is one run of rows."""
+    """The factor of a letter becomes a composite. Only its first atom: a shard is one run of
+    rows."""
     factors = []
     for factor in rule.factors:
         if factor.splits and factor.name.startswith(letter):
@@ -28,7 +29,8 @@ def with_lowering(rule: Rule, letter: str, lowering: str) -> Rule:
 
 
 def _embedding(call: Call) -> Rule:
-    """(weight [v, d], indices) -> [.., d]. v sharded: masked lookup of the rows that are here, pending."""
+    """(weight [v, d], indices) -> [.., d]. v sharded: masked lookup of the rows that are here,
+    pending."""
     tokens = [f"t{i}" for i in range(len(call.operands[1]))]
     rule = letter_rule(call, [["v", "d"], tokens], [[*tokens, "d"]], reduction={"v"}, linear=[(0,)])
     return with_lowering(rule, "v", "vocab")
@@ -37,8 +39,8 @@ def _embedding(call: Call) -> Rule:
 def _embedding_backward(call: Call) -> Rule:
     """(grad [.., d], indices, num_weights, padding_idx, scale_grad_by_freq) -> [v, d].
 
-    Tokens sharded: pending; v sharded: each device adds the rows that are here. A scale by frequency
-    counts all tokens, so that only d is parallel.
+    Tokens sharded: pending; v sharded: each device adds the rows that are here. A scale by
+    frequency counts all tokens, so that only d is parallel.
     """
     tokens = [f"t{i}" for i in range(len(call.operands[1]))]
     blocked = {*tokens, "v"} if call.args[4] else set()
@@ -99,8 +101,8 @@ def _adds_to_first(call: Call, rule: Rule) -> Rule:
 
 
 def _indexed(call: Call) -> tuple[list[str], list[str], list[str], set[str]] | None:
-    """(letters of x, of an index, of x[index], indexed letters) for x[.., i, j, ..] with neighbouring
-    integer indices of one shape; None for other forms."""
+    """(letters of x, of an index, of x[index], indexed letters) for x[.., i, j, ..] with
+    neighbouring integer indices of one shape; None for other forms."""
     indices = list(call.args[1])
     present = [i for i, index in enumerate(indices) if index is not None]
     numbers = [indices[i].index for i in present]
@@ -127,7 +129,8 @@ def _index(call: Call) -> Rule:
 
 def _index_put(call: Call) -> Rule:
     """(x, indices, values, accumulate). Accumulating: linear in x and values together, and the dims
-    of the index are summed over. Otherwise the last write wins: the dims of the index stay whole."""
+    of the index are summed over. Otherwise the last write wins: the dims of the index stay
+    whole."""
     form = _indexed(call)
     if form is None:
         return replicate_rule(call)

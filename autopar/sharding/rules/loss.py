@@ -1,4 +1,5 @@
-"""Losses. The class dim sharded is the composite "vp" (vocab-parallel); batch factors leave sums pending.
+"""Losses. The class dim sharded is the composite "vp" (vocab-parallel); batch factors leave sums
+pending.
 
 Means are captured as sums and divisions, so that a denominator never comes from a local shape; the
 losses that fuse the mean get the lowering "mean".

@@ -110,7 +110,8 @@ def _group_norm(call: Call) -> Rule:
 
 
 def _group_norm_backward(call: Call) -> Rule:
-    """(dy, x, mean, rstd, weight?, N, C, HxW, groups, mask) -> (dx, dweight, dbias): linear in dy."""
+    """(dy, x, mean, rstd, weight?, N, C, HxW, groups, mask) -> (dx, dweight, dbias): linear in
+    dy."""
     spatial = " ".join(f"s{i}" for i in range(len(call.operands[0]) - 2))
     text = f"n c {spatial}, n c {spatial}, n g, n g"
     text += ", c" if len(call.operands) == 5 else ""

@@ -19,7 +19,8 @@ Groups = Sequence[Sequence[int]]
 
 
 def broadcast_letters(call: Call) -> tuple[list[list[str]], list[list[str]]]:
-    """Letters of operands and results, aligned at the right; a broadcast dim of size 1 gets none."""
+    """Letters of operands and results, aligned at the right; a broadcast dim of size 1 gets
+    none."""
     rank = max(len(m.shape) for m in call.results if m is not None)
     operands = [[f"d{rank - len(dims) + i}" for i in range(len(dims))] for dims in call.operands]
     results = [
@@ -75,18 +76,18 @@ def _bucketize(call: Call) -> Rule:
 
 NONLINEAR = """
     abs acos acosh add.Scalar asin asinh atan atan2 atanh bitwise_and.Tensor bitwise_and.Scalar
-    bitwise_not bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor bitwise_xor.Scalar ceil clamp
-    clamp.Tensor clamp_max clamp_min cos cosh div.Tensor_mode div.Scalar_mode elu eq.Scalar eq.Tensor
-    erf erfc exp exp2 expm1 floor floor_divide fmod.Scalar fmod.Tensor ge.Scalar ge.Tensor gelu
-    gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh isfinite isinf isnan le.Scalar le.Tensor
-    leaky_relu log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logical_xor
-    lt.Scalar lt.Tensor maximum minimum mish ne.Scalar ne.Tensor pow.Scalar pow.Tensor_Scalar
-    pow.Tensor_Tensor reciprocal relu remainder.Scalar remainder.Tensor round rsqrt rsub.Scalar
-    sigmoid sign sgn silu sin sinh softplus sqrt square sub.Scalar tan tanh trunc
-    zeros_like ones_like full_like empty_like fill.Scalar relu6 selu celu masked_fill.Tensor
-    __and__.Tensor __or__.Tensor signbit nan_to_num copysign.Tensor erfinv lgamma digamma frac
-    hypot logaddexp logaddexp2 logit sinc threshold xlogy.Tensor fmax fmin isposinf isneginf
-    clamp_min.Tensor clamp_max.Tensor bitwise_left_shift.Tensor_Scalar
+    bitwise_not bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor bitwise_xor.Scalar ceil
+    clamp clamp.Tensor clamp_max clamp_min cos cosh div.Tensor_mode div.Scalar_mode elu
+    eq.Scalar eq.Tensor erf erfc exp exp2 expm1 floor floor_divide fmod.Scalar fmod.Tensor
+    ge.Scalar ge.Tensor gelu gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh isfinite isinf
+    isnan le.Scalar le.Tensor leaky_relu log log10 log1p log2 log_sigmoid_forward logical_and
+    logical_not logical_or logical_xor lt.Scalar lt.Tensor maximum minimum mish ne.Scalar
+    ne.Tensor pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal relu remainder.Scalar
+    remainder.Tensor round rsqrt rsub.Scalar sigmoid sign sgn silu sin sinh softplus sqrt square
+    sub.Scalar tan tanh trunc zeros_like ones_like full_like empty_like fill.Scalar relu6 selu
+    celu masked_fill.Tensor __and__.Tensor __or__.Tensor signbit nan_to_num copysign.Tensor
+    erfinv lgamma digamma frac hypot logaddexp logaddexp2 logit sinc threshold xlogy.Tensor fmax
+    fmin isposinf isneginf clamp_min.Tensor clamp_max.Tensor bitwise_left_shift.Tensor_Scalar
     bitwise_right_shift.Tensor_Scalar special_entr special_log_ndtr special_erfcx _prelu_kernel
 """
 

@@ -1,4 +1,5 @@
-"""Pooling, resampling and spatial padding: batch and channels are parallel, spatial dims stay whole."""
+"""Pooling, resampling and spatial padding: batch and channels are parallel, spatial dims stay
+whole."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def _mean(call: Call) -> Rule:
 
 
 def _whole_at(position: int) -> RuleFn:
-    """The reduced dims, an argument at `position`, stay whole: maxima, products, variances, norms."""
+    """The reduced dims, an argument at `position`, stay whole: maxima, products, variances,
+    norms."""
 
     def rule(call: Call) -> Rule:
         dims = reduced_dims(call, position)

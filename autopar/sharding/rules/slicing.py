@@ -1,4 +1,5 @@
-"""Slices, concatenations, pads, scans: the dims that the call touches stay whole, others are parallel."""
+"""Slices, concatenations, pads, scans: the dims that the call touches stay whole, others are
+parallel."""
 
 from __future__ import annotations
 
@@ -184,8 +185,8 @@ def _last_two(call: Call) -> Rule:
 
 
 def _scatter_like(count_linear: Linear) -> Callable[[Call], Rule]:
-    """(self, dim, index, src?): every tensor of one rank, `dim` whole, and so are the dims where the
-    index is shorter than self."""
+    """(self, dim, index, src?): every tensor of one rank, `dim` whole, and so are the dims where
+    the index is shorter than self."""
 
     def rule(call: Call) -> Rule:
         dim = call.args[1]

@@ -39,7 +39,8 @@ def _permute_dims(call: Call) -> Rule:
 
 
 def _expand(call: Call) -> Rule:
-    """A dim that was broadcast is a factor of the result alone: each device expands to its shard."""
+    """A dim that was broadcast is a factor of the result alone: each device expands to its
+    shard."""
     meta = call.result()
     rank = len(meta.shape)
     letters = [f"d{i}" for i in range(rank)]

@@ -22,7 +22,8 @@ from tests.zoo import ZOO
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the zoo: its graph at the shape of a microbatch, state and batch in one precision."""
+    """A model of the zoo: its graph at the shape of a microbatch, state and batch in one
+    precision."""
 
     graph: Graph
     model: nn.Module
@@ -67,7 +68,8 @@ def expected_step(
     parameters: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> Expected:
-    """Loss: mean over microbatches. Gradients: sum, by owner. Buffers: after the last microbatch."""
+    """Loss: mean over microbatches. Gradients: sum, by owner. Buffers: after the last
+    microbatch."""
     graph = case.graph
     held = dict(buffers or case.buffers)
     weights = parameters or case.parameters
@@ -118,7 +120,9 @@ def worst_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[
     worst = (0.0, "")
     for name, tensor in want.items():
         assert got[name].shape == tensor.shape, name
-        difference = float((got[name].double() - tensor.double()).abs().max()) if tensor.numel() else 0
+        difference = (
+            float((got[name].double() - tensor.double()).abs().max()) if tensor.numel() else 0
+        )
         scale = max(float(tensor.double().abs().max()) if tensor.numel() else 0.0, floor, 1e-30)
         worst = max(worst, (difference / scale, name))
     return worst

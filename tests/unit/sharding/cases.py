@@ -1,19 +1,18 @@
 """One call by hand, or more, of every operator that has a rule: the samples of the rule oracle.
 
-Tensors are float64; sizes are 2, 4 and 8, so that meshes of 2 and 4 divide them and one of 7 does not.
+Sizes are 2, 4 and 8, so that meshes of 2 and 4 divide them and one of 7 does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-import autopar.ops  # noqa: F401
-from autopar.sharding.rules.pointwise import LINEAR, NONLINEAR
+from tests.unit.sharding.case import F64, Case, bools, ints, positive, x
+from tests.unit.sharding.pointwise_cases import by_hand, from_schema
 
 aten = torch.ops.aten
 # the CPU has no kernel for it; a model captured for a GPU has it
@@ -23,163 +22,6 @@ _LIBRARY.impl(
     decomposition_table[aten._fused_rms_norm_backward.default],
     "CPU",
 )
-F64 = torch.float64
-
-
-class Case(NamedTuple):
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = {}
-
-    def __str__(self) -> str:
-        shapes = "_".join("x".join(map(str, t.shape)) for t in self.args if isinstance(t, Tensor))
-        return f"{self.target}-{shapes}".removeprefix("aten.")
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def x(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def positive(*shape: int, seed: int = 0) -> Tensor:
-    """In (0.1, 0.9)."""
-    return torch.rand(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)) * 0.8 + 0.1
-
-
-def ints(high: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def bools(*shape: int, seed: int = 0) -> Tensor:
-    return ints(2, *shape, seed=seed).bool()
-
-
-# ---- pointwise operators: arguments from the schema
-
-_INTEGER = ("bitwise", "__and__", "__or__")
-_DOMAIN = {
-    "acosh": lambda *s, seed=0: positive(*s, seed=seed) + 1,
-    "pow.Tensor_Scalar": positive,
-    **dict.fromkeys(
-        "acos asin atanh log log10 log1p log2 rsqrt sqrt lgamma digamma erfinv logit"
-        " pow.Tensor_Tensor pow.Scalar xlogy.Tensor special_entr logit_backward".split(),
-        positive,
-    ),
-}
-_SCALARS = {"pow.Tensor_Scalar": 2, "threshold": 0.1, "masked_fill.Tensor": 0.0}
-_EXTRA: Mapping[str, Mapping[str, Any]] = {
-    "clamp": {"min": -0.5, "max": 0.5},
-    "clamp.Tensor": {"min": x(4, 8, seed=3), "max": x(4, 8, seed=4)},
-    "div.Tensor_mode": {"rounding_mode": "floor"},
-    "div.Scalar_mode": {"rounding_mode": "trunc"},
-    "logit": {"eps": 1e-6},
-    "logit_backward": {"eps": 1e-6},
-}
-
-
-def _overload(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    found = getattr(aten, packet, None)
-    return None if found is None else getattr(found, overload or "default", None)
-
-
-def _pointwise() -> Iterator[Case]:
-    for name in (*NONLINEAR.split(), *LINEAR):
-        target = _overload(name)
-        if target is None or name in _BY_HAND:
-            continue
-        args = []
-        for number, argument in enumerate(target._schema.arguments):
-            kind = str(argument.type)
-            if kind == "Tensor":
-                args.append(_operand(name, number))
-            elif kind.startswith("Optional") or argument.kwarg_only or argument.has_default_value():
-                break
-            elif kind in ("number", "float", "int"):
-                args.append(_scalar(name))
-            elif kind == "bool":
-                args.append(False)
-        yield Case(target, tuple(args), _EXTRA.get(name, {}))
-
-
-def _operand(name: str, number: int) -> Tensor:
-    if name.startswith(_INTEGER):
-        return ints(8, 4, 8, seed=number)
-    if name.startswith("logical"):
-        return bools(4, 8, seed=number)
-    return _DOMAIN.get(name, x)(4, 8, seed=number)
-
-
-def _scalar(name: str) -> Any:
-    return 1 if name.startswith(_INTEGER) else _SCALARS.get(name, 0.5)
-
-
-_BY_HAND = {
-    "where.self",
-    "masked_fill.Tensor",
-    "fill.Tensor",
-    "threshold",
-    "log_sigmoid_backward",
-    "elu_backward",
-    "empty_like",
-    "lift_fresh",
-    "clamp",
-    "_prelu_kernel_backward",
-}
-
-
-def _pointwise_by_hand() -> Iterator[Case]:
-    a, b, row, one = x(4, 8), x(4, 8, seed=1), x(8, seed=2), x(4, 1, seed=3)
-    scalar, mask = x(), bools(4, 8)
-    yield Case(aten.add.Tensor, (a, b))
-    yield Case(aten.add.Tensor, (a, row))
-    yield Case(aten.add.Tensor, (one, row), {"alpha": 2})
-    yield Case(aten.add.Tensor, (a, scalar))
-    yield Case(aten.add.Tensor, (a, a))
-    yield Case(aten.add.Tensor, (a, 3.0))
-    yield Case(aten.add.Tensor, (a, ints(4, 4, 8)))
-    yield Case(aten.sub.Tensor, (a, one))
-    yield Case(aten.sub.Tensor, (ints(4, 4, 8), ints(4, 8)))
-    yield Case(aten.rsub.Tensor, (a, b))
-    yield Case(aten.mul.Tensor, (a, row))
-    yield Case(aten.mul.Tensor, (a, a))
-    yield Case(aten.mul.Tensor, (a, mask))
-    yield Case(aten.mul.Tensor, (a, scalar))
-    yield Case(aten.mul.Tensor, (a, 2.0))
-    yield Case(aten.div.Tensor, (a, positive(4, 1)))
-    yield Case(aten.div.Tensor, (a, 2.0))
-    yield Case(aten.div.Tensor, (a, a))
-    yield Case(aten.div.Tensor, (ints(4, 4, 8), 2))
-    yield Case(aten.where.self, (mask, a, b))
-    yield Case(aten.where.self, (mask, a, scalar))
-    yield Case(aten.where.self, (bools(4, 1), ints(4, 4, 8), ints(4, 8)))
-    yield Case(aten.masked_fill.Scalar, (a, mask, 0))
-    yield Case(aten.masked_fill.Scalar, (a, mask, 2.5))
-    yield Case(aten.masked_fill.Tensor, (a, bools(8), scalar))
-    yield Case(aten.fill.Tensor, (a, scalar))
-    yield Case(aten._to_copy.default, (a,), {"dtype": F64})
-    yield Case(aten._to_copy.default, (a,), {"dtype": torch.int64})
-    yield Case(aten._to_copy.default, (mask,), {"dtype": F64})
-    yield Case(torch.ops.prims.convert_element_type.default, (mask, F64))
-    yield Case(torch.ops.autopar.hub.default, (a,))
-    yield Case(aten.threshold.default, (a, 0.1, 0.0))
-    yield Case(aten.log_sigmoid_backward.default, (a, b, torch.exp(-b.abs())))
-    yield Case(aten.elu_backward.default, (a, 1.0, 1.0, 1.0, False, b))
-    yield Case(aten.empty_like.default, (a,))
-    yield Case(aten.lift_fresh.default, (a,))
-    yield Case(aten.clamp.default, (a, -0.5, 0.5))
-    yield Case(aten._prelu_kernel_backward.default, (a, b, x(8, seed=5).expand(4, 8).clone()))
-    yield Case(aten.bucketize.Tensor, (a, torch.tensor([-0.5, 0.0, 0.5], dtype=F64)))
-    yield Case(aten.copy.default, (x(4, 8, seed=7), row))
-    yield Case(aten.addcmul.default, (a, b, b))
-    yield Case(aten.lerp.Tensor, (a, b, b))
-    yield Case(aten.gelu.default, (a,), {"approximate": "tanh"})
-
-
-# ---- the other families
 
 
 def _contraction() -> Iterator[Case]:
@@ -450,7 +292,9 @@ def _slicing() -> Iterator[Case]:
     yield Case(aten.gather.default, (a, 2, ints(8, 4, 2, 4)))
     yield Case(aten.gather.default, (x(4, 2), 0, ints(4, 8, 2)))
     yield Case(aten.gather.default, (a, 2, ints(8, 2, 2, 4)))
-    unique = torch.stack([torch.randperm(8, generator=_generator())[:4] for _ in range(4)])
+    unique = torch.stack(
+        [torch.randperm(8, generator=torch.Generator().manual_seed(0))[:4] for _ in range(4)]
+    )
     yield Case(aten.scatter.value, (x(4, 8), 1, unique, 2.0))
     yield Case(aten.scatter.src, (x(4, 8), 1, unique, x(4, 4, seed=1)))
     yield Case(aten.scatter_add.default, (x(4, 8), 1, ints(8, 4, 8), x(4, 8, seed=1)))
@@ -551,8 +395,8 @@ def _creation() -> Iterator[Case]:
 def all_cases() -> Sequence[Case]:
     """Deterministic."""
     families = (
-        _pointwise,
-        _pointwise_by_hand,
+        from_schema,
+        by_hand,
         _contraction,
         _views,
         _reductions,

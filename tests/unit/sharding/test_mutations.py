@@ -1,4 +1,5 @@
-"""The rule oracle is worth what it catches: rules made wrong on purpose, each of which it must see."""
+"""The rule oracle is worth what it catches: rules made wrong on purpose, each of which it must
+see."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from autopar.lowering.composites.site import Site
 from autopar.sharding.registry import rule_for
 from autopar.sharding.rule import Call, Factor, Rule
 from tests.oracles import MESHES, disagreements, make_sample
-from tests.unit.sharding.cases import Case, bools, ints, positive, x
+from tests.unit.sharding.case import Case, bools, ints, positive, x
 
 aten = torch.ops.aten
 P, R = PARTIAL, REPLICATE
@@ -45,7 +46,9 @@ def _local(lowering: str) -> Mutate:
     """A composite is called local."""
 
     def mutate(rule: Rule) -> Rule:
-        factors = (replace(f, lowering="" if f.lowering == lowering else f.lowering) for f in rule.factors)
+        factors = (
+            replace(f, lowering="" if f.lowering == lowering else f.lowering) for f in rule.factors
+        )
         return replace(rule, factors=tuple(factors))
 
     return mutate
@@ -99,7 +102,7 @@ def _from_zero(*args: Any) -> tuple[Ref, Ref]:
 A, B = x(4, 8), x(4, 8, seed=1)
 MASK = bools(4, 8)
 LOGITS = x(4, 8)
-LABELS = ints(8, 4)
+LABELS = torch.tensor([3, 1, 3, 6])
 IMAGE, KERNEL = x(4, 4, 5, 5), x(8, 4, 3, 3, seed=1)
 PADS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 NORM = (x(4, 8, 3), x(8, seed=1), x(8, seed=2), x(8, seed=3), positive(8), True, 0.1, 1e-5)
@@ -111,14 +114,21 @@ UNARY = {
 }
 
 MUTATIONS = (
-    *(Mutation(f"{n} passes a sum", Case(getattr(aten, n).default, (A,)), m) for n, m in UNARY.items()),
+    *(
+        Mutation(f"{name} passes a sum", Case(getattr(aten, name).default, (A,)), mutate)
+        for name, mutate in UNARY.items()
+    ),
     Mutation("pow passes a sum", Case(aten.pow.Tensor_Scalar, (A, 2)), _with((P,), (P,))),
     Mutation("adding a number is linear", Case(aten.add.Tensor, (A, 2.0)), _with((P,), (P,))),
     Mutation("x * x is linear", Case(aten.mul.Tensor, (A, A)), _with((P, P), (P,))),
     Mutation("x * y jointly", Case(aten.mul.Tensor, (A, B)), _with((P, P), (P,))),
     Mutation("add: one sum", Case(aten.add.Tensor, (A, B)), _with((P, R), (P,))),
-    Mutation("linear in a divisor", Case(aten.div.Tensor, (A, positive(4, 8))), _with((R, P), (P,))),
-    Mutation("masked_fill of 2", Case(aten.masked_fill.Scalar, (A, MASK, 2.0)), _with((P, R), (P,))),
+    Mutation(
+        "linear in a divisor", Case(aten.div.Tensor, (A, positive(4, 8))), _with((R, P), (P,))
+    ),
+    Mutation(
+        "masked_fill of 2", Case(aten.masked_fill.Scalar, (A, MASK, 2.0)), _with((P, R), (P,))
+    ),
     Mutation("where: one branch", Case(aten.where.self, (MASK, A, B)), _with((R, P, R), (P,))),
     Mutation("softmax dim", Case(aten._softmax.default, (A, -1, False)), _with((1,), (1,), 8)),
     Mutation("logsumexp pending", Case(aten.logsumexp.default, (A, [1])), _with((1,), (P,), 8)),
@@ -187,10 +197,16 @@ MUTATIONS = (
     Mutation("mm's k sharded", Case(aten.mm.default, (A, x(8, 4))), _results("k", (0,))),
     Mutation("mm linear in both", Case(aten.mm.default, (A, x(8, 4))), _with((P, P), (P,))),
     Mutation("addmm's k", Case(aten.addmm.default, (x(4), A, x(8, 4))), _with((R, 1, 0), (P,), 8)),
-    Mutation("convolution's c with a bias", Case(aten.convolution.default, (IMAGE, KERNEL, x(8), *PADS)),
-             _with((1, 1, R), (P,), 4)),
-    Mutation("convolution's rows", Case(aten.convolution.default, (x(4, 4, 4, 4), KERNEL, None, *PADS)),
-             _with((2, R), (2,), 4)),
+    Mutation(
+        "convolution's c with a bias",
+        Case(aten.convolution.default, (IMAGE, KERNEL, x(8), *PADS)),
+        _with((1, 1, R), (P,), 4),
+    ),
+    Mutation(
+        "convolution's rows",
+        Case(aten.convolution.default, (x(4, 4, 4, 4), KERNEL, None, *PADS)),
+        _with((2, R), (2,), 4),
+    ),
     Mutation(
         "dw whole",
         Case(
@@ -199,28 +215,43 @@ MUTATIONS = (
         ),
         _results("n", (0, R, R)),
     ),
-    Mutation("attention's sequence", Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, False, 0.5)),
-             _with((2, 2, 2), (2, 2), 8)),
-    Mutation("queries under a causal mask", Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, True, 0.5)),
-             _with((2, R, R), (2, 2), 8)),
+    Mutation(
+        "attention's sequence",
+        Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, False, 0.5)),
+        _with((2, 2, 2), (2, 2), 8),
+    ),
+    Mutation(
+        "queries under a causal mask",
+        Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, True, 0.5)),
+        _with((2, R, R), (2, 2), 8),
+    ),
     Mutation("cat's dim", Case(aten.cat.default, ([A, B], 1)), _with((1, 1), (1,), 8)),
     Mutation("cat: one sum", Case(aten.cat.default, ([A, B], 0)), _with((P, R), (P,))),
     Mutation("cumsum's dim", Case(aten.cumsum.default, (A, 1)), _with((1,), (1,), 8)),
     Mutation("flip's dim", Case(aten.flip.default, (A, [1])), _with((1,), (1,), 8)),
     Mutation("sort's dim", Case(aten.sort.default, (A, 1)), _with((1,), (1, 1), 8)),
     Mutation("tril's dim", Case(aten.tril.default, (x(8, 8),)), _with((0,), (0,), 8)),
-    Mutation("gather's dim", Case(aten.gather.default, (A, 1, ints(2, 4, 8))), _with((1, 1), (1,), 8)),
+    Mutation(
+        "gather's dim", Case(aten.gather.default, (A, 1, ints(2, 4, 8))), _with((1, 1), (1,), 8)
+    ),
     Mutation("pad with 2", Case(aten.constant_pad_nd.default, (A, [1, 1], 2.0)), _with((P,), (P,))),
-    Mutation("last write wins", Case(aten.index_put.default, (A, [ints(4, 4)], x(4, 8), False)),
-             _with((P, 0, 0), (P,), 4)),
-    Mutation("view's second atom", Case(aten.view.default, (x(4, 2, 8), [8, 8])), _with((1,), (0,), 2)),
+    Mutation(
+        "last write wins",
+        Case(aten.index_put.default, (A, [ints(4, 4)], x(4, 8), False)),
+        _with((P, 0, 0), (P,), 4),
+    ),
+    Mutation(
+        "view's second atom", Case(aten.view.default, (x(4, 2, 8), [8, 8])), _with((1,), (0,), 2)
+    ),
     Mutation("transposed", Case(aten.t.default, (x(4, 4),)), _results("d0", (0,))),
     Mutation("squeeze of a shard", Case(aten.squeeze.dim, (x(2, 4), 0)), lowering=_as_it_is),
-    Mutation("dropout of a shard", Case(
-        torch.ops.autopar.dropout.default, (A, SEED, 3, 0.5, [4, 8], [4, 8], [0, 0], 1)),
-        lowering=_local_dropout),
+    Mutation(
+        "dropout of a shard",
+        Case(torch.ops.autopar.dropout.default, (A, SEED, 3, 0.5, [4, 8], [4, 8], [0, 0], 1)),
+        lowering=_local_dropout,
+    ),
     Mutation("positions from 0", Case(aten.arange.default, (8,)), lowering=_arange_from_zero),
-)  # fmt: skip
+)
 
 
 def _caught(mutation: Mutation, make_rule: Callable[[Call], Rule]) -> int:

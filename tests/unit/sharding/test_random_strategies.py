@@ -15,8 +15,10 @@ from torch import Tensor
 from autopar.graph.capture import capture_graph
 from autopar.graph.execute import graph_inputs, run_graph
 from autopar.graph.precision import in_float64
-from autopar.graph.program import Graph
+from autopar.graph.program import Graph, Ref
 from autopar.layout import replicated
+from autopar.lowering import composites
+from autopar.lowering.composites import Site
 from autopar.mesh import LogicalMesh
 from autopar.sharding.registry import RuleTable
 from tests.oracles import Draw, relative_error, widened
@@ -45,9 +47,7 @@ def test_any_strategy_anywhere(name: str, mesh: LogicalMesh, draw: int) -> None:
     plan = Draw.make(graph, table, mesh, generator)
     metas = graph.metas()
     whole = replicated(mesh.num_axes)
-    outputs = {
-        str(i): (out.ref, metas[out.ref], whole) for i, out in enumerate(graph.outputs)
-    }
+    outputs = {str(i): (out.ref, metas[out.ref], whole) for i, out in enumerate(graph.outputs)}
     got = plan.run(inputs, outputs, generator)
     scale = max(float(w.abs().max()) for w in want if w.is_floating_point() and w.numel())
     for number, tensor in enumerate(want):
@@ -55,3 +55,19 @@ def test_any_strategy_anywhere(name: str, mesh: LogicalMesh, draw: int) -> None:
         if not error <= TOLERANCE:
             where = plan.first_wrong(inputs, generator)
             pytest.fail(f"{graph.outputs[number]} is off by {error:.3g}; first: {where}")
+
+
+def test_a_wrong_operator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout that draws its mask from local positions: the first one that is sharded."""
+    graph, table, inputs, _ = _model("gpt2")
+    generator = torch.Generator().manual_seed(0)
+    plan = Draw.make(graph, table, LogicalMesh((2,)), generator)
+    assert not plan.first_wrong(inputs, generator)
+
+    def local_mask(site: Site) -> tuple[Ref, ...]:
+        shape = site.result_shape()
+        return site.call_with({4: shape, 5: shape, 6: [0] * len(shape), 7: len(shape) - 1})
+
+    dropout = torch.ops.autopar.dropout.default
+    monkeypatch.setattr(composites, "LOWERINGS", {**composites.LOWERINGS, dropout: local_mask})
+    assert "autopar.dropout" in plan.first_wrong(inputs, generator)

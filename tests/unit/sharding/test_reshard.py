@@ -1,4 +1,5 @@
-"""Resharding: emitted programs take random data from layout to layout, by exactly the steps priced."""
+"""Resharding: emitted programs take random data from layout to layout, by exactly the steps
+priced."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The rule oracle on what models really call: every distinct signature of the zoo, with its values."""
+"""The rule oracle on what models really call: every distinct signature of the zoo, with its
+values."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from autopar.graph.capture import capture_graph
@@ -10,7 +12,6 @@ from autopar.graph.precision import in_float64
 from autopar.sharding.registry import RuleTable
 from tests.oracles import MESHES, disagreements, samples, widened
 from tests.zoo import ZOO
-import pytest
 
 
 @pytest.mark.slow

@@ -1,0 +1,112 @@
+"""Names of a model in few words: runs of equal blocks, block numbers as `*`, operators by family.
+
+A plan names parameters and operators as the graph does ("parameter_h_0_weight", "addmm_3"). Where
+the graph is at hand the model's own names and sizes are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.graph.program import Graph, InputKind
+from autopar.plan import ParameterPlacement, StagePlan
+
+_INPUT_PREFIX = "parameter_"
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+_GRAPH_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
+_LAST_WORD = re.compile(r"(?<=[._])(weight|bias)$")
+_SUFFIX = re.compile(r"_\d+$")
+# Contractions, attention, embeddings and losses: where the FLOPs and the large weights are.
+_HEAVY = re.compile(
+    r"(addmm|mm|bmm|baddbmm|convolution|convolution_backward|embedding|embedding_dense_backward"
+    r"|nll_loss_forward|_grouped_mm|.*attention.*)"
+)
+
+
+def layers_text(names: Iterable[str]) -> str:
+    """ "first, transformer.h.0 .. 5, last"."""
+    runs: list[tuple[str, str, str]] = []  # head, first number, last number
+    for name in names:
+        head, dot, number = name.rpartition(".")
+        block = bool(dot) and number.isdigit()
+        if block and runs and runs[-1][0] == head and runs[-1][2] == str(int(number) - 1):
+            runs[-1] = (head, runs[-1][1], number)
+        else:
+            runs.append((head, number, number) if block else (name, "", ""))
+    return ", ".join(
+        head if not first else f"{head}.{first}" + (f" .. {last}" if last != first else "")
+        for head, first, last in runs
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters of one name pattern and one placement. nbytes: of all of them, whole; None where
+    unknown."""
+
+    pattern: str
+    placement: ParameterPlacement
+    count: int
+    nbytes: int | None
+
+
+def parameter_groups(stage: StagePlan, graph: Graph | None = None) -> tuple[ParameterGroup, ...]:
+    """In the order of the model. O(parameters)."""
+    known = (
+        {} if graph is None else {i.name: i for i in graph.inputs_of(InputKind.PARAMETER)}
+    )
+    counts: Counter[tuple[str, ParameterPlacement]] = Counter()
+    sizes: Counter[tuple[str, ParameterPlacement]] = Counter()
+    for name, placement in stage.parameters.items():
+        inp = known.get(name)
+        if inp is None:
+            pattern = _GRAPH_NUMBER.sub("*", name.removeprefix(_INPUT_PREFIX))
+        else:
+            pattern = _NUMBER.sub("*", inp.target)
+            sizes[pattern, placement] += inp.meta.nbytes
+        counts[pattern, placement] += 1
+    groups = [
+        ParameterGroup(pattern, placement, count, sizes.get((pattern, placement)))
+        for (pattern, placement), count in counts.items()
+    ]
+    return _merged(groups)
+
+
+def _merged(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, ...]:
+    """Weight and bias of one module in one placement become one row, "h.*.ln_1.{weight,bias}"."""
+    rows: dict[tuple[str, ParameterPlacement], list[ParameterGroup]] = {}
+    for group in groups:
+        stem = _LAST_WORD.sub("", group.pattern)
+        rows.setdefault((stem, group.placement), []).append(group)
+    return tuple(_sum(stem, row) for (stem, _), row in rows.items())
+
+
+def _sum(stem: str, row: Sequence[ParameterGroup]) -> ParameterGroup:
+    if len(row) == 1:
+        return row[0]
+    words = ",".join(group.pattern[len(stem) :] for group in row)
+    sizes = [group.nbytes for group in row if group.nbytes is not None]
+    return ParameterGroup(
+        f"{stem}{{{words}}}",
+        row[0].placement,
+        sum(group.count for group in row),
+        sum(sizes) if len(sizes) == len(row) else None,
+    )
+
+
+def operator_family(name: str) -> str:
+    """ "addmm" of "addmm_12"."""
+    return _SUFFIX.sub("", name)
+
+
+def heavy_strategies(stage: StagePlan) -> Mapping[str, Counter[str]]:
+    """Strategy texts and their counts by family of heavy operators, the most frequent family first."""
+    found: dict[str, Counter[str]] = {}
+    for name, text in stage.strategies.items():
+        family = operator_family(name)
+        if _HEAVY.fullmatch(family):
+            found.setdefault(family, Counter())[text] += 1
+    return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))

@@ -1,0 +1,315 @@
+"""ParallelModel: the model as one rank of a parallel job has it.
+
+A torch.nn.Module with the model's own parameter and buffer names. Parameters are DTensors on the
+mesh of the stage that owns them, so that optimizers, torch.distributed.checkpoint and gradient
+clipping work on them; a rank has those of its stage only. A plan for one device without a process
+group has plain tensors instead. Inside a step there are only local tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar.errors import InternalError, OptionError, PlanError
+from autopar.graph.program import Graph
+from autopar.layout import REPLICATE, to_placements
+from autopar.lowering.lower import LoweredPlan, lower_plan
+from autopar.plan import ParallelPlan
+from autopar.runtime.comm import StageComm, World, connect_stage
+from autopar.runtime.data import DataShard, data_shard
+from autopar.runtime.executor import Mode, StageExecutor, StageResult, StepInputs
+from autopar.runtime.parameters import (
+    Initialiser,
+    KeptParameter,
+    kept_buffers,
+    kept_parameters,
+    model_values,
+    shard_of,
+    tied_names,
+)
+from autopar.runtime.simulated import Mailboxes
+from autopar.runtime.virtual import VirtualCollectives
+
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class ParallelModel(nn.Module):
+    """One rank of a plan. See `train_step`, `eval_step`, `clip_grad_norm_`, `data_shard`.
+
+    model: gives names and first values; it is not kept, and may be on meta (see `model_values`).
+    graph: captured from it, with layers; plan: made for this graph. world: None for a plan of one
+    device. seed: of dropout and of what is initialised here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        plan: ParallelPlan,
+        *,
+        world: World | None = None,
+        device: torch.device | None = None,
+        initialiser: Initialiser | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if world is None and plan.num_devices != 1:
+            raise PlanError(
+                f"the plan is for {plan.num_devices} devices, but this is a single process: "
+                f"start it with torchrun --nproc-per-node {plan.num_devices}, or plan for one device"
+            )
+        if world is not None:
+            world.check_size(plan.num_devices)
+        self._plan = plan
+        self._world = world
+        self._device = world.device if world is not None else device or torch.device("cpu")
+        self._lowered: LoweredPlan = lower_plan(graph, plan)
+        self._comm = None if world is None else connect_stage(world, self._lowered)
+        self._rank = 0 if self._comm is None else self._comm.rank
+        self._executor = _make_executor(self._lowered, graph, self._comm, self._device)
+        self._stage = self._executor.stage
+        self._kept = kept_parameters(model, self._lowered, self._stage)
+        self._kept_buffers = kept_buffers(model, self._lowered, self._stage)
+        self._known = {name for names in tied_names(model).values() for name in names}
+        self._known.update(name for name, _ in model.named_buffers(remove_duplicate=False))
+        self._data = data_shard(graph, self._stage, self._rank, plan.num_microbatches)
+        self._seed, self._steps = seed, 0
+        self._fill(model, model_values(model, initialiser, seed))
+
+    @property
+    def plan(self) -> ParallelPlan:
+        return self._plan
+
+    @property
+    def lowered(self) -> LoweredPlan:
+        return self._lowered
+
+    @property
+    def data_shard(self) -> DataShard:
+        """Which rows of a global batch this rank needs; `.select(batch)` keeps only those."""
+        return self._data
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise OptionError(
+            "a parallel model runs whole steps: call train_step(batch) or eval_step(batch)"
+        )
+
+    def train_step(self, batch: Any, seed: int | None = None) -> Tensor:
+        """Forward and backward of all microbatches; the loss, their mean, on every rank.
+
+        `.grad` of each parameter is set, or added to, as autograd does. batch: the whole global
+        batch, or the rows that `data_shard` selects; BatchError otherwise. seed: of dropout, the
+        same on all ranks; by default another one in each step.
+        """
+        seed = self._seed + self._steps if seed is None else seed
+        self._steps += 1
+        result, loss = self._play(batch, seed, Mode.TRAIN, "train_step")
+        for kept in self._kept:
+            if kept.key in result.gradients and kept.requires_grad:
+                self._add_gradient(kept, result.gradients[kept.key][0])
+        for buffer in self._kept_buffers:
+            for key in buffer.keys:
+                _buffer(self, buffer.name).copy_(result.buffers[key][0])
+        return loss
+
+    def eval_step(self, batch: Any) -> Tensor:
+        """The loss without gradients, by the same forward programs: a model that was captured in
+        train mode keeps its dropout (under one fixed seed) and its batch statistics, of which no
+        buffer is updated. For a model in eval mode capture and plan it in eval mode."""
+        return self._play(batch, self._seed, Mode.EVALUATE, "eval_step")[1]
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scales all gradients so that their norm over all stages is at most max_norm; returns the
+        norm before. Replicas and tied weights count once."""
+        norm_type = float(norm_type)
+        gradients = [(k, g) for k in self._kept if (g := self._local_gradient(k)) is not None]
+        dtype = torch.promote_types(
+            torch.float32, max((g.dtype for _, g in gradients), key=_width, default=torch.float32)
+        )
+        mine = [g for k, g in gradients if self._counts_here(k)]
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        infinite = norm_type == float("inf")
+        if mine:
+            norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in mine])
+            total += norms.max() if infinite else norms.double().pow(norm_type).sum()
+        if self._world is not None:
+            with self._world.guard("clip_grad_norm_"):
+                self._world.all_reduce(total, "max" if infinite else "sum")
+        norm = total if infinite else total.pow(1.0 / norm_type)
+        scale = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+        for _, gradient in gradients:
+            gradient.mul_(scale.to(gradient.dtype))
+        return norm.to(dtype)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Whole tensors or DTensors by the model's names; each rank takes what it keeps, so that a
+        state dict of the whole model fits every rank. strict: names that this rank needs must be
+        there, and there may be no name that the model does not have."""
+        del assign  # values are always copied: shards live where the optimizer knows them
+        own = super().state_dict()
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in self._known]
+        if strict and (missing or unexpected):
+            raise OptionError(
+                f"the state dict lacks {missing[:5]} and has {unexpected[:5]} that the model does
+                not " "have: pass strict=False to load what fits"
+            )
+        by_name = {name: kept for kept in self._kept for name in kept.names}
+        with torch.no_grad():
+            for name, target in own.items():
+                if name in state_dict:
+                    self._load(target, state_dict[name], by_name.get(name))
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _load(self, target: Tensor, value: Any, kept: KeptParameter | None) -> None:
+        if isinstance(value, DTensor) or kept is None:
+            target.copy_(value)
+            return
+        _local(target).copy_(shard_of(kept, self._stage, self._rank, value, self._device))
+
+    def _fill(self, model: nn.Module, values: Initialiser) -> None:
+        """Registers every kept parameter and buffer under all of its names."""
+        for kept in self._kept:
+            whole = values(kept.names[0], kept.shape)
+            shard = shard_of(kept, self._stage, self._rank, whole, self._device)
+            del whole
+            parameter = nn.Parameter(self._wrap(kept, shard), requires_grad=kept.requires_grad)
+            for name in kept.names:
+                scope, leaf = _scope(self, name)
+                scope._parameters[leaf] = parameter
+        shapes = {n: tuple(b.shape) for n, b in model.named_buffers(remove_duplicate=False)}
+        for buffer in self._kept_buffers:
+            scope, leaf = _scope(self, buffer.name)
+            whole = values(buffer.name, shapes[buffer.name])
+            scope._buffers[leaf] = whole.to(self._device, copy=True)
+            if not buffer.persistent:
+                scope._non_persistent_buffers_set.add(leaf)
+
+    def _wrap(self, kept: KeptParameter, shard: Tensor) -> Tensor:
+        """A local tensor at rest as the DTensor that it is a part of."""
+        if self._comm is None:
+            return shard
+        return DTensor.from_local(
+            shard,
+            self._comm.mesh,
+            to_placements(kept.dims, kept.rest),
+            run_check=False,
+            shape=torch.Size(kept.shape),
+            stride=torch.empty(kept.shape, device="meta").stride(),
+        )
+
+    def _play(self, batch: Any, seed: int, mode: Mode, what: str) -> tuple[StageResult, Tensor]:
+        feed = self._data.feed(batch)  # outside of the guard: a wrong batch breaks nothing
+        inputs = StepInputs(
+            parameters={
+                k.key: [_local(_parameter(self, k.names[0])).detach()] for k in self._kept if k.key
+            },
+            buffers={key: [_buffer(self, b.name)] for b in self._kept_buffers for key in b.keys},
+            feed=feed,
+            seed=seed,
+        )
+        guard = contextlib.nullcontext() if self._world is None else self._world.guard(what)
+        with guard:
+            result = self._executor.start(inputs, mode).play()
+            return result, self._share_loss(result)
+
+    def _share_loss(self, result: StageResult) -> Tensor:
+        """The loss on every rank of every stage."""
+        loss = None if result.loss is None else result.loss[0]
+        if self._comm is None or self._world is None:
+            if loss is None:
+                raise PlanError("the plan's only stage makes no loss")
+            return loss
+        self._comm.transport.flush()
+        if loss is None:
+            port = self._lowered.stages[self._lowered.loss_stage].forward.outputs["loss"]
+            loss = torch.empty(port.meta.shape, dtype=port.meta.dtype, device=self._device)
+        source = self._lowered.stages[self._lowered.loss_stage].devices[0]
+        return self._world.broadcast(loss.contiguous(), source)
+
+    def _add_gradient(self, kept: KeptParameter, gradient: Tensor) -> None:
+        parameter = _parameter(self, kept.names[0])
+        if parameter.grad is None:
+            parameter.grad = self._wrap(kept, gradient)
+        else:
+            _local(parameter.grad).add_(gradient)
+
+    def _local_gradient(self, kept: KeptParameter) -> Tensor | None:
+        gradient = _parameter(self, kept.names[0]).grad
+        return None if gradient is None else _local(gradient)
+
+    def _counts_here(self, kept: KeptParameter) -> bool:
+        """Whether this rank's shard is the first of its replicas."""
+        coords = self._stage.mesh.coordinates(self._rank)
+        return all(
+            c == 0 for c, placement in zip(coords, kept.rest, strict=True) if placement == REPLICATE
+        )
+
+
+def _make_executor(
+    lowered: LoweredPlan, graph: Graph, comm: StageComm | None, device: torch.device
+) -> StageExecutor:
+    if comm is None:
+        return StageExecutor(
+            lowered,
+            graph,
+            0,
+            ranks=(0,),
+            collectives=VirtualCollectives(lowered.stages[0].mesh),
+            transport=Mailboxes(lowered.stages, device),
+            device=device,
+        )
+    return StageExecutor(
+        lowered,
+        graph,
+        comm.stage,
+        ranks=(comm.rank,),
+        collectives=comm.collectives,
+        transport=comm.transport,
+        device=device,
+    )
+
+
+def _scope(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a dotted name, made where it is missing, and the last part of the name.
+    Written past `add_module`, so that a model may use the names of this class's methods."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            child = module._modules[part] = nn.Module()
+        module = child
+    return module, leaf
+
+
+def _parameter(root: nn.Module, name: str) -> nn.Parameter:
+    scope, leaf = _scope(root, name)
+    parameter = scope._parameters[leaf]
+    if parameter is None:
+        raise InternalError(f"{name!r} is not a parameter of this rank")
+    return parameter
+
+
+def _buffer(root: nn.Module, name: str) -> Tensor:
+    scope, leaf = _scope(root, name)
+    buffer = scope._buffers[leaf]
+    if buffer is None:
+        raise InternalError(f"{name!r} is not a buffer of this rank")
+    return buffer
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize

@@ -1,0 +1,350 @@
+"""Verification: one training step of the parallel program against the same step on one device.
+
+The single-device step is the captured graph run whole, microbatch after microbatch. With dropout off
+the user's own eager model is compared as well. Errors are relative:
+
+    error(t) = max |parallel - single| / max(max |single|, FLOOR * scale)
+
+per tensor, where scale is the largest entry of all tensors of its kind in the model: gradients that are
+zero in exact arithmetic (a key's bias under softmax, say) are rounding noise, and only their size
+against the model's gradients means anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.errors import OptionError, PlanError
+from autopar.graph.capture import LossFn, capture_graph
+from autopar.graph.execute import run_graph
+from autopar.graph.layers import cluster_layers
+from autopar.graph.precision import in_float64
+from autopar.graph.program import Graph, InputKind, OutputKind
+from autopar.lowering.lower import lower_plan
+from autopar.plan import ParallelPlan
+from autopar.graph.batch import microbatch_of
+from autopar.runtime.inputs import microbatch_seed
+from autopar.runtime.simulated import StepResult, VirtualRun
+
+FLOOR = 1e-2
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
+_DROPOUT = "autopar.dropout.default"
+_DROPOUT_P = 3  # position of the probability among its arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Largest relative error of each kind, and where it is."""
+
+    loss: float
+    gradient: float
+    update: float
+    buffer: float
+    worst: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.gradient, self.update, self.buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """errors: against the captured graph on one device; eager: against the user's model, dropout off
+    on both sides, None where it was not compared. eager_tolerance: models cast to float32 inside,
+    whatever their precision, so that it is float32's."""
+
+    errors: Errors
+    eager: Errors | None
+    tolerance: float
+    eager_tolerance: float
+    dtype: str
+    dropout: bool
+    num_gradients: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        eager = self.eager is None or self.eager.largest <= self.eager_tolerance
+        return self.errors.largest <= self.tolerance and eager
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Whole tensors: parameters by canonical name, buffers by path, and the global batch."""
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    batch: Any
+
+
+def verify_plan(
+    model: nn.Module,
+    batch: Any,
+    plan: ParallelPlan,
+    *,
+    loss_fn: LossFn | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    tolerance: float | None = None,
+    eager: bool = True,
+) -> VerifyReport:
+    """Plays one step of the plan on the virtual mesh. batch: the global batch.
+
+    PlanError where the plan belongs to another model or batch.
+    """
+    started = time.monotonic()
+    if dtype not in TOLERANCES:
+        raise OptionError(f"dtype is one of {', '.join(TOLERANCES)}: got {dtype!r}")
+    part = microbatch_of(batch, plan.num_microbatches)
+    graph = _planned_graph(model, part, loss_fn, plan)
+    state = state_of(model, batch)
+    if dtype == "float64":
+        graph, state = in_float64(graph), _in_float64(state)
+        plan = replace(plan, graph=graph.fingerprint())
+    dropout = any(op.op_name == _DROPOUT for op in graph.operators)
+    single = single_step(graph, state, plan.num_microbatches, seed)
+    errors = _compare(parallel_step(graph, state, plan, seed), single)
+    against_eager = None
+    if eager:
+        quiet = without_dropout(graph)
+        quiet_plan = replace(plan, graph=quiet.fingerprint())
+        own = eager_step(model, state, plan.num_microbatches, loss_fn, dtype)
+        against_eager = _compare(parallel_step(quiet, state, quiet_plan, seed), own)
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    return VerifyReport(
+        errors=errors,
+        eager=against_eager,
+        tolerance=limit,
+        eager_tolerance=max(limit, TOLERANCES["float32"]),
+        dtype=dtype,
+        dropout=dropout,
+        num_gradients=len(single.gradients),
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Outcome of one step: whole tensors."""
+
+    loss: Tensor
+    gradients: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+
+
+def _planned_graph(
+    model: nn.Module, part: Any, loss_fn: LossFn | None, plan: ParallelPlan
+) -> Graph:
+    """The layered graph that the plan was made for."""
+    captured = capture_graph(model, part, loss_fn)
+    for num_layers in (None, len(plan.layer_names)):
+        graph = cluster_layers(captured, num_layers)
+        if graph.fingerprint() == plan.graph and graph.layer_names == plan.layer_names:
+            return graph
+    raise PlanError(
+        f"the plan (graph {plan.graph}) was made for another model, batch or version than this one "
+        f"(graph {graph.fingerprint()}): make it again with `autopar plan`"
+    )
+
+
+def state_of(model: nn.Module, batch: Any) -> State:
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers(remove_duplicate=False)}
+    return State(parameters, buffers, batch)
+
+
+def _in_float64(state: State) -> State:
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.double()
+        return value
+
+    return State(
+        {k: widen(v) for k, v in state.parameters.items()},
+        {k: widen(v) for k, v in state.buffers.items()},
+        pytree.tree_map(widen, state.batch),
+    )
+
+
+def without_dropout(graph: Graph) -> Graph:
+    """The same graph with every dropout probability 0; operators keep their names."""
+    operators = tuple(
+        replace(op, args=(*op.args[:_DROPOUT_P], 0.0, *op.args[_DROPOUT_P + 1 :]))
+        if op.op_name == _DROPOUT
+        else op
+        for op in graph.operators
+    )
+    return graph.with_operators(operators)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], scale: float) -> torch.optim.Optimizer:
+    """AdamW with an epsilon of the gradients' own size: with a tiny one the first step is lr times the
+    sign of every gradient, and the sign of a gradient that is zero up to rounding means nothing."""
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=max(scale, 1e-12))
+
+
+def gradient_scale(gradients: Mapping[str, Tensor]) -> float:
+    """Root mean square of all gradient entries."""
+    count = sum(g.numel() for g in gradients.values())
+    total = sum(float(g.double().square().sum()) for g in gradients.values())
+    return float((total / max(1, count)) ** 0.5)
+
+
+def parallel_step(graph: Graph, state: State, plan: ParallelPlan, seed: int) -> Step:
+    """One step of the plan on the virtual mesh, optimizer included."""
+    run = VirtualRun(lower_plan(graph, plan), graph, state.parameters, state.buffers)
+    result: StepResult = run.step(graph.batch_spec.tensors(state.batch), seed)
+    scale = gradient_scale(result.gradients)
+    run.attach(lambda parameters: make_optimizer(parameters, scale))
+    run.update()
+    return Step(result.loss, result.gradients, result.buffers, run.parameters())
+
+
+def single_step(graph: Graph, state: State, num_microbatches: int, seed: int) -> Step:
+    """The captured graph run whole on each microbatch in turn, then the optimizer."""
+    owners = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
+    paths = {i.name: i.target for i in graph.inputs_of(InputKind.BUFFER)}
+    buffers = dict(state.buffers)
+    gradients: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
+    for number in range(num_microbatches):
+        part = microbatch_of(state.batch, num_microbatches, number)
+        inputs = _graph_inputs(graph, state, buffers, part, num_microbatches)
+        for inp in graph.inputs_of(InputKind.SEED):
+            word = microbatch_seed(seed, number)
+            inputs[inp.name] = torch.tensor([word], dtype=torch.int32)
+        for out, value in zip(graph.outputs, run_graph(graph, inputs), strict=True):
+            if out.kind is OutputKind.LOSS:
+                losses.append(value)
+            elif out.kind is OutputKind.GRADIENT:
+                owner = owners[out.target]
+                old = gradients.get(owner)
+                gradients[owner] = value.clone() if old is None else old + value
+            elif out.kind is OutputKind.BUFFER:
+                buffers[paths[out.target]] = value
+    return _updated(state, torch.stack(losses).mean(), gradients, buffers)
+
+
+def _graph_inputs(
+    graph: Graph, state: State, buffers: Mapping[str, Tensor], part: Any, num_microbatches: int
+) -> dict[str, Tensor]:
+    leaves = iter(graph.batch_spec.tensors(part))
+    make: dict[InputKind, Callable[[Any], Tensor]] = {
+        InputKind.PARAMETER: lambda i: state.parameters[i.owner],
+        InputKind.BUFFER: lambda i: buffers[i.target],
+        InputKind.BATCH: lambda _: next(leaves),
+        InputKind.CONSTANT: lambda i: graph.constants[i.name],
+        InputKind.TANGENT: lambda i: torch.full(
+            i.meta.shape, 1.0 / num_microbatches, dtype=i.meta.dtype
+        ),
+    }
+    return {i.name: make[i.kind](i) for i in graph.inputs if i.kind in make}
+
+
+def eager_step(
+    model: nn.Module, state: State, num_microbatches: int, loss_fn: LossFn | None, dtype: str
+) -> Step:
+    """The user's model with dropout 0, by autograd, then the optimizer. The model is copied."""
+    own = copy.deepcopy(model)
+    own = own.double() if dtype == "float64" else own
+    own.load_state_dict({**own.state_dict(), **state.buffers}, strict=False)
+    turn_dropout_off(own)
+    losses = []
+    for number in range(num_microbatches):
+        part = microbatch_of(state.batch, num_microbatches, number)
+        loss = _eager_loss(own, part, loss_fn)
+        (loss / num_microbatches).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
+    buffers = {n: b.detach() for n, b in own.named_buffers(remove_duplicate=False)}
+    return _updated(state, torch.stack(losses).mean(), gradients, buffers)
+
+
+def _eager_loss(model: nn.Module, part: Any, loss_fn: LossFn | None) -> Tensor:
+    if isinstance(part, Mapping):
+        outputs = model(**part)
+    elif isinstance(part, (tuple, list)):
+        outputs = model(*part)
+    else:
+        outputs = model(part)
+    if loss_fn is not None:
+        return loss_fn(outputs, part)
+    if isinstance(outputs, Tensor):
+        return outputs
+    loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+    return loss
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """Sets every dropout probability of a model to 0: nn.Dropout modules, and numbers called so."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _updated(
+    state: State, loss: Tensor, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Step:
+    """The optimizer's step on whole parameters."""
+    parameters = {n: nn.Parameter(p.clone()) for n, p in state.parameters.items()}
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.clone()
+    optimizer = make_optimizer(list(parameters.values()), gradient_scale(gradients))
+    optimizer.step()
+    updated = {n: p.detach() for n, p in parameters.items()}
+    return Step(loss, gradients, buffers, updated)
+
+
+def _compare(got: Step, want: Step) -> Errors:
+    worst: dict[str, str] = {}
+    loss = relative_errors({"loss": got.loss}, {"loss": want.loss})
+    kinds = {
+        "gradient": relative_errors(got.gradients, want.gradients),
+        "update": relative_errors(got.parameters, want.parameters),
+        "buffer": relative_errors(
+            got.buffers, {k: v for k, v in want.buffers.items() if k in got.buffers}
+        ),
+    }
+    largest = {"loss": loss["loss"]}
+    for kind, errors in kinds.items():
+        name = max(errors, key=errors.__getitem__, default="")
+        worst[kind], largest[kind] = name, errors.get(name, 0.0)
+    return Errors(
+        largest["loss"], largest["gradient"], largest["update"], largest["buffer"], worst
+    )
+
+
+def relative_errors(
+    got: Mapping[str, Tensor], want: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """error(t) of the module's docstring for each tensor. A missing tensor or NaN is infinite."""
+    scale = max((_largest(t) for t in want.values()), default=0.0)
+    errors = {}
+    for name, tensor in want.items():
+        other = got.get(name)
+        if other is None or other.shape != tensor.shape:
+            errors[name] = float("inf")
+            continue
+        difference = _largest(other.double() - tensor.double())
+        reference = max(_largest(tensor), FLOOR * scale)
+        error = difference / reference if difference else 0.0
+        errors[name] = error if error == error else float("inf")
+    for name in got.keys() - want.keys():
+        errors[name] = float("inf")
+    return errors
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
