@@ -20,19 +20,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from autopar.errors import OptionError, PlanError
-from autopar.graph.capture import LossFn, capture_graph
+from autopar.api import graph_of_plan
+from autopar.errors import OptionError
+from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
-from autopar.graph.layers import cluster_layers
 from autopar.graph.precision import in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
 from autopar.plan import ParallelPlan
 from autopar.graph.batch import microbatch_of
 from autopar.runtime.inputs import microbatch_seed
+from autopar.runtime.comm import World
+from autopar.runtime.launch import run_processes
+from autopar.runtime.module import ParallelModel
 from autopar.runtime.simulated import StepResult, VirtualRun
+
+Loader = Callable[[], tuple[nn.Module, Any]]
 
 FLOOR = 1e-2
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
@@ -95,23 +101,30 @@ def verify_plan(
     seed: int = 0,
     tolerance: float | None = None,
     eager: bool = True,
+    processes: Loader | None = None,
 ) -> VerifyReport:
     """Plays one step of the plan on the virtual mesh. batch: the global batch.
 
+    processes: plays it in real local processes (gloo) instead, each of which gets (model, batch) by
+    this function; it must be importable. eager=False leaves the user's own model out.
     PlanError where the plan belongs to another model or batch.
     """
     started = time.monotonic()
     if dtype not in TOLERANCES:
         raise OptionError(f"dtype is one of {', '.join(TOLERANCES)}: got {dtype!r}")
-    part = microbatch_of(batch, plan.num_microbatches)
-    graph = _planned_graph(model, part, loss_fn, plan)
+    graph = graph_of_plan(model, batch, plan, loss_fn)
     state = state_of(model, batch)
     if dtype == "float64":
         graph, state = in_float64(graph), _in_float64(state)
         plan = replace(plan, graph=graph.fingerprint())
     dropout = any(op.op_name == _DROPOUT for op in graph.operators)
     single = single_step(graph, state, plan.num_microbatches, seed)
-    errors = _compare(parallel_step(graph, state, plan, seed), single)
+    if processes is None:
+        parallel = parallel_step(graph, state, plan, seed)
+    else:
+        scale = gradient_scale(single.gradients)
+        parallel = process_step(processes, loss_fn, plan, seed, dtype, scale)
+    errors = _compare(parallel, single)
     against_eager = None
     if eager:
         quiet = without_dropout(graph)
@@ -139,21 +152,6 @@ class Step:
     gradients: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
-
-
-def _planned_graph(
-    model: nn.Module, part: Any, loss_fn: LossFn | None, plan: ParallelPlan
-) -> Graph:
-    """The layered graph that the plan was made for."""
-    captured = capture_graph(model, part, loss_fn)
-    for num_layers in (None, len(plan.layer_names)):
-        graph = cluster_layers(captured, num_layers)
-        if graph.fingerprint() == plan.graph and graph.layer_names == plan.layer_names:
-            return graph
-    raise PlanError(
-        f"the plan (graph {plan.graph}) was made for another model, batch or version than this one "
-        f"(graph {graph.fingerprint()}): make it again with `autopar plan`"
-    )
 
 
 def state_of(model: nn.Module, batch: Any) -> State:
@@ -207,6 +205,60 @@ def parallel_step(graph: Graph, state: State, plan: ParallelPlan, seed: int) -> 
     run.attach(lambda parameters: make_optimizer(parameters, scale))
     run.update()
     return Step(result.loss, result.gradients, result.buffers, run.parameters())
+
+
+def process_step(
+    load: Loader,
+    loss_fn: LossFn | None,
+    plan: ParallelPlan,
+    seed: int,
+    dtype: str,
+    scale: float,
+) -> Step:
+    """One step of the plan in as many local processes as it has devices."""
+    arguments = (load, loss_fn, plan, seed, dtype, scale)
+    parts: list[Step] = run_processes(_rank_step, plan.num_devices, *arguments)
+    merged = Step(parts[0].loss, {}, {}, {})
+    for part in parts:
+        merged.gradients.update(part.gradients)  # type: ignore[attr-defined]
+        merged.buffers.update(part.buffers)  # type: ignore[attr-defined]
+        merged.parameters.update(part.parameters)  # type: ignore[attr-defined]
+    return merged
+
+
+def _rank_step(
+    world: World,
+    load: Loader,
+    loss_fn: LossFn | None,
+    plan: ParallelPlan,
+    seed: int,
+    dtype: str,
+    scale: float,
+) -> Step:
+    """What one rank knows after the step: whole tensors of its stage."""
+    model, batch = load()
+    graph = graph_of_plan(model, batch, plan, loss_fn)
+    if dtype == "float64":
+        graph, model = in_float64(graph), model.double()
+        batch = _in_float64(State({}, {}, batch)).batch
+        plan = replace(plan, graph=graph.fingerprint())
+    parallel = ParallelModel(model, graph, plan, world=world)
+    loss = parallel.train_step(batch, seed)
+    named = dict(parallel.named_parameters())
+    gradients = {n: full_tensor(p.grad) for n, p in named.items() if p.grad is not None}
+    make_optimizer(list(named.values()), scale).step()
+    return Step(
+        loss,
+        gradients,
+        {n: b.detach().clone() for n, b in parallel.named_buffers()},
+        {n: full_tensor(p) for n, p in named.items()},
+    )
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor as a whole; a plain tensor is one already."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
 
 
 def single_step(graph: Graph, state: State, num_microbatches: int, seed: int) -> Step:

@@ -118,8 +118,8 @@ def _check_buffers(lowered: LoweredPlan, graph: Graph) -> None:
             writer = updated.get(owners[name], stage.index)
             if writer != stage.index:
                 raise PlanError(
-                    f"buffer {path!r} is updated by stage {writer} and read by stage {stage.index}: "
-                    "plan again with the layers that use it in one stage"
+                    f"buffer {path!r} is updated by stage {writer} and read by stage "
+                    f"{stage.index}: plan again with the layers that use it in one stage"
                 )
 
 

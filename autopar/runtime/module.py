@@ -61,8 +61,8 @@ class ParallelModel(nn.Module):
         super().__init__()
         if world is None and plan.num_devices != 1:
             raise PlanError(
-                f"the plan is for {plan.num_devices} devices, but this is a single process: "
-                f"start it with torchrun --nproc-per-node {plan.num_devices}, or plan for one device"
+                f"the plan is for {plan.num_devices} devices, but this is a single process: start "
+                f"it with torchrun --nproc-per-node {plan.num_devices}, or plan for one device"
             )
         if world is not None:
             world.check_size(plan.num_devices)
@@ -159,8 +159,8 @@ class ParallelModel(nn.Module):
         unexpected = [name for name in state_dict if name not in self._known]
         if strict and (missing or unexpected):
             raise OptionError(
-                f"the state dict lacks {missing[:5]} and has {unexpected[:5]} that the model does
-                not " "have: pass strict=False to load what fits"
+                f"the state dict lacks {missing[:5]} and has {unexpected[:5]} that the model "
+                "does not have: pass strict=False to load what fits"
             )
         by_name = {name: kept for kept in self._kept for name in kept.names}
         with torch.no_grad():

@@ -149,6 +149,13 @@ class VirtualRun:
                 if local:
                     self._optimizers.append(make_optimizer(local))
 
+    def scale_gradients(self, factor: float) -> None:
+        """Of every shard, in place: what clipping does once it knows the norm."""
+        for shards in self._shards:
+            for parameter in (p for values in shards.values() for p in values):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
     def update(self) -> None:
         """A step of every rank's optimizer; gradients are cleared."""
         for optimizer in self._optimizers:

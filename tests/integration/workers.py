@@ -2,70 +2,117 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from autopar.plan import ParallelPlan
-from autopar.runtime.comm import World
+from autopar.runtime.comm import ProcessTransport, World
 from autopar.runtime.module import ParallelModel
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, zoo_case
 
-SEED, RATE = 11, 1e-3
+SEED, RATE, MAX_NORM = 11, 1e-3, 0.1
 
 
-def make_case(name: str, seed: int) -> tuple[Case, ParallelPlan]:
+def make_case(name: str) -> tuple[Case, ParallelPlan]:
     """The same on every rank: two stages of two devices, two microbatches, float64."""
     case = zoo_case(name)
-    return case, random_plan(case.graph, [(2,), (2,)], random.Random(seed))
+    return case, random_plan(case.graph, [(2,), (2,)], random.Random(0))
 
 
-def parallel(world: World, name: str, seed: int) -> tuple[Case, ParallelModel]:
-    case, plan = make_case(name, seed)
+def parallel(world: World, name: str) -> tuple[Case, ParallelModel]:
+    case, plan = make_case(name)
     return case, ParallelModel(case.model, case.graph, plan, world=world)
 
 
-def wholes(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def wholes(named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Whole tensors; every rank of the stage must call this."""
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
         for name, t in named.items()
+        if t is not None
     }
 
 
-def train(world: World, name: str, seed: int) -> dict[str, Any]:
-    """One step, clipped gradients, AdamW; then a second step on the rows of data_shard alone."""
-    case, model = parallel(world, name, seed)
+def gradients(model: ParallelModel) -> dict[str, Tensor]:
+    return wholes({name: p.grad for name, p in model.named_parameters()})
+
+
+def train_all(world: World, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {name: train(world, name) for name in names}
+
+
+def train(world: World, name: str) -> dict[str, Any]:
+    """A clipped AdamW step; then one on the rows of data_shard, and again on the whole batch."""
+    case, model = parallel(world, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    loss = model.train_step(case.batch, seed=SEED)
-    gradients = wholes({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    norm = model.clip_grad_norm_(0.1)
-    clipped = wholes({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    maximum = model.clip_grad_norm_(1e9, float("inf"))
+    record: dict[str, Any] = {"names": list(model.state_dict())}
+    record["loss"] = model.train_step(case.batch, seed=SEED)
+    record["gradients"] = gradients(model)
+    record["norm"] = model.clip_grad_norm_(MAX_NORM)
+    record["clipped"] = gradients(model)
+    record["maximum"] = model.clip_grad_norm_(1e9, float("inf"))
+    record["buffers"] = wholes(dict(model.named_buffers()))
     optimizer.step()
     optimizer.zero_grad()
-    parameters = wholes(dict(model.named_parameters()))
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    record["parameters"] = wholes(dict(model.named_parameters()))
     evaluated = model.eval_step(case.batch)
-    second = model.train_step(model.data_shard.select(case.batch), seed=SEED + 1)
+    assert bool(evaluated.isfinite())
+    record["second"] = model.train_step(model.data_shard.select(case.batch), seed=SEED + 1)
     again = model.train_step(case.batch, seed=SEED + 1)
-    doubled = wholes({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    return {
-        "loss": loss,
-        "gradients": gradients,
-        "norm": norm,
-        "clipped": clipped,
-        "maximum": maximum,
-        "parameters": parameters,
-        "buffers": buffers,
-        "evaluated": evaluated,
-        "second": second,
-        "again": again,
-        "doubled": doubled,
-        "rows": model.data_shard.rows,
-        "names": list(model.state_dict()),
-    }
+    assert torch.equal(again, record["second"])
+    record["doubled"] = gradients(model)
+    return record
+
+
+def checkpoint(world: World, folder: str) -> bool:
+    """Save, spoil, load: parameters, tied names, buffers and the optimizer's shards."""
+    for name in ("gpt2", "wide_resnet"):
+        case, model = parallel(world, name)
+        model.train_step(case.batch, seed=SEED)
+        saved = wholes(model.state_dict())
+        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/{name}")
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.zero_()
+        state = {"model": model.state_dict()}
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
+        model.load_state_dict(state["model"])
+        for key, tensor in wholes(model.state_dict()).items():
+            assert torch.equal(tensor, saved[key]), key
+    return True
+
+
+class _PluggedOut(ProcessTransport):
+    """Fails when it is first used."""
+
+    kind = "raise"
+
+    def receive(self, transfers: Any) -> Any:
+        if self.kind == "die":
+            os._exit(7)
+        raise ValueError("the plug was pulled")
+
+
+def fail_mid_step(world: World, failing: int, kind: str) -> None:
+    case, model = parallel(world, "gpt2")
+    if world.rank == failing:
+        transport = model._executor.transport
+        assert isinstance(transport, ProcessTransport)
+        transport.__class__ = _PluggedOut
+        _PluggedOut.kind = kind
+    model.train_step(case.batch)
+
+
+def exchange(world: World) -> Any:
+    world.barrier()
+    got = world.broadcast_object({"from": world.rank})
+    world.barrier()
+    return got

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ from autopar.errors import BatchError, ScheduleError
 from autopar.lowering.lower import LoweredPlan, lower_plan
 from autopar.plan import Remat
 from autopar.runtime.simulated import VirtualRun
-from autopar.schedule import Action, ActionKind, Schedule, ScheduleKind
+from autopar.schedule import Schedule, ScheduleKind
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, Expected, expected_step, worst_error, zoo_case
 from tests.zoo import ZOO
@@ -99,15 +100,10 @@ def test_seeds_differ_between_steps() -> None:
 def test_deadlock_is_an_error_that_names_the_waiting_stages() -> None:
     case, _ = _case("gpt2")
     lowered = _lowered(case, "2+2")
-    first, last = lowered.schedule.actions
-    backward_first = (Action(ActionKind.FORWARD, 0), Action(ActionKind.BACKWARD, 0), *first[1:2])
-    del last
-    broken = Schedule(
-        GPIPE, 2, 2, (backward_first, (*reversed(backward_first[:2]), *backward_first[2:]))
-    )
-    stuck = LoweredPlan(lowered.stages, lowered.transfers, broken, lowered.loss_stage)
-    with pytest.raises((ScheduleError, KeyError)):
-        _run(case, stuck).step(case.leaves, SEED)
+    rows = "stage0: F0 B0 F1 B1 R\nstage1: F0 F1 B0 B1 R"
+    broken = replace(lowered, schedule=Schedule.parse(rows, kind=GPIPE))
+    with pytest.raises(ScheduleError, match="stage0 at B0, stage1 at F1"):
+        _run(case, broken).step(case.leaves, SEED)
 
 
 def test_a_batch_of_another_size_is_refused() -> None:

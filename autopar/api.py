@@ -1,0 +1,181 @@
+"""The public door: one call plans, lowers and builds the parallel model.
+
+    plan_model    model + batch + cluster -> plan        no GPU, no weights
+    parallelize   ... -> ParallelModel                   under torchrun, or in one process
+
+Under torchrun rank 0 plans and everyone gets its plan; with a plan given no search runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.errors import NoFeasiblePlan, OptionError, PlanError
+from autopar.graph.batch import batch_rows, microbatch_of
+from autopar.graph.capture import LossFn, capture_graph
+from autopar.graph.layers import cluster_layers
+from autopar.graph.program import Graph
+from autopar.options import SearchOptions, parse_bytes
+from autopar.plan import ParallelPlan
+from autopar.planner import make_plan
+from autopar.runtime.launch import torchrun_world
+from autopar.runtime.module import ParallelModel
+from cost_models import Cluster
+
+Progress = Callable[[str], None]
+
+_DEVICE_NAMES = (("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("V100", "v100"))
+
+
+def plan_model(
+    model: nn.Module,
+    example_batch: Any,
+    cluster: Cluster,
+    *,
+    loss_fn: LossFn | None = None,
+    memory_budget: str | float | None = None,
+    options: SearchOptions = SearchOptions(),
+    progress: Progress = lambda _: None,
+) -> tuple[ParallelPlan, Graph]:
+    """The best plan, and the layered graph that it is for. example_batch: a global batch.
+
+    memory_budget: bytes per device, or text such as "70GiB". NoFeasiblePlan where nothing fits.
+    """
+    budget = parse_bytes(memory_budget)
+    best: tuple[ParallelPlan, Graph] | None = None
+    failures: list[NoFeasiblePlan] = []
+    for count in microbatch_counts(example_batch, options):
+        progress(f"capture, {count} microbatch(es)")
+        graph = captured_graph(model, example_batch, count, loss_fn, options)
+        try:
+            plan = make_plan(
+                graph,
+                cluster,
+                num_microbatches=count,
+                budget_bytes=budget,
+                options=options,
+                progress=progress,
+            )
+        except NoFeasiblePlan as error:
+            failures.append(error)
+            continue
+        if best is None or plan.step_s < best[0].step_s:
+            best = plan, graph
+    if best is None:
+        raise failures[-1]
+    return best
+
+
+def captured_graph(
+    model: nn.Module,
+    example_batch: Any,
+    num_microbatches: int,
+    loss_fn: LossFn | None = None,
+    options: SearchOptions = SearchOptions(),
+) -> Graph:
+    """The layered graph of one microbatch of a global batch."""
+    part = microbatch_of(example_batch, num_microbatches)
+    return cluster_layers(capture_graph(model, part, loss_fn), options.num_layers)
+
+
+def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:
+    """The numbers of microbatches to try: the pinned one; without a pipeline 1 and, for memory, 4;
+    with a pinned pipeline of S stages up to 2 S and 4 S. Only divisors of the rows."""
+    if options.num_microbatches is not None:
+        return (options.num_microbatches,)
+    rows = batch_rows(example_batch)
+    if rows is None:
+        return (1,)
+    stages = options.num_stages or 1
+    wanted = (1, 4) if stages == 1 else (2 * stages, 4 * stages)
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    return tuple(sorted({max(d for d in divisors if d <= w) for w in wanted}))
+
+
+def detect_cluster(num_devices: int | None = None) -> Cluster:
+    """The cluster that this process is part of: torchrun's world of GPUs, or of CPU processes.
+
+    OptionError for a GPU that the cost models do not know: pass a Cluster then.
+    """
+    world = num_devices or int(os.environ.get("WORLD_SIZE", "1"))
+    per_node = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
+    kind = "cpu"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        found = [kind for text, kind in _DEVICE_NAMES if text in name]
+        if not found:
+            raise OptionError(
+                f"no cost model for the GPU {name!r}: pass cluster=Cluster.from_toml(...) with its data"
+            )
+        kind = found[0]
+    return Cluster.parse(f"{kind}:{world // per_node}x{per_node}")
+
+
+def parallelize(
+    model: nn.Module,
+    example_batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    cluster: Cluster | str | None = None,
+    memory_budget: str | float | None = None,
+    plan: ParallelPlan | str | Path | None = None,
+    options: SearchOptions = SearchOptions(),
+    device: torch.device | str | None = None,
+    progress: Progress = lambda _: None,
+) -> ParallelModel:
+    """The model running in parallel on the devices there are.
+
+    model:         real, with the same weights on every rank; each rank keeps its shards only.
+    example_batch: a global batch: `train_step` takes such batches.
+    loss_fn:       loss_fn(outputs, batch) -> scalar; without one the model returns its loss.
+    plan:          a plan or its file: no search runs. It must belong to this model and batch.
+    cluster:       what to plan for; by default what is there. Its devices must number the ranks.
+    """
+    world = torchrun_world()
+    given = ParallelPlan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if given is None:
+        target = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+        if world is None or world.rank == 0:
+            given, _ = plan_model(
+                model,
+                example_batch,
+                target or detect_cluster(1 if world is None else world.size),
+                loss_fn=loss_fn,
+                memory_budget=memory_budget,
+                options=options,
+                progress=progress,
+            )
+        if world is not None:
+            given = world.broadcast_object(given)
+    assert given is not None
+    progress("capture")
+    graph = graph_of_plan(model, example_batch, given, loss_fn)
+    progress("lower")
+    return ParallelModel(model, graph, given, world=world, device=torch.device(device or _device()))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def graph_of_plan(
+    model: nn.Module, example_batch: Any, plan: ParallelPlan, loss_fn: LossFn | None = None
+) -> Graph:
+    """The layered graph that a plan was made for. PlanError if model and batch give another one."""
+    part = microbatch_of(example_batch, plan.num_microbatches)
+    captured = capture_graph(model, part, loss_fn)
+    graph = captured
+    for num_layers in (None, len(plan.layer_names)):
+        graph = cluster_layers(captured, num_layers)
+        if graph.fingerprint() == plan.graph and graph.layer_names == plan.layer_names:
+            return graph
+    raise PlanError(
+        f"the plan (graph {plan.graph}) was made for another model, batch or version than this one "
+        f"(graph {graph.fingerprint()}): make it again with `autopar plan`"
+    )

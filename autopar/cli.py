@@ -1,0 +1,545 @@
+"""The command line. Reads arguments and prints; what it does is `api`, `verify` and `report`.
+
+Exit codes: 0 done, 1 disagreement or failed run, 2 bad input, 130 interrupted. With --json stdout has
+one JSON value and nothing else; progress and errors are on stderr.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopar.errors import AutoparError, RuntimeFailure
+
+if TYPE_CHECKING:
+    from autopar.graph.program import Graph
+    from autopar.models import LoadedModel
+    from autopar.options import SearchOptions
+    from autopar.plan import ParallelPlan
+
+app = typer.Typer(
+    name="autopar",
+    help="Find the best way to run a PyTorch training step on a cluster, prove it, run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure planning time and training speed.")
+app.add_typer(bench, name="bench")
+
+_FILE_WIDTH = 120  # columns where stdout is no terminal
+_MODEL_HELP = "file.py:factory, package.module:factory, or a name of `autopar models`."
+
+
+class ScheduleName(StrEnum):
+    gpipe = "gpipe"
+    one_f_one_b = "1f1b"
+
+
+class RematName(StrEnum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class SolverName(StrEnum):
+    dual = "dual"
+    cbc = "cbc"
+    highs = "highs"
+    cp_sat = "cp_sat"
+
+
+class DtypeName(StrEnum):
+    float32 = "float32"
+    float64 = "float64"
+
+
+class BackendName(StrEnum):
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="A saved plan; no search is made then.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on stdout.")]
+SeedOption = Annotated[int, typer.Option(help="Of the random operators, such as dropout.")]
+
+
+def _option(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Search")
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search options of `plan`, `verify` and `run`: one field per command line option."""
+
+    cluster: Annotated[
+        str | None,
+        _option("Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file.", metavar="CLUSTER"),
+    ] = None
+    memory: Annotated[str | None, _option("Budget per device, such as 70GiB.")] = None
+    microbatches: Annotated[int | None, _option("Of a batch; must divide its rows.")] = None
+    stages: Annotated[int | None, _option("Number of pipeline stages.")] = None
+    mesh: Annotated[str | None, _option("Mesh of every stage, such as 2x4.")] = None
+    schedule: Annotated[ScheduleName | None, _option("Pipeline schedule.")] = None
+    remat: Annotated[RematName | None, _option("What backward may recompute.")] = None
+    place: Annotated[
+        list[str] | None,
+        _option("Parameter and its layout at rest, such as lm_head.weight=S0; repeatable."),
+    ] = None
+    solver: Annotated[SolverName | None, _option("Of the integer programs.")] = None
+    time_limit: Annotated[float | None, _option("Seconds of the search.")] = None
+
+
+def _with_search(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(..., search)` as a command that has the options of Search."""
+    own = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=h)
+        for f, h in zip(
+            fields(Search), inspect.get_annotations(Search, eval_str=True).values(), strict=True
+        )
+    ]
+    names = [f.name for f in fields(Search)]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        search = Search(**{name: arguments.pop(name) for name in names})
+        command(**arguments, search=search)
+
+    rest = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in own.parameters.values()
+        if p.name != "search"
+    ]
+    parameters = [*rest, *options]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
+) -> None:
+    if verbose:
+        from rich.logging import RichHandler
+
+        from autopar.report.console import stderr_console
+
+        handler = RichHandler(console=stderr_console(), show_path=False)
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
+
+
+@app.command(
+    epilog="Example: [bold]autopar plan tests/zoo.py:gpt2 --cluster h100:1x8 --memory 70GiB -o"
+    " plan.json[/bold]"
+)
+@_with_search
+def plan(
+    model: ModelArgument,
+    search: Search,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the plan.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the best plan. Needs neither the cluster nor the model's weights."""
+    found, graph = _search(model, search, default_cluster=None, quiet=as_json)
+    if output is not None:
+        found.save(output)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from autopar.report.text import plan_tree
+
+    _print(plan_tree(found, graph))
+    if output is not None:
+        _print(f"Saved to {output}. Next: autopar verify {model} --plan {output}")
+
+
+@app.command(epilog="Example: [bold]autopar show plan.json --schedule[/bold]")
+def show(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A saved plan.")],
+    schedule: Annotated[bool, typer.Option("--schedule", help="Draw the schedule.")] = False,
+    operators: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="List the strategy of each operator that matches."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a saved plan: stages, layouts, predictions."""
+    found = _load_plan(plan_file)
+    if as_json:
+        _print_json(found.to_json())
+    elif operators is not None:
+        from autopar.report.operators import operator_table
+
+        _print(operator_table(found, _pattern(operators)))
+    elif schedule:
+        from autopar.report.schedule import plan_timeline, schedule_picture
+
+        _print(schedule_picture(plan_timeline(found), _stdout().width - 1))
+    else:
+        from autopar.report.text import plan_tree
+
+        _print(plan_tree(found))
+
+
+@app.command(
+    epilog="Example: [bold]autopar verify tests/zoo.py:t5 --cluster cpu:1x4 --stages 2 --dtype"
+    " float64[/bold]"
+)
+@_with_search
+def verify(
+    model: ModelArgument,
+    search: Search,
+    plan_file: PlanOption = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Real processes, not the virtual mesh.")
+    ] = False,
+    dtype: Annotated[DtypeName, typer.Option(help="Of the comparison.")] = DtypeName.float32,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Play one training step of a plan and compare it with one device: loss, gradients, parameters.
+
+    Without --plan the search options choose one, for cpu:1x4 by default. Exit code 1 if it disagrees.
+    """
+    found, loaded = _plan_for(model, plan_file, search, quiet=as_json)
+    from autopar.report.console import SearchLine
+    from autopar.report.verify import verify_record, verify_table
+    from autopar.verify import verify_plan
+
+    with SearchLine("verifying", quiet=as_json):
+        report = verify_plan(
+            loaded.module,
+            loaded.example_batch,
+            found,
+            dtype=dtype.value,
+            seed=seed,
+            processes=processes,
+        )
+    if as_json:
+        _print_json({"model": loaded.name, **verify_record(report)})
+    else:
+        _print(verify_table(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: [bold]autopar run tests/zoo.py:gpt2 --cluster cpu:1x4 --steps 20[/bold], or"
+    " [bold]torchrun --nproc-per-node 8 -m autopar run MODEL --plan plan.json[/bold]"
+)
+@_with_search
+def run(
+    model: ModelArgument,
+    search: Search,
+    plan_file: PlanOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on the example batch: on local processes, or as one process of torchrun."""
+    rank = os.environ.get("RANK")
+    if rank is None:
+        found, loaded = _plan_for(model, plan_file, search, quiet=as_json)
+        del loaded  # each process makes its own
+        losses = _train_locally(Training(model, found, steps, lr, seed, shown=not as_json))
+    else:
+        given = None if plan_file is None else _load_plan(plan_file)
+        job = Training(model, given, steps, lr, seed, shown=rank == "0" and not as_json)
+        losses = train(None, job, search)
+        if rank != "0":
+            return
+    if as_json:
+        _print_json({"model": model, "losses": losses})
+    else:
+        _print(f"{steps} steps: loss {losses[0]:.6f} -> {losses[-1]:.6f}")
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have a name."""
+    from autopar.models import model_sources
+
+    found = model_sources()
+    if as_json:
+        _print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table("MODEL", "what", box=None)
+    for name, text in found.items():
+        table.add_row(name, text)
+    _print(table)
+
+
+@bench.command("plan", epilog="Example: [bold]autopar bench plan --cases gpt2-124m[/bold]")
+def bench_plan(
+    cases: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
+    results: Annotated[Path | None, typer.Option(help="Result file to continue.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Seconds and memory of planning, by pass, each run in a fresh process."""
+    from benchmarks.run import run_suite
+
+    outcome = run_suite("plan", cases=cases, settings={"repeats": repeats}, path=results)
+    _show_bench(outcome, as_json)
+
+
+@bench.command(
+    "speed", epilog="Example: [bold]autopar bench speed --cases gpt-tiny --devices 2[/bold]"
+)
+def bench_speed(
+    cases: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    devices: Annotated[int, typer.Option(min=1, help="Processes, one device each.")] = 2,
+    backend: Annotated[BackendName, typer.Option(help="Of the collectives.")] = BackendName.gloo,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before.")] = 3,
+    results: Annotated[Path | None, typer.Option(help="Result file to continue.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ours against DDP, FSDP2 and tensor parallel of the same model, in the same job."""
+    from benchmarks.run import run_suite
+
+    settings = {"devices": devices, "backend": backend.value, "steps": steps, "warmup": warmup}
+    _show_bench(run_suite("speed", cases=cases, settings=settings, path=results), as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What every process of `run` needs; it travels to spawned ones."""
+
+    model: str
+    plan: ParallelPlan | None
+    steps: int
+    lr: float
+    seed: int
+    shown: bool
+
+
+def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
+    """One process of `run`: the loss of each step. world: of a spawned process, which has joined it;
+    parallelize finds it, or torchrun's."""
+    import torch
+
+    from autopar.api import parallelize
+    from autopar.models import load_model
+    from autopar.report.console import training_bar
+
+    loaded = load_model(job.model)
+    parallel = parallelize(
+        loaded.module,
+        loaded.example_batch,
+        plan=job.plan,
+        cluster=_cluster(search.cluster),
+        memory_budget=search.memory,
+        options=_search_options(search),
+    )
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=job.lr)
+    losses = []
+    shown = job.shown and (world is None or world.rank == 0)
+    with training_bar(job.steps, f"training {loaded.name}", shown=shown) as bar:
+        for step in range(job.steps):
+            loss = float(parallel.train_step(loaded.example_batch, seed=job.seed + step))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            bar.advance(loss)
+    return losses
+
+
+def _train_locally(job: Training) -> list[float]:
+    """On as many local processes as the plan has devices."""
+    assert job.plan is not None
+    if job.plan.num_devices == 1:
+        return train(None, job)
+    from autopar.runtime.launch import run_processes
+
+    losses: list[float] = run_processes(train, job.plan.num_devices, job)[0]
+    return losses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point: an exit code, never a traceback for what a user can put right."""
+    from cost_models.errors import CostModelError
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(given, prog_name="autopar")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (AutoparError, CostModelError) as error:
+        from autopar.report.console import show_error
+
+        if "--json" in given:
+            _print_json({"error": type(error).__name__, "message": str(error)})
+        show_error(type(error).__name__, str(error))
+        return 1 if isinstance(error, RuntimeFailure) else 2
+    return 0
+
+
+def _plan_for(
+    model: str, plan_file: Path | None, search: Search, *, quiet: bool
+) -> tuple[ParallelPlan, LoadedModel]:
+    """The saved plan, or one from the search options, and the model with its data."""
+    from autopar.models import load_model
+
+    if plan_file is not None:
+        given = [f.name for f in fields(Search) if getattr(search, f.name)]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise typer.BadParameter(f"--plan leaves nothing to search: drop {options}")
+        return _load_plan(plan_file), load_model(model)
+    found, _ = _search(model, search, default_cluster="cpu:1x4", quiet=quiet)
+    return found, load_model(model)
+
+
+def _search(
+    model: str, search: Search, *, default_cluster: str | None, quiet: bool
+) -> tuple[ParallelPlan, Graph]:
+    """Plans without data where the model can be built on meta, else with it."""
+    cluster = _cluster(search.cluster or default_cluster)
+    if cluster is None:
+        raise typer.BadParameter("name the cluster, such as --cluster h100:1x8")
+    options = _search_options(search)
+    from autopar.api import plan_model
+    from autopar.errors import CaptureError
+    from autopar.models import load_model
+    from autopar.report.console import SearchLine
+
+    with SearchLine(f"planning {model}", quiet=quiet) as line:
+        for meta in (True, False):
+            line("building the model")
+            loaded = load_model(model, meta=meta)
+            try:
+                return plan_model(
+                    loaded.module,
+                    loaded.example_batch,
+                    cluster,
+                    memory_budget=search.memory,
+                    options=options,
+                    progress=line,
+                )
+            except CaptureError:
+                if not loaded.on_meta:
+                    raise
+    raise AssertionError
+
+
+def _search_options(search: Search) -> SearchOptions:
+    from autopar.options import SearchOptions
+
+    options = SearchOptions()
+    values: dict[str, Any] = {
+        "num_stages": search.stages,
+        "num_microbatches": search.microbatches,
+        "mesh_shape": None if search.mesh is None else _mesh(search.mesh),
+        "placements": _placements(search.place or []),
+        "time_limit_s": search.time_limit or options.time_limit_s,
+    }
+    if search.schedule is not None:
+        values["schedule"] = type(options.schedule)(search.schedule.value)
+    if search.remat is not None:
+        from autopar.plan import Remat
+
+        values["remat"] = Remat(search.remat.value)
+    if search.solver is not None:
+        values["solver"] = type(options.solver)(search.solver.value)
+    return SearchOptions(**values)
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(x\d+)*", text):
+        raise typer.BadParameter(f"a mesh reads like 2x4: got {text!r}", param_hint="--mesh")
+    return tuple(map(int, text.split("x")))
+
+
+def _placements(items: Sequence[str]) -> Mapping[str, str]:
+    placements = {}
+    for item in items:
+        name, equals, layout = item.rpartition("=")
+        if not equals or not name or not layout:
+            raise typer.BadParameter(
+                f"a placement reads like lm_head.weight=S0: got {item!r}", param_hint="--place"
+            )
+        placements[name] = layout
+    return placements
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is no regular expression: {error}") from error
+
+
+def _cluster(text: str | None) -> Any:
+    from cost_models import Cluster
+
+    if text is None:
+        return None
+    return Cluster.from_toml(text) if text.endswith(".toml") else Cluster.parse(text)
+
+
+def _load_plan(path: Path) -> ParallelPlan:
+    from autopar.plan import ParallelPlan
+
+    return ParallelPlan.load(path)
+
+
+def _show_bench(outcome: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(outcome.record)
+    else:
+        _print(outcome.markdown)
+        _print(f"Results: {outcome.path}")
+    if outcome.num_failed:
+        raise typer.Exit(1)
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
+
+
+def _print(what: Any) -> None:
+    if isinstance(what, str):
+        sys.stdout.write(what + "\n")
+    else:
+        _stdout().print(what)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

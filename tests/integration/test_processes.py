@@ -1,0 +1,106 @@
+"""Real processes (gloo): two stages of two ranks against the virtual run and torch itself."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autopar.errors import RuntimeFailure
+from autopar.lowering.lower import lower_plan
+from autopar.runtime.launch import run_processes
+from autopar.runtime.simulated import VirtualRun
+from tests.integration import workers
+from tests.unit.runtime.reference import worst_error
+
+MODELS = ("gpt2", "wide_resnet", "llama")
+TIMEOUT = timedelta(seconds=60)
+
+
+@cache
+def _ranks() -> list[dict[str, dict[str, Any]]]:
+    """Per rank: what `workers.train` gives, by model. One start of processes for all of them."""
+    return run_processes(workers.train_all, 4, MODELS, timeout=TIMEOUT)
+
+
+def _merged(name: str, what: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of all stages; ranks of one stage must agree exactly."""
+    merged: dict[str, torch.Tensor] = {}
+    for rank in _ranks():
+        for key, value in rank[name][what].items():
+            assert torch.equal(merged.setdefault(key, value), value), key
+    return merged
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_equals_the_virtual_run(name: str) -> None:
+    case, plan = workers.make_case(name)
+    run = VirtualRun(lower_plan(case.graph, plan), case.graph, case.parameters, case.buffers)
+    run.attach(lambda shards: torch.optim.AdamW(shards, lr=workers.RATE))
+    want = run.step(case.leaves, workers.SEED)
+    for rank in _ranks():
+        assert torch.allclose(rank[name]["loss"], want.loss, rtol=1e-12)
+    error, worst = worst_error(_merged(name, "gradients"), want.gradients)
+    assert error <= 1e-10, worst
+    error, worst = worst_error(_merged(name, "buffers"), want.buffers)
+    assert error <= 1e-10, worst
+
+    plain = [nn.Parameter(case.parameters[n]) for n in want.gradients]
+    for parameter, gradient in zip(plain, want.gradients.values(), strict=True):
+        parameter.grad = gradient.clone()
+    maximum = torch.nn.utils.get_total_norm(list(want.gradients.values()), float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(plain, workers.MAX_NORM)
+    assert norm > workers.MAX_NORM
+    for rank in _ranks():
+        assert torch.allclose(rank[name]["norm"], norm, rtol=1e-10)
+        clipped_maximum = maximum * workers.MAX_NORM / (norm + 1e-6)
+        assert torch.allclose(rank[name]["maximum"], clipped_maximum, rtol=1e-10)
+    clipped = dict(zip(want.gradients, (p.grad for p in plain), strict=True))
+    error, worst = worst_error(_merged(name, "clipped"), clipped)  # type: ignore[arg-type]
+    assert error <= 1e-10, worst
+
+    run.scale_gradients(float(workers.MAX_NORM / (norm + 1e-6)))
+    run.update()
+    error, worst = worst_error(_merged(name, "parameters"), run.parameters())
+    assert error <= 1e-6, worst  # Adam divides zero-but-for-rounding by itself
+    second = run.step(case.leaves, workers.SEED + 1)
+    for rank in _ranks():  # with the rows of data_shard alone, then with the whole batch
+        assert torch.allclose(rank[name]["second"], second.loss, rtol=1e-6)
+    doubled = {n: 2 * g for n, g in second.gradients.items()}
+    error, worst = worst_error(_merged(name, "doubled"), doubled)
+    assert error <= 1e-4, worst
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_of_all_ranks_are_those_of_the_model(name: str) -> None:
+    case, _ = workers.make_case(name)
+    names = {key for rank in _ranks() for key in rank[name]["names"]}
+    assert names == case.model.state_dict().keys()
+
+
+def test_checkpoints_are_written_and_read_by_all_ranks(tmp_path: Path) -> None:
+    assert all(run_processes(workers.checkpoint, 4, str(tmp_path), timeout=TIMEOUT))
+
+
+@pytest.mark.parametrize("kind", ["raise", "die"])
+def test_a_failing_rank_takes_the_job_down_with_its_own_error(kind: str) -> None:
+    start = time.monotonic()
+    message = "rank 2 .*the plug was pulled" if kind == "raise" else "rank 2 .*exit code 7"
+    with pytest.raises(RuntimeFailure, match="(?s)" + message):
+        run_processes(workers.fail_mid_step, 4, 2, kind, timeout=TIMEOUT)
+    assert time.monotonic() - start < 60
+
+
+def test_a_plan_for_another_number_of_processes_is_refused() -> None:
+    with pytest.raises(RuntimeFailure, match="4 devices and this job has 2 processes"):
+        run_processes(workers.train_all, 2, ("gpt2",), timeout=TIMEOUT)
+
+
+def test_objects_and_barriers() -> None:
+    assert run_processes(workers.exchange, 2, timeout=TIMEOUT) == [{"from": 0}, {"from": 0}]
