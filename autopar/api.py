@@ -9,7 +9,7 @@ Under torchrun rank 0 plans and everyone gets its plan; with a plan given no sea
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from cost_models import Cluster
 
 Progress = Callable[[str], None]
 
+_MORE_MICROBATCHES = (4, 16, 64, 256)  # tried in turn where nothing fits
 _DEVICE_NAMES = (("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("V100", "v100"))
 
 
@@ -50,7 +51,10 @@ def plan_model(
     budget = parse_bytes(memory_budget)
     best: tuple[ParallelPlan, Graph] | None = None
     failures: list[NoFeasiblePlan] = []
-    for count in microbatch_counts(example_batch, options):
+    counts = list(microbatch_counts(example_batch, cluster, options))
+    more = [] if options.num_microbatches else _divisors(example_batch, _MORE_MICROBATCHES)
+    while counts:
+        count = counts.pop(0)
         progress(f"capture, {count} microbatch(es)")
         graph = captured_graph(model, example_batch, count, loss_fn, options)
         try:
@@ -64,6 +68,8 @@ def plan_model(
             )
         except NoFeasiblePlan as error:
             failures.append(error)
+            if not counts and best is None:  # smaller microbatches need less memory
+                counts = [n for n in more if n > count][:1]
             continue
         if best is None or plan.step_s < best[0].step_s:
             best = plan, graph
@@ -84,16 +90,22 @@ def captured_graph(
     return cluster_layers(capture_graph(model, part, loss_fn), options.num_layers)
 
 
-def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:
-    """The numbers of microbatches to try: the pinned one; without a pipeline 1 and, for memory, 4;
-    with a pinned pipeline of S stages up to 2 S and 4 S. Only divisors of the rows."""
+def microbatch_counts(
+    example_batch: Any, cluster: Cluster, options: SearchOptions
+) -> tuple[int, ...]:
+    """The numbers of microbatches to try, each needs a capture: the pinned one; 2 S and 4 S for a
+    pinned pipeline of S stages; 1 and 8 where several nodes make a pipeline likely; else 1. Rounded
+    down to divisors of the rows. Where nothing fits, `plan_model` goes on to more."""
     if options.num_microbatches is not None:
         return (options.num_microbatches,)
-    rows = batch_rows(example_batch)
-    if rows is None:
-        return (1,)
     stages = options.num_stages or 1
-    wanted = (1, 4) if stages == 1 else (2 * stages, 4 * stages)
+    wanted = (1, 8) if cluster.num_nodes > 1 else (1,)
+    return _divisors(example_batch, (2 * stages, 4 * stages) if stages > 1 else wanted)
+
+
+def _divisors(example_batch: Any, wanted: Sequence[int]) -> tuple[int, ...]:
+    """The largest divisors of the batch's rows that are at most the wanted numbers."""
+    rows = batch_rows(example_batch) or 1
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     return tuple(sorted({max(d for d in divisors if d <= w) for w in wanted}))
 
@@ -111,7 +123,8 @@ def detect_cluster(num_devices: int | None = None) -> Cluster:
         found = [kind for text, kind in _DEVICE_NAMES if text in name]
         if not found:
             raise OptionError(
-                f"no cost model for the GPU {name!r}: pass cluster=Cluster.from_toml(...) with its data"
+                f"no cost model for the GPU {name!r}: pass cluster=Cluster.from_toml(...) "
+                "with its data"
             )
         kind = found[0]
     return Cluster.parse(f"{kind}:{world // per_node}x{per_node}")

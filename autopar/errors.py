@@ -1,8 +1,9 @@
 """The error tree of autopar.
 
-Every error a user can meet derives from :class:`AutoparError`. Its text says what was wrong, what was
-got, and the way out. Programming errors inside the compiler are :class:`InternalError`: a verifier
-after a pass found a broken invariant, which is always a bug of autopar and never of the user.
+Every error a user can meet derives from :class:`AutoparError`. Its text says what was wrong, what
+was got, and the way out. Programming errors inside the compiler are :class:`InternalError`: a
+verifier after a pass found a broken invariant, which is always a bug of autopar and never of the
+user.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ class AutoparError(Exception):
 
 
 class CaptureError(AutoparError):
-    """The model cannot be traced into one dataflow graph. Names the user's source line where known."""
+    """The model cannot be traced into one dataflow graph. Names the user's source line where
+    known."""
 
 
 class MeshError(AutoparError):
@@ -25,7 +27,8 @@ class LayoutError(AutoparError):
 
 
 class PlanError(AutoparError):
-    """A plan, or a plan file, that is malformed or does not belong to this model, cluster or version."""
+    """A plan, or a plan file, that is malformed or does not belong to this model, cluster or
+    version."""
 
 
 class ScheduleError(AutoparError):
@@ -64,4 +67,5 @@ class VerificationError(AutoparError):
 
 
 class InternalError(AutoparError):
-    """A broken invariant found by a verifier: a bug in autopar. Please report it with the plan file."""
+    """A broken invariant found by a verifier: a bug in autopar. Please report it with the plan
+    file."""

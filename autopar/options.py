@@ -40,7 +40,8 @@ class SearchOptions:
     mesh_shape:       logical mesh of every stage, such as (2, 4).
     num_microbatches: of a global batch; must divide its rows.
     placements:       canonical parameter name -> layout at rest on its stage's mesh, such as "S0".
-    budget_fraction:  share of a device's memory that a plan may use where no budget is given; the rest
+    budget_fraction:  share of a device's memory that a plan may use where no budget is given; the
+    rest
                       is for the allocator's fragmentation and the communication library's buffers.
     candidates:       how many stage cuts are solved exactly and simulated.
     """

@@ -1,13 +1,13 @@
 """Verification: one training step of the parallel program against the same step on one device.
 
-The single-device step is the captured graph run whole, microbatch after microbatch. With dropout off
-the user's own eager model is compared as well. Errors are relative:
+The single-device step is the captured graph run whole, microbatch after microbatch. With dropout
+off the user's own eager model is compared as well. Errors are relative:
 
     error(t) = max |parallel - single| / max(max |single|, FLOOR * scale)
 
-per tensor, where scale is the largest entry of all tensors of its kind in the model: gradients that are
-zero in exact arithmetic (a key's bias under softmax, say) are rounding noise, and only their size
-against the model's gradients means anything.
+per tensor, where scale is the largest entry of all tensors of its kind in the model: gradients that
+are zero in exact arithmetic (a key's bias under softmax, say) are rounding noise, and only their
+size against the model's gradients means anything.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.utils import _pytree as pytree
 
 from autopar.api import graph_of_plan
 from autopar.errors import OptionError
+from autopar.graph.batch import microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
 from autopar.graph.precision import in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
 from autopar.plan import ParallelPlan
-from autopar.graph.batch import microbatch_of
-from autopar.runtime.inputs import microbatch_seed
 from autopar.runtime.comm import World
+from autopar.runtime.inputs import microbatch_seed
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 from autopar.runtime.simulated import StepResult, VirtualRun
@@ -63,9 +63,9 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """errors: against the captured graph on one device; eager: against the user's model, dropout off
-    on both sides, None where it was not compared. eager_tolerance: models cast to float32 inside,
-    whatever their precision, so that it is float32's."""
+    """errors: against the captured graph on one device; eager: against the user's model, dropout
+    off on both sides, None where it was not compared. eager_tolerance: models cast to float32
+    inside, whatever their precision, so that it is float32's."""
 
     errors: Errors
     eager: Errors | None
@@ -114,6 +114,7 @@ def verify_plan(
         raise OptionError(f"dtype is one of {', '.join(TOLERANCES)}: got {dtype!r}")
     graph = graph_of_plan(model, batch, plan, loss_fn)
     state = state_of(model, batch)
+    original = plan  # each process captures the model for itself
     if dtype == "float64":
         graph, state = in_float64(graph), _in_float64(state)
         plan = replace(plan, graph=graph.fingerprint())
@@ -123,7 +124,7 @@ def verify_plan(
         parallel = parallel_step(graph, state, plan, seed)
     else:
         scale = gradient_scale(single.gradients)
-        parallel = process_step(processes, loss_fn, plan, seed, dtype, scale)
+        parallel = process_step(processes, loss_fn, original, seed, dtype, scale)
     errors = _compare(parallel, single)
     against_eager = None
     if eager:
@@ -185,8 +186,9 @@ def without_dropout(graph: Graph) -> Graph:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], scale: float) -> torch.optim.Optimizer:
-    """AdamW with an epsilon of the gradients' own size: with a tiny one the first step is lr times the
-    sign of every gradient, and the sign of a gradient that is zero up to rounding means nothing."""
+    """AdamW with an epsilon of the gradients' own size: with a tiny one the first step is lr times
+    the sign of every gradient, and the sign of a gradient that is zero up to rounding means
+    nothing."""
     return torch.optim.AdamW(parameters, lr=1e-2, eps=max(scale, 1e-12))
 
 
@@ -373,14 +375,10 @@ def _compare(got: Step, want: Step) -> Errors:
     for kind, errors in kinds.items():
         name = max(errors, key=errors.__getitem__, default="")
         worst[kind], largest[kind] = name, errors.get(name, 0.0)
-    return Errors(
-        largest["loss"], largest["gradient"], largest["update"], largest["buffer"], worst
-    )
+    return Errors(largest["loss"], largest["gradient"], largest["update"], largest["buffer"], worst)
 
 
-def relative_errors(
-    got: Mapping[str, Tensor], want: Mapping[str, Tensor]
-) -> dict[str, float]:
+def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
     """error(t) of the module's docstring for each tensor. A missing tensor or NaN is infinite."""
     scale = max((_largest(t) for t in want.values()), default=0.0)
     errors = {}

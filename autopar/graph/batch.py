@@ -100,15 +100,15 @@ def batch_rows(batch: Any) -> int | None:
 
 
 def microbatch_of(batch: Any, num_microbatches: int, number: int = 0) -> Any:
-    """Microbatch `number` of a global batch: every tensor whose dim 0 is the batch's rows is cut into
-    equal parts, the others are shared. BatchError where the rows do not divide."""
+    """Microbatch `number` of a global batch: every tensor whose dim 0 is the batch's rows is cut
+    into equal parts, the others are shared. BatchError where the rows do not divide."""
     rows = batch_rows(batch)
     if num_microbatches == 1 or rows is None:
         return batch
     if rows % num_microbatches:
         raise BatchError(
-            f"a batch of {rows} rows does not divide into {num_microbatches} microbatches: choose a "
-            "divisor, or another batch size"
+            f"a batch of {rows} rows does not divide into {num_microbatches} microbatches: choose "
+            "a divisor, or another batch size"
         )
     size = rows // num_microbatches
 

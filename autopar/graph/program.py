@@ -1,9 +1,10 @@
 """The typed graph: one joint forward and backward dataflow program, as frozen data.
 
-A :class:`Graph` is what capture makes and what every later pass reads: operators in execution order,
-each with its overload, arguments, result shapes, phase, module path and source line. Values are named
-by :class:`Ref`; an argument tree holds ``Ref`` where torch.fx would hold a node. Passes are functions
-from one graph to the next; :func:`check_graph` is the verifier that runs after each of them.
+A :class:`Graph` is what capture makes and what every later pass reads: operators in execution
+order, each with its overload, arguments, result shapes, phase, module path and source line. Values
+are named by :class:`Ref`; an argument tree holds ``Ref`` where torch.fx would hold a node. Passes
+are functions from one graph to the next; :func:`check_graph` is the verifier that runs after each
+of them.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class InputKind(StrEnum):
 class GraphInput:
     """One input of the graph.
 
-    owner: for a parameter or buffer the canonical name; tied uses share it while their targets differ.
-    phase: when the value exists; BACKWARD only for a gradient RECEIVED from another stage.
+    owner: for a parameter or buffer the canonical name; tied uses share it while their targets
+    differ. phase: when the value exists; BACKWARD only for a gradient RECEIVED from another stage.
     """
 
     name: str
@@ -160,8 +161,8 @@ class Operator:
 class Graph:
     """A joint graph at the shape of one microbatch. Operators are in execution order.
 
-    batch_spec: torch.utils._pytree TreeSpec of the batch, whose leaves are the BATCH inputs in order.
-    layer_names: one human-readable name per layer once `graph.layers` has run.
+    batch_spec: torch.utils._pytree TreeSpec of the batch, whose leaves are the BATCH inputs in
+    order. layer_names: one human-readable name per layer once `graph.layers` has run.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -198,7 +199,8 @@ class Graph:
         return replace(self, operators=operators)
 
     def fingerprint(self) -> str:
-        """Hash of everything that a plan depends on: operators, shapes, constants' shapes, names."""
+        """Hash of everything that a plan depends on: operators, shapes, constants' shapes,
+        names."""
         digest = hashlib.sha256()
         for inp in self.inputs:
             digest.update(f"{inp.kind} {inp.target} {inp.owner} {inp.meta}\n".encode())

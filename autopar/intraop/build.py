@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.errors import OptionError
 from autopar.estimate import MeshCosts, local_bytes, local_numel
 from autopar.graph.program import (
     Graph,
@@ -35,7 +36,7 @@ from autopar.graph.program import (
     TensorMeta,
 )
 from autopar.intraop.problem import IntraOpProblem
-from autopar.layout import REPLICATE, Dims, Layout, coarsen, is_plain, parse_layout, replicated
+from autopar.layout import REPLICATE, Dims, Layout, coarsen, is_plain, layout_text, replicated
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy, layouts, strategies
 
@@ -73,7 +74,7 @@ class Node:
 class StageProblem:
     """The program and what its solution means. Parts are per node and per edge.
 
-    received, sent: boundary values of the stage by name, with their meta and phase.
+    received, sent: boundary values of the stage by name, with their meta and phase. dims: of values.
     """
 
     problem: IntraOpProblem
@@ -83,6 +84,51 @@ class StageProblem:
     byte_kinds: tuple[str, ...]  # per node: "parameter", "gradient", "saved" or ""
     received: Mapping[str, tuple[TensorMeta, Phase]]
     sent: Mapping[str, tuple[TensorMeta, Phase]]
+    dims: Mapping[Ref, Dims]
+
+    def read(self, choice: Sequence[int]) -> Chosen:
+        """What an assignment means."""
+        chosen = Chosen({}, {}, {}, {})
+        for node, pick in zip(self.nodes, choice, strict=True):
+            found = node.choices[pick]
+            if isinstance(found, Strategy):
+                chosen.strategies[node.name] = found
+            elif isinstance(found, ParameterChoice):
+                chosen.parameters[node.name] = found
+                chosen.inputs[node.name] = found.step
+            elif node.kind == "input":
+                chosen.inputs[node.name] = found
+            else:
+                chosen.outputs[node.name] = found
+        return chosen
+
+    def part_seconds(self, choice: Sequence[int]) -> dict[Part, float]:
+        """The objective of an assignment split by part of the step."""
+        seconds = dict.fromkeys(Part, 0.0)
+        problem = self.problem
+        for part, costs, pick in zip(self.node_parts, problem.node_seconds, choice, strict=True):
+            seconds[part] += float(costs[pick])
+        pairs = zip(problem.edges, problem.edge_seconds, self.edge_parts, strict=True)
+        for (u, v), matrix, part in pairs:
+            seconds[part] += float(matrix[choice[u], choice[v]])
+        return seconds
+
+    def kind_bytes(self, choice: Sequence[int]) -> dict[str, float]:
+        """Bytes of an assignment by kind; saved ones are times the microbatches in flight."""
+        nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
+        pairs = zip(self.byte_kinds, self.problem.node_bytes, choice, strict=True)
+        for kind, sizes, pick in pairs:
+            nbytes[kind] += float(sizes[pick])
+        return nbytes
+
+
+class Chosen(NamedTuple):
+    """An assignment by the names of the graph. inputs: layouts in which they stand in a step."""
+
+    strategies: dict[str, Strategy]
+    parameters: dict[str, ParameterChoice]
+    inputs: dict[str, Layout]
+    outputs: dict[str, Layout]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,26 +204,20 @@ class _Builder:
         seconds = np.zeros(len(choices))
         if inp.kind is InputKind.RECEIVED:
             seconds = np.array(
-                [
-                    self.costs.receive_seconds(local_bytes(inp.meta, c, self.sizes))
-                    for c in choices
-                ]
+                [self.costs.receive_seconds(local_bytes(inp.meta, c, self.sizes)) for c in choices]
             )
         node = Node("input", inp.name, choices)
         self.number[inp.ref] = self.add(node, seconds, np.zeros(len(choices)), Part.TRANSFER)
 
     def _parameter(self, inp: GraphInput, dims: Dims) -> int:
-        first = next(
-            i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner
-        )
+        first = next(i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner)
         per_step = 1.0 / self.context.num_microbatches
         if first.name != inp.name:
             return self._tied_parameter(inp, dims, self.number[first.ref], per_step)
         choices = parameter_choices(dims, self.sizes)
         pin = (self.context.pins or {}).get(inp.owner)
         if pin is not None:
-            wanted = parse_layout(pin, dims)
-            choices = tuple(c for c in choices if c.rest == wanted)
+            choices = _pinned(inp, dims, choices, pin)
         owned = self.context.owned is None or inp.owner in self.context.owned
         seconds, nbytes = [], []
         for rest, step in choices:
@@ -276,17 +316,13 @@ class _Builder:
     ) -> None:
         """Accumulates in a layout of its own; reduced once per step to the parameter's at rest."""
         partial = meta.dtype.is_floating_point
-        choices = tuple(
-            c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c)
-        )
+        choices = tuple(c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c))
         nbytes = np.array([local_bytes(meta, c, self.sizes) for c in choices])
         node = Node("output", out.target, choices)
         number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
         self.connect(source, number, columns, choices, meta.nbytes, Part.BACKWARD)
         inp = next(i for i in self.graph.inputs if i.name == out.target)
-        first = next(
-            i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner
-        )
+        first = next(i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner)
         parameter = self.number[first.ref]
         rests = tuple(
             c.rest for c in self.nodes[parameter].choices if isinstance(c, ParameterChoice)
@@ -318,14 +354,26 @@ class _Builder:
             tuple(self.parts),
             tuple(p for _, p in self.edges.values()),
             tuple(self.byte_kinds),
-            received={
-                i.name: (i.meta, i.phase) for i in self.graph.inputs_of(InputKind.RECEIVED)
-            },
+            received={i.name: (i.meta, i.phase) for i in self.graph.inputs_of(InputKind.RECEIVED)},
             sent={
                 o.target: (self.metas[o.ref], self._phase_of(o.ref))
                 for o in self.graph.outputs_of(OutputKind.SENT)
             },
+            dims=self.table.dims,
         )
+
+
+def _pinned(
+    inp: GraphInput, dims: Dims, choices: Sequence[ParameterChoice], pin: str
+) -> tuple[ParameterChoice, ...]:
+    """The choices at rest in the layout of a pin."""
+    rests = dict.fromkeys(layout_text(dims, c.rest) for c in choices)
+    if (text := " ".join(pin.split())) not in rests:
+        raise OptionError(
+            f"parameter {inp.owner!r} {inp.meta} cannot be placed as {pin!r} on this mesh: it can be "
+            f"{', '.join(map(repr, rests))}"
+        )
+    return tuple(c for c in choices if layout_text(dims, c.rest) == text)
 
 
 def parameter_choices(dims: Dims, sizes: Sequence[int]) -> tuple[ParameterChoice, ...]:
@@ -353,4 +401,3 @@ def build_problem(
 ) -> StageProblem:
     """The program of one prepared stage. O(operators x strategies^2), matrices shared."""
     return _Builder(graph, table, costs, context).build()
-

@@ -21,14 +21,11 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
-from autopar.intraop.build import ParameterChoice, StageContext, StageProblem, build_problem
+from autopar.intraop.build import StageContext, StageProblem, build_problem
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.solver import solve
-from autopar.intraop.stage import kind_bytes
-from autopar.layout import Layout
 from autopar.sharding.registry import RuleTable
-from autopar.sharding.strategy import Strategy
 
 FloatArray = NDArray[np.float64]
 
@@ -64,8 +61,7 @@ def layer_points(
         priced = replace(
             problem,
             node_seconds=tuple(
-                c + rate * m
-                for c, m in zip(problem.node_seconds, problem.node_bytes, strict=True)
+                c + rate * m for c, m in zip(problem.node_seconds, problem.node_bytes, strict=True)
             ),
         )
         choice = solve(priced, fallback=False).choice
@@ -80,7 +76,9 @@ def layer_points(
 def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
     """Prices the step from the layer's outputs to the next equal layer's inputs."""
     received = {
-        n.name: i for i, n in enumerate(built.nodes) if n.kind == "input" and n.name in built.received
+        n.name: i
+        for i, n in enumerate(built.nodes)
+        if n.kind == "input" and n.name in built.received
     }
     edges = dict(zip(built.problem.edges, built.problem.edge_seconds, strict=True))
     taken: set[int] = set()
@@ -100,9 +98,7 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
             edges[source, number] = matrix if old is None else old + matrix
             taken.add(source)
             break
-    return replace(
-        built.problem, edges=tuple(edges), edge_seconds=tuple(edges.values())
-    )
+    return replace(built.problem, edges=tuple(edges), edge_seconds=tuple(edges.values()))
 
 
 def _point(
@@ -112,20 +108,20 @@ def _point(
     costs: MeshCosts,
     context: StageContext,
 ) -> Point:
-    nbytes = kind_bytes(built, choice)
-    strategies: dict[str, Strategy] = {}
-    inputs: dict[str, Layout] = {}
-    for node, pick in zip(built.nodes, choice, strict=True):
-        chosen = node.choices[pick]
-        if isinstance(chosen, Strategy):
-            strategies[node.name] = chosen
-        elif node.kind == "input":
-            inputs[node.name] = chosen.step if isinstance(chosen, ParameterChoice) else chosen
+    nbytes = built.kind_bytes(choice)
+    chosen = built.read(choice)
     return Point(
         seconds=built.problem.seconds(choice) - _receive_seconds(built, choice),
         standing_bytes=nbytes["parameter"] + nbytes["gradient"],
         saved_bytes=nbytes["saved"] / context.in_flight,
-        transient_bytes=transient_bytes(graph, strategies, inputs, costs.mesh.axis_sizes),
+        transient_bytes=transient_bytes(
+            graph,
+            chosen.strategies,
+            chosen.inputs,
+            costs.mesh.axis_sizes,
+            outputs=chosen.outputs,
+            num_microbatches=context.num_microbatches,
+        ),
     )
 
 
@@ -226,4 +222,3 @@ def boundary_bytes(graph: Graph) -> FloatArray:
     for ref, (low, high) in reach.items():
         crossing[low + 1 : high + 1] += metas[ref].nbytes
     return crossing
-

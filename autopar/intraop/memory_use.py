@@ -1,24 +1,43 @@
-"""Transient bytes of a stage: the largest live set while one phase of one microbatch runs.
+"""Transient bytes of a stage: what is alive beyond what its prediction counts as standing and saved.
 
-Values live from the operator that makes them to their last reader, in the order of the program; so do
-the copies that reshards make, parameter gathers included. What stands through the step (parameters,
-accumulated gradients) and what is saved for backward is counted elsewhere. O(values log values).
+Values live from the operator that makes them to their last reader, in the order of the program; views
+and hubs share the memory of what they alias, and a value that is read in another layout has a copy in
+it, made once. So do the values that leave a phase:
+
+    forward    what is saved or sent lives to the end
+    backward   saved values die with their last reader; gradients live to the end, where they are
+               added to the accumulated ones (those of a single microbatch are the accumulated ones)
+
+    transient = max over both phases and moments of  (alive - saved - gradients, where counted)
+
+At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`.
+Bytes per device; workspaces inside a kernel are not counted. O(values log values).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+import torch
+
+import autopar.ops  # noqa: F401  registers autopar::hub
 from autopar.estimate import local_bytes
-from autopar.graph.program import Graph, InputKind, Phase, Ref
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
-from autopar.layout import Layout
+from autopar.layout import Layout, num_shards
+from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
 
-_HUB = "autopar.hub.default"
-_SAVE = "__save"
+_HUB = torch.ops.autopar.hub.default
+_SAVE_SUFFIX = "__save"
 
-_Copy = tuple[Ref, Layout]
+
+class _Copy(NamedTuple):
+    """One allocation: a value in a layout."""
+
+    ref: Ref
+    layout: Layout
 
 
 def transient_bytes(
@@ -26,86 +45,189 @@ def transient_bytes(
     strategies: Mapping[str, Strategy],
     inputs: Mapping[str, Layout],
     sizes: tuple[int, ...],
+    *,
+    outputs: Mapping[str, Layout] | None = None,
+    num_microbatches: int = 1,
 ) -> float:
-    """The larger of forward's and backward's largest live set, bytes per device.
+    """The larger of forward's and backward's transient bytes, at least 0.
 
-    inputs: layout in which each graph input stands. sizes: of the mesh axes.
+    inputs, outputs: layouts in which graph inputs stand and outputs leave, by name and target; an
+    output that is missing leaves as it is made. sizes: of the mesh axes.
     """
-    return max(_phase_bytes(graph, strategies, inputs, sizes, phase) for phase in Phase)
-
-
-def _phase_bytes(
-    graph: Graph,
-    strategies: Mapping[str, Strategy],
-    inputs: Mapping[str, Layout],
-    sizes: tuple[int, ...],
-    phase: Phase,
-) -> float:
     metas = graph.metas()
-    root: dict[Ref, _Copy] = {}  # value -> the allocation that it aliases, in the layout it is made in
-    born: dict[_Copy, int] = {}
-    last: dict[_Copy, int] = {}
-    standing: set[_Copy] = set()
-    for inp in graph.inputs:
-        copy = (inp.ref, inputs[inp.name])
-        root[inp.ref] = copy
-        standing.add(copy)
-        if inp.kind is InputKind.RECEIVED and inp.phase is phase:
-            standing.discard(copy)
-            born[copy] = 0
-    saved_roots = {
-        op.operands[0]: strategies[op.name].results[0]
+    saved = sum(
+        local_bytes(metas[Ref(op.name)], strategies[op.name].results[0], sizes)
         for op in graph.operators
-        if op.op_name == _HUB and op.name.endswith(_SAVE)
-    }
-    time = 0
-    for op in graph.operators:
-        strategy = strategies[op.name]
-        if op.phase is not phase:
-            for index, layout in enumerate(strategy.results):  # saved values, already counted
-                ref = Ref(op.name, index)
-                root[ref] = (ref, layout)
-                standing.add(root[ref])
-            continue
-        time += 1
-        for ref, layout in zip(op.operands, strategy.operands, strict=True):
-            base, made_in = root[ref]
-            copy = (base, made_in) if layout == made_in else (ref, layout)
-            if copy not in standing:
-                born.setdefault(copy, time)
-                last[copy] = time
-            if (base, made_in) not in standing:
-                last[base, made_in] = time
-        aliases = is_view(op) or op.op_name == _HUB
-        for index, meta in enumerate(op.results):
-            ref = Ref(op.name, index)
-            if meta is None:
-                continue
-            layout = strategy.results[index]
-            source = op.operands[0] if op.operands else ref
-            if aliases and op.operands and root[source][1] == layout == strategy.operands[0]:
-                root[ref] = root[source]
-                continue
-            root[ref] = (ref, layout)
-            is_saved = phase is Phase.FORWARD and saved_roots.get(ref) == layout
-            if is_saved or op.name.endswith(_SAVE):
-                standing.add((ref, layout))
-            else:
-                born[ref, layout] = time
-                last.setdefault((ref, layout), time)
-    return _peak(born, last, {c: local_bytes(metas[c[0]], c[1], sizes) for c in born})
+        if _is_save(op)
+    )
+    counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
+    alive = {}
+    for phase in Phase:
+        lives = _Lives(graph, strategies, inputs, sizes, phase)
+        alive[phase] = lives.peak(outputs or {})
+    if num_microbatches == 1:  # the gradients that backward makes are those that stand
+        stand = 0.0
+        for out in graph.outputs_of(OutputKind.GRADIENT):
+            layout = (outputs or {}).get(out.target)
+            if layout is not None:
+                stand += local_bytes(metas[out.ref], layout, sizes)
+        counted[Phase.BACKWARD] += stand
+    return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
 
 
-def _peak(
-    born: Mapping[_Copy, int], last: Mapping[_Copy, int], size: Mapping[_Copy, float]
+def reduce_bytes(
+    gradients: Iterable[tuple[TensorMeta, Layout, Layout]], sizes: tuple[int, ...]
 ) -> float:
-    """Largest sum of sizes alive at one time."""
-    events: list[tuple[int, int, float]] = []
-    for copy, start in born.items():
-        events.append((start, 0, size[copy]))
-        events.append((last.get(copy, start), 1, -size[copy]))
-    alive = peak = 0.0
-    for _, _, change in sorted(events):
-        alive += change
-        peak = max(peak, alive)
-    return peak
+    """What reducing the accumulated gradients needs beyond them, one after the other.
+
+    gradients: meta, layout in which it accumulates, layout at rest.
+    """
+    extra = peak = 0.0
+    for meta, source, target in gradients:
+        if source == target:
+            continue
+        new = local_bytes(meta, target, sizes)
+        peak = max(peak, extra + new + reshard_extra_bytes(meta.nbytes, source, target, sizes))
+        extra += new - local_bytes(meta, source, sizes)
+    return max(peak, extra)
+
+
+def reshard_extra_bytes(
+    nbytes: float, source: Layout, target: Layout, sizes: tuple[int, ...]
+) -> float:
+    """The most that the steps of a reshard hold beside its source and its result.
+
+    Collectives work on dim 0: another dim is transposed before a reduce-scatter or all-to-all, and
+    after an all-gather or all-to-all.
+    """
+    current = list(source)
+    first = before = nbytes / num_shards(source, sizes)
+    peak = 0.0
+    steps = reshard_steps(source, target)
+    for number, step in enumerate(steps):
+        current[step.axis] = target[step.axis] if step.kind is StepKind.TO_PARTIAL else step.target
+        after = nbytes / num_shards(tuple(current), sizes)
+        moments = [before + after]
+        if step.kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL) and step.target > 0:
+            moments.append(2 * before + after)
+        if step.kind in (StepKind.ALL_GATHER, StepKind.ALL_TO_ALL) and step.source > 0:
+            moments.append(before + 2 * after)
+        held = 0.0 if number == 0 else first  # the source itself may have more readers
+        peak = max(peak, held + max(moments))
+        before = after
+    return max(0.0, peak - first - before) if steps else 0.0
+
+
+class _Lives:
+    """When each allocation of one phase is alive (a builder, local to one call)."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        strategies: Mapping[str, Strategy],
+        inputs: Mapping[str, Layout],
+        sizes: tuple[int, ...],
+        phase: Phase,
+    ) -> None:
+        self._graph, self._strategies, self._sizes, self._phase = graph, strategies, sizes, phase
+        self._metas = graph.metas()
+        self._held: dict[
+            Ref, tuple[_Copy, Layout]
+        ] = {}  # value -> memory, and its own layout there
+        self._born: dict[_Copy, int] = {}
+        self._last: dict[_Copy, int] = {}
+        self._moments: dict[int, float] = {}  # time -> bytes needed at that time only
+        self._kept: set[_Copy] = set()  # for backward
+        self._time = 0
+        for inp in graph.inputs:
+            self._define(inp.ref, inputs[inp.name])
+            received = inp.kind is InputKind.RECEIVED and inp.phase is phase
+            if received or inp.kind is InputKind.BATCH:
+                self._live(_Copy(inp.ref, inputs[inp.name]))
+        for op in graph.operators:
+            if op.phase is phase:
+                self._time += 1
+                self._operator(op)
+            else:
+                self._other_phase(op)
+
+    def peak(self, outputs: Mapping[str, Layout]) -> float:
+        """Largest sum of sizes alive at one time, outputs kept to the end in their layouts."""
+        self._time += 1
+        for kept in self._kept & self._born.keys():
+            self._last[kept] = self._time
+        for out in self._graph.outputs:
+            memory, layout = self._held[out.ref]
+            if memory in self._born:
+                self._read(out.ref, outputs.get(out.target, layout))
+        changes = dict.fromkeys(self._moments, 0.0)
+        for copy, start in self._born.items():
+            size = local_bytes(self._metas[copy.ref], copy.layout, self._sizes)
+            stop = max(start, self._last.get(copy, start)) + 1
+            changes[start] = changes.get(start, 0.0) + size
+            changes[stop] = changes.get(stop, 0.0) - size
+        alive = peak = 0.0
+        for moment in sorted(changes):
+            alive += changes[moment]
+            peak = max(peak, alive + self._moments.get(moment, 0.0))
+        return peak
+
+    def _define(self, ref: Ref, layout: Layout) -> None:
+        """A value in memory of its own."""
+        self._held[ref] = (_Copy(ref, layout), layout)
+
+    def _live(self, copy: _Copy) -> None:
+        self._born.setdefault(copy, self._time)
+        self._last[copy] = self._time
+
+    def _other_phase(self, op: Operator) -> None:
+        """What the other phase makes stands here if it is saved, or is not there at all."""
+        for ref in op.refs:
+            self._define(ref, self._strategies[op.name].results[ref.index])
+            if self._phase is Phase.BACKWARD and _is_save(op):
+                self._live(self._held[ref][0])
+
+    def _operator(self, op: Operator) -> None:
+        strategy = self._strategies[op.name]
+        read = [
+            self._read(ref, layout)
+            for ref, layout in zip(op.operands, strategy.operands, strict=True)
+        ]
+        aliases = bool(read) and (is_view(op) or op.target is _HUB)
+        for ref in op.refs:
+            layout = strategy.results[ref.index]
+            if aliases:
+                self._held[ref] = (read[0], layout)
+            else:
+                self._define(ref, layout)
+                self._live(self._held[ref][0])
+        if strategy.axes("vp") or strategy.axes("bn"):  # decomposed: one more value of its size
+            sizes = [self._result_bytes(op, strategy, ref) for ref in op.refs]
+            self._at_once(max(sizes, default=0.0))
+        if _is_save(op):
+            self._kept.add(read[0])
+
+    def _result_bytes(self, op: Operator, strategy: Strategy, ref: Ref) -> float:
+        return local_bytes(self._metas[ref], strategy.results[ref.index], self._sizes)
+
+    def _read(self, ref: Ref, layout: Layout) -> _Copy:
+        """The memory that a reader of the value in this layout reads."""
+        memory, own = self._held[ref]
+        if memory in self._born:
+            self._last[memory] = max(self._last[memory], self._time)
+        if layout == own:
+            return memory
+        copy = _Copy(ref, layout)
+        if copy not in self._born:
+            nbytes = self._metas[ref].nbytes
+            self._at_once(reshard_extra_bytes(nbytes, own, layout, self._sizes))
+            self._born[copy] = self._time
+        self._last[copy] = max(self._last.get(copy, 0), self._time)
+        return copy
+
+    def _at_once(self, nbytes: float) -> None:
+        self._moments[self._time] = max(self._moments.get(self._time, 0.0), nbytes)
+
+
+def _is_save(op: Operator) -> bool:
+    return op.target is _HUB and op.name.endswith(_SAVE_SUFFIX)

@@ -1,35 +1,38 @@
 """Solves one stage: the integer program under the budget, with transients, and what it predicts.
 
 The budget row counts what stands and what is saved; transients depend on the whole assignment. So the
-program is solved for what is left of the budget beside the transients of the last solution, until both
-fit together. Each round is a solve; three rounds have sufficed.
+program is solved within a limit on its row, and what it finds is kept if row and transients together
+fit the budget. The limit starts at the budget, goes down by the transients of what did not fit, and
+is then bisected between what fits and what does not. Each round is a solve; one or two usually do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autopar.errors import NoFeasiblePlan
-from autopar.estimate import MeshCosts, local_bytes
-from autopar.graph.program import Graph, InputKind, OutputKind
+from autopar.estimate import MeshCosts, local_bytes, local_numel
+from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind
 from autopar.intraop.build import (
+    Chosen,
     ParameterChoice,
     Part,
     StageContext,
     StageProblem,
     build_problem,
 )
-from autopar.intraop.memory_use import transient_bytes
+from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
-from autopar.layout import Layout
+from autopar.layout import Layout, coarsen
 from autopar.mesh import LogicalMesh
 from autopar.plan import StagePrediction
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy
 
-_MAX_ROUNDS = 6
+_MAX_ROUNDS = 8
+_CLOSE = 0.02  # share of the budget between a limit that fits and one that does not: stop there
 _GIB = 2.0**30
 
 
@@ -71,9 +74,8 @@ def solve_stage(
 ) -> StageSolution:
     """Raises NoFeasiblePlan where nothing fits the budget together with its transients."""
     built = build_problem(graph, table, costs, context)
-    limit = None
-    transient = 0.0
-    for _ in range(_MAX_ROUNDS):
+
+    def solve_within(limit: float | None) -> StageSolution:
         found = solve(
             built.problem.with_budget(limit),
             solver=options.solver,
@@ -81,20 +83,64 @@ def solve_stage(
             target_gap=options.target_gap,
             fallback=options.fallback,
         )
-        solution = _read(graph, built, found, costs, context)
-        prediction = solution.prediction
-        if budget_bytes is None or prediction.peak_bytes <= budget_bytes:
-            return solution
-        transient = max(transient, prediction.transient_bytes)
-        next_limit = budget_bytes - transient
-        if next_limit <= 0 or (limit is not None and next_limit >= limit * (1 - 1e-9)):
+        return _read(graph, built, found, costs, context)
+
+    solution = solve_within(None)
+    if budget_bytes is None or solution.prediction.peak_bytes <= budget_bytes:
+        return solution
+    return _solve_tight(solve_within, solution, budget_bytes)
+
+
+def _solve_tight(
+    solve_within: Callable[[float | None], StageSolution],
+    free: StageSolution,
+    budget_bytes: float,
+) -> StageSolution:
+    """The fastest solution found whose peak fits. free: does not."""
+    best: StageSolution | None = None
+    closest = free.prediction
+    low, high = 0.0, budget_bytes  # limits: one that fits or the least bytes, one that is too much
+    limit = budget_bytes - free.prediction.transient_bytes
+    for _ in range(_MAX_ROUNDS):
+        if not low < limit < high:
+            limit = (low + high) / 2
+        try:
+            found = solve_within(limit)
+        except NoFeasiblePlan as error:
+            least = error.least_bytes
+            if least is None or not low < least < high:
+                raise _too_little(budget_bytes, closest, least) from error
+            low, limit = least, least * (1 + 1e-6)  # the lightest assignment itself
+            continue
+        prediction = found.prediction
+        if prediction.peak_bytes <= budget_bytes:
+            if best is None or found.seconds < best.seconds:
+                best = found
+            low = limit
+            limit += budget_bytes - prediction.peak_bytes
+        else:
+            closest = min(closest, prediction, key=lambda p: p.peak_bytes)
+            high = limit
+            limit = budget_bytes - prediction.transient_bytes
+        if high - low <= _CLOSE * budget_bytes:
             break
-        limit = next_limit
-    raise NoFeasiblePlan(
-        f"a stage needs {prediction.peak_bytes / _GIB:.2f} GiB per device, of it "
-        f"{prediction.transient_bytes / _GIB:.2f} GiB transient; the budget is "
-        f"{(budget_bytes or 0) / _GIB:.2f} GiB. Use more microbatches, allow remat, or add devices",
-        least_bytes=prediction.peak_bytes,
+        if best is not None and best.prediction.peak_bytes >= (1 - _CLOSE) * budget_bytes:
+            break
+    if best is None:
+        raise _too_little(budget_bytes, closest, None)
+    return best
+
+
+def _too_little(
+    budget_bytes: float, closest: StagePrediction, least: float | None
+) -> NoFeasiblePlan:
+    stands = "" if least is None else f"what stands and is saved takes {least / _GIB:.2f} GiB; "
+    return NoFeasiblePlan(
+        f"nothing fits the budget of {budget_bytes / _GIB:.2f} GiB per device: {stands}the closest "
+        f"found needs {closest.peak_bytes / _GIB:.2f} GiB, of it "
+        f"{closest.transient_bytes / _GIB:.2f} GiB transient. Use more microbatches, allow remat, "
+        "or add devices",
+        least_bytes=closest.peak_bytes if least is None else max(least, budget_bytes),
     )
 
 
@@ -105,90 +151,45 @@ def _read(
     costs: MeshCosts,
     context: StageContext,
 ) -> StageSolution:
-    strategies: dict[str, Strategy] = {}
-    parameters: dict[str, ParameterChoice] = {}
-    inputs: dict[str, Layout] = {}
-    outputs: dict[str, Layout] = {}
-    for node, pick in zip(built.nodes, found.choice, strict=True):
-        choice = node.choices[pick]
-        if isinstance(choice, Strategy):
-            strategies[node.name] = choice
-        elif isinstance(choice, ParameterChoice):
-            parameters[node.name] = choice
-            inputs[node.name] = choice.step
-        elif node.kind == "input":
-            inputs[node.name] = choice
-        else:
-            outputs[node.name] = choice
-    prediction = _predict(graph, built, found, strategies, inputs, costs, context)
-    receive = {
-        i.name: costs.receive_seconds(local_bytes(i.meta, inputs[i.name], costs.mesh.axis_sizes))
-        for i in graph.inputs_of(InputKind.RECEIVED)
-    }
+    chosen = built.read(found.choice)
+    sizes = costs.mesh.axis_sizes
     return StageSolution(
         mesh=costs.mesh,
-        strategies=strategies,
-        parameters=parameters,
-        inputs=inputs,
-        outputs=outputs,
-        prediction=prediction,
+        strategies=chosen.strategies,
+        parameters=chosen.parameters,
+        inputs=chosen.inputs,
+        outputs=chosen.outputs,
+        prediction=_predict(graph, built, found.choice, chosen, costs, context),
         seconds=found.seconds,
         bound=found.bound,
-        receive_s=receive,
+        receive_s={
+            i.name: costs.receive_seconds(local_bytes(i.meta, chosen.inputs[i.name], sizes))
+            for i in graph.inputs_of(InputKind.RECEIVED)
+        },
     )
-
-
-def part_seconds(built: StageProblem, choice: tuple[int, ...]) -> dict[Part, float]:
-    """The objective of an assignment split by part of the step."""
-    seconds = dict.fromkeys(Part, 0.0)
-    problem = built.problem
-    for part, costs, pick in zip(built.node_parts, problem.node_seconds, choice, strict=True):
-        seconds[part] += float(costs[pick])
-    pairs = zip(problem.edges, problem.edge_seconds, built.edge_parts, strict=True)
-    for (u, v), matrix, part in pairs:
-        seconds[part] += float(matrix[choice[u], choice[v]])
-    return seconds
-
-
-def kind_bytes(built: StageProblem, choice: tuple[int, ...]) -> dict[str, float]:
-    """Bytes of an assignment by kind; saved ones are times the microbatches in flight."""
-    nbytes = {"parameter": 0.0, "gradient": 0.0, "saved": 0.0, "": 0.0}
-    for kind, sizes, pick in zip(
-        built.byte_kinds, built.problem.node_bytes, choice, strict=True
-    ):
-        nbytes[kind] += float(sizes[pick])
-    return nbytes
 
 
 def _predict(
     graph: Graph,
     built: StageProblem,
-    found: IntraOpSolution,
-    strategies: Mapping[str, Strategy],
-    inputs: Mapping[str, Layout],
+    choice: tuple[int, ...],
+    chosen: Chosen,
     costs: MeshCosts,
     context: StageContext,
 ) -> StagePrediction:
-    seconds = part_seconds(built, found.choice)
-    nbytes = kind_bytes(built, found.choice)
+    seconds = built.part_seconds(choice)
+    nbytes = built.kind_bytes(choice)
+    optimizer = _optimizer_bytes(graph, chosen, costs, context)
     sizes = costs.mesh.axis_sizes
-    optimizer = 0.0
-    seen: set[str] = set()
-    gradients = {o.target for o in graph.outputs_of(OutputKind.GRADIENT)}
-    reduced = 0.0  # gradients at rest, beside the accumulated ones
-    for inp in graph.inputs_of(InputKind.PARAMETER):
-        node = next(n for n in built.nodes if n.kind == "input" and n.name == inp.name)
-        choice = node.choices[found.choice[built.nodes.index(node)]]
-        if not isinstance(choice, ParameterChoice) or inp.owner in seen:
-            continue
-        seen.add(inp.owner)
-        owned = context.owned is None or inp.owner in context.owned
-        rest = local_bytes(inp.meta, choice.rest, sizes)
-        if owned and inp.requires_grad:
-            element = costs.optimizer.state_bytes_per_element / inp.meta.dtype.itemsize
-            optimizer += rest * element
-        if inp.name in gradients:
-            reduced = max(reduced, rest)
+    in_step = transient_bytes(
+        graph,
+        chosen.strategies,
+        chosen.inputs,
+        sizes,
+        outputs=chosen.outputs,
+        num_microbatches=context.num_microbatches,
+    )
+    at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
     return StagePrediction(
         forward_s=seconds[Part.FORWARD],
         backward_s=seconds[Part.BACKWARD],
@@ -198,5 +199,38 @@ def _predict(
         optimizer_bytes=optimizer,
         saved_bytes=nbytes["saved"] / context.in_flight,
         in_flight=context.in_flight,
-        transient_bytes=max(transient_bytes(graph, strategies, inputs, sizes), reduced),
+        transient_bytes=max(in_step, at_end),
     )
+
+
+def _optimizer_bytes(
+    graph: Graph, chosen: Chosen, costs: MeshCosts, context: StageContext
+) -> float:
+    """States of the parameters that this stage keeps, each once."""
+    total = 0.0
+    for inp in _held_parameters(graph).values():
+        if inp.requires_grad and (context.owned is None or inp.owner in context.owned):
+            rest = chosen.parameters[inp.name].rest
+            numel = local_numel(inp.meta, rest, costs.mesh.axis_sizes)
+            total += numel * costs.optimizer.state_bytes_per_element
+    return total
+
+
+def _held_parameters(graph: Graph) -> dict[str, GraphInput]:
+    """Owner -> the input that holds the parameter at rest: the first."""
+    held: dict[str, GraphInput] = {}
+    for inp in graph.inputs_of(InputKind.PARAMETER):
+        held.setdefault(inp.owner, inp)
+    return held
+
+
+def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: MeshCosts) -> float:
+    """Of the once-per-step reductions, beyond the accumulated gradients."""
+    held = _held_parameters(graph)
+    owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
+    gradients = []
+    for out in graph.outputs_of(OutputKind.GRADIENT):
+        first = held[owner[out.target]]
+        layout = coarsen(built.dims[out.ref], chosen.outputs[out.target])[1]
+        gradients.append((first.meta, layout, chosen.parameters[first.name].rest))
+    return reduce_bytes(gradients, costs.mesh.axis_sizes)

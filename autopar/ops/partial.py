@@ -1,7 +1,7 @@
 """`autopar::keep_on_first(x, coordinate) -> x or zeros`: a replicated value as a pending sum.
 
-Coordinate 0 of the axis keeps the value, the others hold zeros, so that the sum over the axis is the
-value again. Not a product with 0 or 1: that would turn infinities into NaN.
+Coordinate 0 of the axis keeps the value, the others hold zeros, so that the sum over the axis is
+the value again. Not a product with 0 or 1: that would turn infinities into NaN.
 """
 
 from __future__ import annotations

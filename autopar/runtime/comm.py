@@ -12,6 +12,7 @@ other ranks fail at once, with that error as their reason, instead of waiting fo
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import pickle
 import time
@@ -254,10 +255,24 @@ def _axis_group(
     return mine
 
 
+def _keep_order(ranks: Sequence[int]) -> dict[str, Any]:
+    """Arguments by which a group keeps its ranks in the given order; before torch 2.12 it sorts."""
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
+        return {"sort_ranks": False}
+    if list(ranks) != sorted(ranks):
+        raise PlanError(
+            f"torch {torch.__version__} cannot make a group of the ranks {list(ranks)} in this "
+            "order: number the devices of each stage in increasing order, or use torch 2.13"
+        )
+    return {}
+
+
 def _new_group(world: World, ranks: Sequence[int], name: str) -> dist.ProcessGroup | None:
     """None on ranks outside of it. A CUDA group is used once at birth, so that no later
     point-to-point call has to make its communicator."""
-    group = dist.new_group(list(ranks), timeout=world.timeout, group_desc=name, sort_ranks=False)
+    group = dist.new_group(
+        list(ranks), timeout=world.timeout, group_desc=name, **_keep_order(ranks)
+    )
     if world.rank not in ranks:
         return None
     if not isinstance(group, dist.ProcessGroup):

@@ -33,9 +33,10 @@ _GRACE_S = 3.0  # for the other ranks to end by themselves after one has failed
 class _Ending(IntEnum):
     """How a process ended; what explains a failure best comes first."""
 
-    FAILED = 0
-    STOPPED = 1  # because another one failed
-    DONE = 2
+    DIED = 0  # without a word
+    FAILED = 1
+    STOPPED = 2  # because another one failed
+    DONE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ class _Message:
     ending: _Ending
     value: Any
     time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a spawned process finds the others."""
+
+    device_type: str
+    rank: int
+    size: int
+    port: int
+    timeout: timedelta
 
 
 def torchrun_world(timeout: timedelta = DEFAULT_TIMEOUT) -> World | None:
@@ -69,9 +81,11 @@ def run_processes(
     fn: Callable[..., Any],
     num_processes: int,
     *args: Any,
+    device_type: str = "cpu",
     timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> list[Any]:
-    """fn(world, *args) in as many local CPU processes (gloo); their results by rank.
+    """fn(world, *args) in as many local processes; their results by rank. device_type: "cpu" (gloo)
+    or "cuda" (NCCL, one device each).
 
     fn and args must be importable and picklable: processes are spawned, not forked. RuntimeFailure
     with the traceback of the rank that failed first; the others are then ended. timeout: of one
@@ -86,7 +100,12 @@ def run_processes(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_child,
-                args=(theirs, fn, args, rank, num_processes, store.port, timeout),
+                args=(
+                    theirs,
+                    fn,
+                    args,
+                    _Place(device_type, rank, num_processes, store.port, timeout),
+                ),
                 daemon=True,
             )
             process.start()
@@ -100,21 +119,15 @@ def run_processes(
             pipe.close()
 
 
-def _child(
-    pipe: Connection,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    size: int,
-    port: int,
-    timeout: timedelta,
-) -> None:
+def _child(pipe: Connection, fn: Callable[..., Any], args: tuple[Any, ...], place: _Place) -> None:
     """Sends a _Message and ends."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.size))
+    cuda = place.device_type == "cuda"
+    device = torch.device("cuda", place.rank) if cuda else torch.device(place.device_type)
     world = None
     try:
-        store = join_store(port, timeout)
-        world = World.connect(store, rank, size, device=torch.device("cpu"), timeout=timeout)
+        store = join_store(place.port, place.timeout)
+        world = World.connect(store, place.rank, place.size, device=device, timeout=place.timeout)
         payload = pickle.dumps(_Message(_Ending.DONE, fn(world, *args)))
     except BaseException as error:
         ending = _Ending.STOPPED if isinstance(error, PeerFailure) else _Ending.FAILED
@@ -155,7 +168,7 @@ def _receive(process: BaseProcess, pipe: Connection) -> _Message:
     except EOFError:
         process.join(_GRACE_S)
         text = f"the process ended without a word, with exit code {process.exitcode}"
-        return _Message(_Ending.FAILED, text, time.time())
+        return _Message(_Ending.DIED, text, time.time())
     if not isinstance(message, _Message):
         raise InternalError(f"a process sent {message!r}")
     return message

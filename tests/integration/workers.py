@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from autopar.plan import ParallelPlan
-from autopar.runtime.comm import ProcessTransport, World
+from autopar.runtime.comm import World
 from autopar.runtime.module import ParallelModel
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, zoo_case
@@ -45,12 +44,14 @@ def gradients(model: ParallelModel) -> dict[str, Tensor]:
     return wholes({name: p.grad for name, p in model.named_parameters()})
 
 
-def train_all(world: World, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    return {name: train(world, name) for name in names}
+def train_all(world: World, names: Sequence[str], folder: str) -> dict[str, dict[str, Any]]:
+    """One start of processes for all models."""
+    return {name: train(world, name, f"{folder}/{name}") for name in names}
 
 
-def train(world: World, name: str) -> dict[str, Any]:
-    """A clipped AdamW step; then one on the rows of data_shard, and again on the whole batch."""
+def train(world: World, name: str, folder: str) -> dict[str, Any]:
+    """A clipped AdamW step, a checkpoint written and read; then a step on the rows of data_shard,
+    and again on the whole batch."""
     case, model = parallel(world, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     record: dict[str, Any] = {"names": list(model.state_dict())}
@@ -63,6 +64,7 @@ def train(world: World, name: str) -> dict[str, Any]:
     optimizer.step()
     optimizer.zero_grad()
     record["parameters"] = wholes(dict(model.named_parameters()))
+    _check_checkpoint(model, folder)
     evaluated = model.eval_step(case.batch)
     assert bool(evaluated.isfinite())
     record["second"] = model.train_step(model.data_shard.select(case.batch), seed=SEED + 1)
@@ -72,47 +74,24 @@ def train(world: World, name: str) -> dict[str, Any]:
     return record
 
 
-def checkpoint(world: World, folder: str) -> bool:
-    """Save, spoil, load: parameters, tied names, buffers and the optimizer's shards."""
-    for name in ("gpt2", "wide_resnet"):
-        case, model = parallel(world, name)
-        model.train_step(case.batch, seed=SEED)
-        saved = wholes(model.state_dict())
-        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/{name}")
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                tensor.zero_()
-        state = {"model": model.state_dict()}
-        dcp.load(state, checkpoint_id=f"{folder}/{name}")
-        model.load_state_dict(state["model"])
-        for key, tensor in wholes(model.state_dict()).items():
-            assert torch.equal(tensor, saved[key]), key
-    return True
+def _check_checkpoint(model: ParallelModel, folder: str) -> None:
+    """Save, spoil, load: parameters under all their names, and buffers."""
+    saved = wholes(model.state_dict())
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    for key, tensor in wholes(model.state_dict()).items():
+        assert torch.equal(tensor, saved[key]), key
 
 
-class _PluggedOut(ProcessTransport):
-    """Fails when it is first used."""
-
-    kind = "raise"
-
-    def receive(self, transfers: Any) -> Any:
-        if self.kind == "die":
-            os._exit(7)
-        raise ValueError("the plug was pulled")
-
-
-def fail_mid_step(world: World, failing: int, kind: str) -> None:
-    case, model = parallel(world, "gpt2")
-    if world.rank == failing:
-        transport = model._executor.transport
-        assert isinstance(transport, ProcessTransport)
-        transport.__class__ = _PluggedOut
-        _PluggedOut.kind = kind
-    model.train_step(case.batch)
-
-
-def exchange(world: World) -> Any:
-    world.barrier()
-    got = world.broadcast_object({"from": world.rank})
-    world.barrier()
-    return got
+def step_of(world: World, name: str, meshes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """One step under a random plan on these meshes; results on the CPU."""
+    case = zoo_case(name)
+    plan = random_plan(case.graph, meshes, random.Random(0))
+    model = ParallelModel(case.model, case.graph, plan, world=world)
+    loss = model.train_step(case.batch, seed=SEED)
+    return {"loss": loss.cpu(), "gradients": {n: g.cpu() for n, g in gradients(model).items()}}

@@ -1,0 +1,158 @@
+"""What people use by hand: DDP, FSDP2 and tensor parallel of the same model, in the same job.
+
+Each maker takes a fresh model and the global batch and returns a step: forward, backward, AdamW. All
+run plain PyTorch without torch.compile, as autopar does until it compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils import _pytree as pytree
+
+from benchmarks.models import gpt, llama
+
+Step = Callable[[], Tensor]
+LEARNING_RATE = 1e-4
+
+
+class NotAvailable(Exception):
+    """The baseline cannot run this model; the same on every rank."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """model: on `device`, the same on all ranks. batch: the whole global batch, on `device`."""
+
+    model: nn.Module
+    batch: Any
+    device: torch.device
+    rank: int
+    size: int
+
+
+def ddp(job: Job) -> Step:
+    """Every rank has the whole model and its rows; gradients are averaged in buckets."""
+    wrapped = nn.parallel.DistributedDataParallel(
+        job.model, device_ids=[job.device] if job.device.type == "cuda" else None
+    )
+    return training_step(wrapped, rows_of(job))
+
+
+def fsdp2(job: Job) -> Step:
+    """Parameters, gradients and optimizer states sharded, gathered block by block (ZeRO-3)."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(job.device.type, (job.size,))
+    for block in blocks(job.model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(job.model, mesh=mesh)
+    return training_step(job.model, rows_of(job))
+
+
+def tensor_parallel(job: Job) -> Step:
+    """Megatron's column and row parallel linears of each block; every rank reads the whole batch."""
+    makers = {gpt.GPT: _shard_gpt, llama.Llama: _shard_llama}
+    if type(job.model) not in makers:
+        raise NotAvailable(f"no tensor parallel plan for {type(job.model).__name__}")
+    mesh = init_device_mesh(job.device.type, (job.size,))
+    makers[type(job.model)](job.model, mesh)
+    return training_step(job.model, job.batch)
+
+
+BASELINES: Mapping[str, Callable[[Job], Step]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "tensor parallel": tensor_parallel,
+}
+
+
+def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=device.type == "cuda")
+
+
+def training_step(model: nn.Module, batch: Any) -> Step:
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(parameters, parameters[0].device)
+
+    def step() -> Tensor:
+        loss: Tensor = model(**batch) if isinstance(batch, dict) else model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def rows_of(job: Job) -> Any:
+    """The rows of the batch that this rank trains on."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        if len(tensor) % job.size:
+            raise NotAvailable(f"{len(tensor)} rows do not divide among {job.size} ranks")
+        count = len(tensor) // job.size
+        return tensor[job.rank * count : (job.rank + 1) * count]
+
+    return pytree.tree_map_only(Tensor, cut, job.batch)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of the outermost lists of modules: the usual unit of FSDP."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            found += [member for member in child if any(True for _ in member.parameters())]
+        else:
+            found += blocks(child)
+    return found
+
+
+def _shard_gpt(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The fused projection's rows are regrouped first, so that a shard has whole heads of all three."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    size = mesh.size()
+    assert isinstance(model, gpt.GPT)
+    for block in model.blocks:
+        attention = block.attention
+        if attention.num_heads % size:
+            raise NotAvailable(f"{attention.num_heads} heads do not divide among {size} ranks")
+        for parameter in attention.qkv.parameters():
+            grouped = parameter.data.unflatten(0, (3, size, -1)).transpose(0, 1)
+            parameter.data = grouped.flatten(0, 2).contiguous()
+        attention.num_heads //= size
+        styles = {
+            "attention.qkv": ColwiseParallel(),
+            "attention.out": RowwiseParallel(),
+            "up": ColwiseParallel(),
+            "down": RowwiseParallel(),
+        }
+        parallelize_module(block, mesh, styles)
+
+
+def _shard_llama(model: nn.Module, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    assert isinstance(model, llama.Llama)
+    column = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
+    for block in model.blocks:
+        heads = block.attention.key.out_features // block.attention.head_size
+        if heads % mesh.size():
+            raise NotAvailable(f"{heads} key heads do not divide among {mesh.size()} ranks")
+        styles: dict[str, Any] = {name: ColwiseParallel() for name in column}
+        styles |= {name: RowwiseParallel() for name in ("attention.out", "mlp.down")}
+        parallelize_module(block, mesh, styles)
