@@ -1,7 +1,7 @@
 """The command line. Reads arguments and prints; what it does is `api`, `verify` and `report`.
 
-Exit codes: 0 done, 1 disagreement or failed run, 2 bad input, 130 interrupted. With --json stdout has
-one JSON value and nothing else; progress and errors are on stderr.
+Exit codes: 0 done, 1 disagreement or failed run, 2 bad input, 130 interrupted. With --json stdout
+has one JSON value and nothing else; progress and errors are on stderr.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopar.errors import AutoparError, RuntimeFailure
+from autopar.plan import ParallelPlan, Remat
+from autopar.schedule import ScheduleKind
 
 if TYPE_CHECKING:
     from autopar.graph.program import Graph
     from autopar.models import LoadedModel
     from autopar.options import SearchOptions
-    from autopar.plan import ParallelPlan
 
 app = typer.Typer(
     name="autopar",
@@ -44,18 +45,9 @@ _FILE_WIDTH = 120  # columns where stdout is no terminal
 _MODEL_HELP = "file.py:factory, package.module:factory, or a name of `autopar models`."
 
 
-class ScheduleName(StrEnum):
-    gpipe = "gpipe"
-    one_f_one_b = "1f1b"
-
-
-class RematName(StrEnum):
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
 class SolverName(StrEnum):
+    """Those of intraop.solver, which is slow to import."""
+
     dual = "dual"
     cbc = "cbc"
     highs = "highs"
@@ -96,8 +88,8 @@ class Search:
     microbatches: Annotated[int | None, _option("Of a batch; must divide its rows.")] = None
     stages: Annotated[int | None, _option("Number of pipeline stages.")] = None
     mesh: Annotated[str | None, _option("Mesh of every stage, such as 2x4.")] = None
-    schedule: Annotated[ScheduleName | None, _option("Pipeline schedule.")] = None
-    remat: Annotated[RematName | None, _option("What backward may recompute.")] = None
+    schedule: Annotated[ScheduleKind | None, _option("Pipeline schedule.")] = None
+    remat: Annotated[Remat | None, _option("What backward may recompute.")] = None
     place: Annotated[
         list[str] | None,
         _option("Parameter and its layout at rest, such as lm_head.weight=S0; repeatable."),
@@ -184,7 +176,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a saved plan: stages, layouts, predictions."""
-    found = _load_plan(plan_file)
+    found = ParallelPlan.load(plan_file)
     if as_json:
         _print_json(found.to_json())
     elif operators is not None:
@@ -219,9 +211,11 @@ def verify(
 ) -> None:
     """Play one training step of a plan and compare it with one device: loss, gradients, parameters.
 
-    Without --plan the search options choose one, for cpu:1x4 by default. Exit code 1 if it disagrees.
+    Without --plan the search options choose one, for cpu:1x4 by default. Exit code 1 where it
+    disagrees.
     """
     found, loaded = _plan_for(model, plan_file, search, quiet=as_json)
+    from autopar.models import load_pair
     from autopar.report.console import SearchLine
     from autopar.report.verify import verify_record, verify_table
     from autopar.verify import verify_plan
@@ -233,7 +227,7 @@ def verify(
             found,
             dtype=dtype.value,
             seed=seed,
-            processes=processes,
+            processes=functools.partial(load_pair, model) if processes else None,
         )
     if as_json:
         _print_json({"model": loaded.name, **verify_record(report)})
@@ -264,7 +258,7 @@ def run(
         del loaded  # each process makes its own
         losses = _train_locally(Training(model, found, steps, lr, seed, shown=not as_json))
     else:
-        given = None if plan_file is None else _load_plan(plan_file)
+        given = None if plan_file is None else ParallelPlan.load(plan_file)
         job = Training(model, given, steps, lr, seed, shown=rank == "0" and not as_json)
         losses = train(None, job, search)
         if rank != "0":
@@ -338,8 +332,8 @@ class Training:
 
 
 def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
-    """One process of `run`: the loss of each step. world: of a spawned process, which has joined it;
-    parallelize finds it, or torchrun's."""
+    """One process of `run`: the loss of each step. world: of a spawned process, which has joined
+    it; parallelize finds it, or torchrun's."""
     import torch
 
     from autopar.api import parallelize
@@ -384,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cost_models.errors import CostModelError
 
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if not {"--verbose", "-v"} & set(given):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # here and in spawned processes
     try:
         app(given, prog_name="autopar")
     except SystemExit as end:
@@ -412,7 +408,7 @@ def _plan_for(
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise typer.BadParameter(f"--plan leaves nothing to search: drop {options}")
-        return _load_plan(plan_file), load_model(model)
+        return ParallelPlan.load(plan_file), load_model(model)
     found, _ = _search(model, search, default_cluster="cpu:1x4", quiet=quiet)
     return found, load_model(model)
 
@@ -461,11 +457,9 @@ def _search_options(search: Search) -> SearchOptions:
         "time_limit_s": search.time_limit or options.time_limit_s,
     }
     if search.schedule is not None:
-        values["schedule"] = type(options.schedule)(search.schedule.value)
+        values["schedule"] = search.schedule
     if search.remat is not None:
-        from autopar.plan import Remat
-
-        values["remat"] = Remat(search.remat.value)
+        values["remat"] = search.remat
     if search.solver is not None:
         values["solver"] = type(options.solver)(search.solver.value)
     return SearchOptions(**values)
@@ -502,12 +496,6 @@ def _cluster(text: str | None) -> Any:
     if text is None:
         return None
     return Cluster.from_toml(text) if text.endswith(".toml") else Cluster.parse(text)
-
-
-def _load_plan(path: Path) -> ParallelPlan:
-    from autopar.plan import ParallelPlan
-
-    return ParallelPlan.load(path)
 
 
 def _show_bench(outcome: Any, as_json: bool) -> None:

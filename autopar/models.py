@@ -73,6 +73,12 @@ def load_model(
     return LoadedModel(module, batch, name, on_meta)
 
 
+def load_pair(text: str) -> tuple[nn.Module, Any]:
+    """(module, example_batch) of a MODEL argument, for processes that each make their own."""
+    loaded = load_model(text)
+    return loaded.module, loaded.example_batch
+
+
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """ "float32" as torch.float32. OptionError for what is no floating type."""
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)

@@ -1,7 +1,7 @@
 """What people use by hand: DDP, FSDP2 and tensor parallel of the same model, in the same job.
 
-Each maker takes a fresh model and the global batch and returns a step: forward, backward, AdamW. All
-run plain PyTorch without torch.compile, as autopar does until it compiles.
+Each maker takes a fresh model and the global batch and returns a step: forward, backward, AdamW.
+All run plain PyTorch without torch.compile, as autopar does until it compiles.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fsdp2(job: Job) -> Step:
 
 
 def tensor_parallel(job: Job) -> Step:
-    """Megatron's column and row parallel linears of each block; every rank reads the whole batch."""
+    """Megatron's column and row parallel linears of each block; every rank has the whole batch."""
     makers = {gpt.GPT: _shard_gpt, llama.Llama: _shard_llama}
     if type(job.model) not in makers:
         raise NotAvailable(f"no tensor parallel plan for {type(job.model).__name__}")
@@ -114,7 +114,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _shard_gpt(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The fused projection's rows are regrouped first, so that a shard has whole heads of all three."""
+    """The fused projection's rows are regrouped first: a shard has whole heads of all three."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -122,8 +122,8 @@ def _shard_gpt(model: nn.Module, mesh: DeviceMesh) -> None:
     )
 
     size = mesh.size()
-    assert isinstance(model, gpt.GPT)
-    for block in model.blocks:
+    members: Any = model.get_submodule("blocks")
+    for block in members:
         attention = block.attention
         if attention.num_heads % size:
             raise NotAvailable(f"{attention.num_heads} heads do not divide among {size} ranks")
@@ -147,9 +147,9 @@ def _shard_llama(model: nn.Module, mesh: DeviceMesh) -> None:
         parallelize_module,
     )
 
-    assert isinstance(model, llama.Llama)
+    members: Any = model.get_submodule("blocks")
     column = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
-    for block in model.blocks:
+    for block in members:
         heads = block.attention.key.out_features // block.attention.head_size
         if heads % mesh.size():
             raise NotAvailable(f"{heads} key heads do not divide among {mesh.size()} ranks")

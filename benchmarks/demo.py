@@ -1,8 +1,8 @@
 """`make demo`: GPT-2 124M trains on four local CPU processes and on one, and the losses agree.
 
-Hugging Face's GPT2LMHeadModel at GPT-2's real configuration, dropout on, random weights under a seed;
-the text is Python's own language reference, byte by byte. The plan is pinned to two pipeline stages
-of two devices each. The single process runs the same model by the same API on one device.
+Hugging Face's GPT2LMHeadModel at GPT-2's real configuration, dropout on, random weights under a
+seed; the text is Python's own language reference, byte by byte. The plan is pinned to two pipeline
+stages of two devices each. The single process runs the same model by the same API on one device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def gpt2() -> nn.Module:
     """GPT2LMHeadModel at 124M. No key-value cache: it is of no use in training."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))

@@ -1,7 +1,7 @@
 """Training speed: autopar and the baselines, one after another in one job of torchrun.
 
-A step is forward, backward and AdamW on the global batch. Its time is the slowest rank's, between two
-barriers' worth of synchronisation. gloo runs on CPU processes in float32, NCCL on GPUs in bfloat16.
+A step is forward, backward and AdamW on the global batch. Its time is the slowest rank's, from a
+barrier on. gloo runs on CPU processes in float32, NCCL on GPUs in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from benchmarks.baselines import BASELINES, Job, NotAvailable, Step, make_optimizer
@@ -111,7 +111,7 @@ def _timed(
     started = time.perf_counter()
     step, plan = maker(job)
     setup_s = time.perf_counter() - started
-    losses = [float(step()) for _ in range(warmup)]
+    losses = [_mean(step()) for _ in range(warmup)]
     times = []
     for _ in range(steps):
         dist.barrier()
@@ -120,7 +120,7 @@ def _timed(
         loss = step()
         _synchronize(job.device)
         times.append(_largest(time.perf_counter() - started, job.device))
-        losses.append(float(loss))
+        losses.append(_mean(loss))
     return {
         "step_s": summary(times).to_dict(),
         "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
@@ -155,17 +155,13 @@ def _plain(maker: Callable[[Job], Step]) -> Callable[[Job], tuple[Step, str]]:
 
 def _fresh_job(case: SpeedCase, device: torch.device, dtype: torch.dtype) -> Job:
     model, batch = build(case.model, case.batch)
-    model = _placed(model, device, dtype)
+    model = model.to(device=device, dtype=dtype)
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     placed = pytree.tree_map_only(Tensor, place, batch)
     return Job(model, placed, device, dist.get_rank(), dist.get_world_size())
-
-
-def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return model.to(device=device, dtype=dtype)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -178,6 +174,13 @@ def _largest(value: float, device: torch.device) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def _mean(loss: Tensor) -> float:
+    """Over all ranks: of the global batch, whatever part of it each rank trains on."""
+    total = loss.detach().double().reshape(1).clone()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -106,7 +106,7 @@ def items_per_batch(case: SpeedCase) -> tuple[int, ItemKind]:
 def _hf_gpt2(batch: int) -> tuple[nn.Module, Any]:
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config = transformers.GPT2Config(use_cache=False)
     tokens = torch.randint(config.vocab_size, (batch, config.n_positions))
     model: nn.Module = transformers.GPT2LMHeadModel(config)

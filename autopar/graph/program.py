@@ -32,7 +32,7 @@ class Ref(NamedTuple):
     """A value: result ``index`` of the operator or input called ``name``."""
 
     name: str
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs
 
     def __str__(self) -> str:
         return self.name if self.index == 0 else f"{self.name}.{self.index}"

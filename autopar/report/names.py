@@ -55,9 +55,7 @@ class ParameterGroup:
 
 def parameter_groups(stage: StagePlan, graph: Graph | None = None) -> tuple[ParameterGroup, ...]:
     """In the order of the model. O(parameters)."""
-    known = (
-        {} if graph is None else {i.name: i for i in graph.inputs_of(InputKind.PARAMETER)}
-    )
+    known = {} if graph is None else {i.name: i for i in graph.inputs_of(InputKind.PARAMETER)}
     counts: Counter[tuple[str, ParameterPlacement]] = Counter()
     sizes: Counter[tuple[str, ParameterPlacement]] = Counter()
     for name, placement in stage.parameters.items():
@@ -103,7 +101,7 @@ def operator_family(name: str) -> str:
 
 
 def heavy_strategies(stage: StagePlan) -> Mapping[str, Counter[str]]:
-    """Strategy texts and their counts by family of heavy operators, the most frequent family first."""
+    """Strategy texts and their counts by family of heavy operators, the most frequent first."""
     found: dict[str, Counter[str]] = {}
     for name, text in stage.strategies.items():
         family = operator_family(name)

@@ -2,8 +2,8 @@
 
     stage 0  F0--|F1--|.....|B0------|B1------|step
 
-Cells are as wide as they take time. `.` is idle. What is narrower than its label shows the number of
-the microbatch only, or its first letter.
+Cells are as wide as they take time. `.` is idle. What is narrower than its label shows the number
+of the microbatch only, or its first letter.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _OTHER_STYLE = "black on bright_yellow"
 
 
 def plan_timeline(plan: ParallelPlan) -> Timeline:
-    """The plan's schedule with its predicted stage times. Times of transfers are not part of a plan,
-    so the step may come out a little shorter than the prediction."""
+    """The plan's schedule with its predicted stage times. Times of transfers are not part of a
+    plan, so the step may come out a little shorter than the prediction."""
     costs = [
         StageCost(
             forward_s=s.prediction.forward_s,
