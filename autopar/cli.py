@@ -152,6 +152,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best plan. Needs neither the cluster nor the model's weights."""
+    if output is not None and not output.parent.is_dir():  # before minutes of search
+        raise typer.BadParameter(f"there is no directory {output.parent}", param_hint="--output")
     found, graph = _search(model, search, default_cluster=None, quiet=as_json)
     if output is not None:
         found.save(output)
@@ -495,7 +497,11 @@ def _cluster(text: str | None) -> Any:
 
     if text is None:
         return None
-    return Cluster.from_toml(text) if text.endswith(".toml") else Cluster.parse(text)
+    if not text.endswith(".toml"):
+        return Cluster.parse(text)
+    if not Path(text).is_file():
+        raise typer.BadParameter(f"no such file: {text}", param_hint="--cluster")
+    return Cluster.from_toml(text)
 
 
 def _show_bench(outcome: Any, as_json: bool) -> None:

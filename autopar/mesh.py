@@ -98,6 +98,13 @@ def submeshes(cluster: Cluster) -> tuple[Submesh, ...]:
 
     Submeshes of these shapes always pack the cluster (Alpa, OSDI'22, theorem 1).
     """
+    kinds = {group.device.name for group in cluster.groups}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kinds))
+        raise MeshError(
+            f"{cluster} mixes the device kinds {names}, which the planner cannot do yet: plan for "
+            "one of them"
+        )
     per_node = cluster.groups[0].devices_per_node
     if any(group.devices_per_node != per_node for group in cluster.groups):
         raise MeshError(f"nodes of one size only, for now: got {cluster}")

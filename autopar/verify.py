@@ -389,8 +389,12 @@ def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
             continue
         difference = _largest(other.double() - tensor.double())
         reference = max(_largest(tensor), FLOOR * scale)
-        error = difference / reference if difference else 0.0
-        errors[name] = error if error == error else float("inf")
+        if difference == 0.0:
+            errors[name] = 0.0
+        elif reference > 0.0 and difference < float("inf"):  # False for NaN
+            errors[name] = difference / reference
+        else:
+            errors[name] = float("inf")
     for name in got.keys() - want.keys():
         errors[name] = float("inf")
     return errors

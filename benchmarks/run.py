@@ -1,8 +1,8 @@
 """Runs a suite: one JSON file per run, and the same as markdown beside it.
 
 The JSON is written after every case, so that a run that was stopped goes on where it was: a case
-that succeeded at this commit under these settings is not measured again. A case that fails is recorded
-with its error, and the run goes on.
+that succeeded at this commit under these settings is not measured again. A case that fails is
+recorded with its error, and the run goes on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""Verification finds what it must find: the error measure, and programs made wrong on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from autopar.api import plan_model
+from autopar.errors import OptionError, PlanError
+from autopar.options import SearchOptions
+from autopar.runtime.interpreter import Shards
+from autopar.runtime.virtual import VirtualCollectives
+from autopar.verify import (
+    FLOOR,
+    relative_errors,
+    turn_dropout_off,
+    verify_plan,
+    without_dropout,
+)
+from cost_models import Cluster
+from tests.zoo import ZOO
+
+FAST = Cluster.from_toml("tests/clusters/fast_links.toml")
+
+
+def test_errors_are_relative_to_the_tensor_and_floored_by_the_model() -> None:
+    want = {"big": torch.tensor([100.0]), "noise": torch.tensor([1e-9])}
+    got = {"big": torch.tensor([101.0]), "noise": torch.tensor([2e-9])}
+    errors = relative_errors(got, want)
+    assert errors["big"] == pytest.approx(0.01)
+    assert errors["noise"] == pytest.approx(1e-9 / (FLOOR * 100.0))
+
+
+@pytest.mark.parametrize(
+    "got",
+    [
+        {},
+        {"a": torch.zeros(3)},
+        {"a": torch.tensor([float("nan"), 0.0])},
+        {"a": torch.zeros(2), "b": torch.zeros(1)},
+    ],
+)
+def test_missing_misshapen_nan_and_extra_tensors_are_infinitely_wrong(got: dict) -> None:
+    assert max(relative_errors(got, {"a": torch.zeros(2)}).values()) == float("inf")
+
+
+def test_a_wrong_collective_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is right, the program that runs is not: sums over devices lose a part in a thousand."""
+    model, batch = ZOO["gpt2"]()
+    options = SearchOptions(num_stages=1, num_microbatches=1, mesh_shape=(4,))
+    plan, _ = plan_model(model, batch, FAST, options=options)
+    assert verify_plan(model, batch, plan, eager=False).ok
+    right = VirtualCollectives.run
+
+    def wrong(self: VirtualCollectives, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
+        results = right(self, op, shards, axis, reduce)
+        return [r * 0.999 if "reduce" in op and r.is_floating_point() else r for r in results]
+
+    monkeypatch.setattr(VirtualCollectives, "run", wrong)
+    report = verify_plan(model, batch, plan, eager=False)
+    assert not report.ok
+    assert report.errors.largest > 1e-4
+
+
+def test_dropout_is_compared_on_and_off() -> None:
+    model, batch = ZOO["bert"]()
+    plan, graph = plan_model(model, batch, FAST, options=SearchOptions(num_stages=1))
+    report = verify_plan(model, batch, plan)
+    assert report.dropout and report.ok and report.eager is not None
+    probabilities = {
+        op.args[3] for op in without_dropout(graph).operators if "dropout" in op.op_name
+    }
+    assert probabilities == {0.0}
+    assert model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_turning_dropout_off_reaches_modules_and_numbers() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+            self.attention_dropout = 0.1
+
+    layer = Layer()
+    turn_dropout_off(layer)
+    assert layer.drop.p == 0.0 and layer.attention_dropout == 0.0
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model, batch = ZOO["gpt2"]()
+    plan, _ = plan_model(model, batch, FAST, options=SearchOptions(num_stages=1))
+    with pytest.raises(PlanError, match="another model"):
+        verify_plan(model, batch, replace(plan, graph="0" * 16))
+    with pytest.raises(OptionError, match="float32, float64"):
+        verify_plan(model, batch, plan, dtype="int8")
