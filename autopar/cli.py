@@ -241,7 +241,7 @@ def verify(
 
 @app.command(
     epilog="Examples: [bold]autopar run tests/zoo.py:gpt2 --cluster cpu:1x4 --steps 20[/bold], or"
-    " [bold]torchrun --nproc-per-node 8 -m autopar run MODEL --plan plan.json[/bold]"
+    " [bold]torchrun --nproc-per-node 8 -m autopar.cli run MODEL --plan plan.json[/bold]"
 )
 @_with_search
 def run(

@@ -35,8 +35,9 @@ from cost_models import (
 
 FloatArray = NDArray[np.float64]
 
-# Share of a pointwise operator's traffic that is left once a compiler has fused it with a neighbour:
-# each value is either read or written by the fused kernel, not both. An assumption, not a measurement.
+# Share of a pointwise operator's traffic that is left once a compiler has fused it with a
+# neighbour: each value is either read or written by the fused kernel, not both. An assumption, not
+# a measurement.
 POINTWISE_FUSION = 0.5
 
 _COLLECTIVE = {

@@ -131,7 +131,9 @@ class ParallelPlan:
         for index, stage in enumerate(self.stages):
             if rank in stage.devices:
                 return index
-        raise PlanError(f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}")
+        raise PlanError(
+            f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         encoded: dict[str, Any] = _encode(self)
@@ -145,7 +147,8 @@ class ParallelPlan:
         version = record.get("version")
         if version != PLAN_VERSION:
             raise PlanError(
-                f"the plan has version {version!r}, this autopar reads version {PLAN_VERSION}: make the "
+                f"the plan has version {version!r}, this autopar reads version "
+                f"{PLAN_VERSION}: make the "
                 "plan again with `autopar plan`"
             )
         fields = {key: value for key, value in record.items() if key != "format"}
@@ -179,7 +182,8 @@ def _check_plan(plan: ParallelPlan) -> None:
     for index, stage in enumerate(plan.stages):
         if stage.first_layer != expected or stage.last_layer < stage.first_layer:
             raise PlanError(
-                f"stage {index} has layers {stage.first_layer} to {stage.last_layer}, expected to start "
+                f"stage {index} has layers {stage.first_layer} to {stage.last_layer}, "
+                f"expected to start "
                 f"at {expected}: stages cover the layers in order"
             )
         expected = stage.last_layer + 1

@@ -12,7 +12,9 @@ The result is deterministic: it depends on the graph, the cluster and the option
 
 from __future__ import annotations
 
+import difflib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from autopar.estimate import MeshCosts
 from autopar.graph.layers import cluster_layers, layer_classes
 from autopar.graph.program import Graph, InputKind, Phase
 from autopar.interop import dp
-from autopar.interop.problem import InterOpProblem
+from autopar.interop.problem import InterOpProblem, InterOpSolution
 from autopar.intraop.build import StageContext
 from autopar.intraop.compose import Point, boundary_bytes, layer_points, stage_table
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
@@ -81,7 +83,8 @@ class _Clock:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recomputed:
-    """The graph under one recompute policy, its joint rules, and one prepared graph per layer class."""
+    """The graph under one recompute policy, its joint rules, and one prepared graph per layer
+    class."""
 
     remat: Remat
     graph: Graph
@@ -130,6 +133,7 @@ def make_plan(
             fingerprint = graph.fingerprint()
     if budget_bytes is None:
         budget_bytes = cluster.groups[0].device.memory_bytes * options.budget_fraction
+    _check_pins(graph, cluster, options)
     search = _Search(graph, cluster, num_microbatches, budget_bytes, options, clock)
     policies = _REMAT_ORDER if options.remat is None else (options.remat,)
     failures: list[NoFeasiblePlan] = []
@@ -142,6 +146,25 @@ def make_plan(
             continue
         return search.plan(fingerprint, recomputed, candidates, failures)
     raise failures[-1]
+
+
+def _check_pins(graph: Graph, cluster: Cluster, options: SearchOptions) -> None:
+    """OptionError for a pin that no plan of this graph on this cluster can honour."""
+    most = min(len(graph.layer_names), cluster.num_devices)
+    if options.num_stages is not None and options.num_stages > most:
+        raise OptionError(
+            f"num_stages is at most {most}, as the model has {len(graph.layer_names)} "
+            f"layers and the "
+            f"cluster {cluster.num_devices} devices: got {options.num_stages}"
+        )
+    known = sorted({i.owner for i in graph.inputs_of(InputKind.PARAMETER)})
+    for name in options.placements:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3) or known[:3]
+            raise OptionError(
+                f"placements pins {name!r}, which is no parameter: did you mean "
+                f"{' or '.join(close)}?"
+            )
 
 
 class _Search:
@@ -216,15 +239,14 @@ class _Search:
             return self._inter_op(recomputed, points)
 
     def _only_one_stage(self, num_layers: int) -> bool:
+        whole = self.submeshes[-1].num_devices == self.cluster.num_devices
         pinned = self.options.num_stages == 1
-        whole = [s for s in self.submeshes if s.num_devices == self.cluster.num_devices]
-        return bool(whole) and (pinned or num_layers == 1 or self.cluster.num_devices == 1)
+        return whole and (pinned or num_layers == 1 or self.cluster.num_devices == 1)
 
     def _points(self, recomputed: _Recomputed, view: LogicalMesh) -> list[tuple[Point, ...]]:
         """Points of each layer on one view; equal layers are solved once."""
         context = StageContext(self.num_microbatches)
         by_class: dict[int, tuple[Point, ...]] = {}
-        roomy = True
         for kind, stage in recomputed.prepared.items():
             by_class[kind] = layer_points(
                 stage.graph, stage.table, self.mesh_costs(view), context, prices=(0.0,)
@@ -234,8 +256,7 @@ class _Search:
             by_class[kind][0].standing_bytes + flight * by_class[kind][0].saved_bytes
             for kind in recomputed.classes
         ) + max(p[0].transient_bytes for p in by_class.values())
-        roomy = need <= self.budget_bytes
-        if not roomy:  # memory may bind somewhere: the whole frontier
+        if need > self.budget_bytes:  # memory may bind somewhere: the whole frontier
             for kind, stage in recomputed.prepared.items():
                 self.clock.progress(f"layer points {view}, layer class {kind}")
                 by_class[kind] = layer_points(
@@ -265,7 +286,10 @@ class _Search:
         crossing = boundary_bytes(recomputed.graph)
         transfers = np.array(
             [
-                [self.mesh_costs(v).receive_seconds(b / s.num_devices) if b else 0.0 for s, v in choices]
+                [
+                    self.mesh_costs(v).receive_seconds(b / s.num_devices) if b else 0.0
+                    for s, v in choices
+                ]
                 for b in crossing
             ]
         )
@@ -296,12 +320,14 @@ class _Search:
 
     def _cut(
         self,
-        found: dp.InterOpSolution,
+        found: InterOpSolution,
         choices: Sequence[tuple[Submesh, LogicalMesh]],
         seconds: np.ndarray,
     ) -> _Cut:
-        """The two best views of each stage's submesh, best first."""
+        """The two best views of each stage's submesh, best first; all where placements are pinned,
+        as the tables know nothing of pins."""
         views = []
+        most = None if self.options.placements else 2
         for stage in found.stages:
             submesh = choices[stage.submesh][0]
             row = stage.in_flight - 1
@@ -310,7 +336,7 @@ class _Search:
                 for m, (s, _) in enumerate(choices)
                 if s == submesh
             )
-            views.append(tuple(choices[m][1] for t, m in ranked[:2] if np.isfinite(t)))
+            views.append(tuple(choices[m][1] for t, m in ranked[:most] if np.isfinite(t)))
         return _Cut(
             tuple(s.first_layer for s in found.stages),
             tuple(choices[s.submesh][0] for s in found.stages),
@@ -318,11 +344,9 @@ class _Search:
             found.seconds,
         )
 
-    def solve_cut(
-        self, recomputed: _Recomputed, cut: _Cut, *, proven: bool = False
-    ) -> _Candidate:
-        """Solution of every stage of a cut, on its best views, and the simulated step. proven: a gap
-        above the target goes to the MIP backend."""
+    def solve_cut(self, recomputed: _Recomputed, cut: _Cut, *, proven: bool = False) -> _Candidate:
+        """Solution of every stage of a cut, on its best views, and the simulated step. proven: a
+        gap above the target goes to the MIP backend."""
         label = f"{len(cut.first_layers)} stage(s)"
         with self.clock.passes("exact stages", label):
             graphs = cut_stages(recomputed.graph, cut.first_layers)
@@ -339,9 +363,7 @@ class _Search:
                 for index, graph in enumerate(graphs)
             )
         with self.clock.passes("simulate", label):
-            timeline = simulate_stages(
-                graphs, stages, self.options, self.num_microbatches
-            )
+            timeline = simulate_stages(graphs, stages, self.options, self.num_microbatches)
         return _Candidate(cut, stages, timeline, timeline.step_s)
 
     def _solve_stage(
@@ -353,16 +375,14 @@ class _Search:
         owned: frozenset[str],
         proven: bool,
     ) -> StageSolution:
-        flight = in_flight_count(
-            self.options.schedule, num_stages - index, self.num_microbatches
-        )
-        pins = {k: v for k, v in self.options.placements.items()}
-        context = StageContext(self.num_microbatches, flight, owned, pins)
+        flight = in_flight_count(self.options.schedule, num_stages - index, self.num_microbatches)
+        context = StageContext(self.num_microbatches, flight, owned, self.options.placements)
         options = SolverOptions(
             self.options.solver, self.clock.left_s, self.options.target_gap, proven
         )
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
+        refused: list[OptionError] = []
         for view in views:
             try:
                 found = solve_stage(
@@ -376,8 +396,13 @@ class _Search:
             except NoFeasiblePlan as error:
                 failures.append(error)
                 continue
+            except OptionError as error:  # a pin that this view cannot honour
+                refused.append(error)
+                continue
             if best is None or found.seconds < best.seconds:
                 best = found
+        if best is None and not failures:
+            raise refused[0]
         if best is None:
             raise NoFeasiblePlan(
                 f"stage {index} of {num_stages}: {failures[0]}",
@@ -448,12 +473,9 @@ def _allowed_views(
     for submesh in submeshes(cluster):
         views = logical_meshes(submesh, options.max_axes)
         if options.mesh_shape is not None:
-            size = int(np.prod(options.mesh_shape))
-            crosses = submesh.num_nodes > 1
             views = ()
-            if size == submesh.num_devices:
-                first = (crosses, *([False] * (len(options.mesh_shape) - 1)))
-                views = (LogicalMesh(options.mesh_shape, first),)
+            if math.prod(options.mesh_shape) == submesh.num_devices:
+                views = (_pinned_view(options.mesh_shape, submesh),)
         if views:
             found[submesh] = views
     if not found:
@@ -462,6 +484,14 @@ def _allowed_views(
             f"{', '.join(str(s.num_devices) for s in submeshes(cluster))} devices"
         )
     return tuple(found), found
+
+
+def _pinned_view(shape: tuple[int, ...], submesh: Submesh) -> LogicalMesh:
+    """An axis crosses nodes if its groups reach beyond one node."""
+    reach = [math.prod(shape[axis:]) for axis in range(len(shape))]
+    per_node = submesh.devices_per_node
+    crosses = tuple(size > 1 and r > per_node for size, r in zip(shape, reach, strict=True))
+    return LogicalMesh(shape, crosses)
 
 
 def simulate_stages(
@@ -507,8 +537,8 @@ def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list
 
 
 def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node never
-    straddles two (Alpa, OSDI'22, theorem 1)."""
+    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node
+    never straddles two (Alpa, OSDI'22, theorem 1)."""
     order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
     placed: dict[int, tuple[int, ...]] = {}
     start = 0

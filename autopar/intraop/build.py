@@ -9,8 +9,8 @@ Nodes are the stage graph's inputs, operators and outputs; what a node chooses:
     sent             the layout in which it leaves
 
 Edges carry reshards. Seconds are per microbatch; what happens once per step counts 1/B. Bytes are
-those that stand through the step and what is saved, times the microbatches in flight; transients come
-from a schedule of the chosen strategies (`intraop.memory_use`), not from this sum.
+those that stand through the step and what is saved, times the microbatches in flight; transients
+come from a schedule of the chosen strategies (`intraop.memory_use`), not from this sum.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Node:
 class StageProblem:
     """The program and what its solution means. Parts are per node and per edge.
 
-    received, sent: boundary values of the stage by name, with their meta and phase. dims: of values.
+    received, sent: boundary values of the stage by name, with their meta and phase. dims: of
+    values.
     """
 
     problem: IntraOpProblem
@@ -236,7 +237,8 @@ class _Builder:
         return self.add(node, np.array(seconds), np.array(nbytes), Part.STEP, "parameter")
 
     def _tied_parameter(self, inp: GraphInput, dims: Dims, first: int, per_step: float) -> int:
-        """A second use in the same stage: made once per step from the first one's layout at rest."""
+        """A second use in the same stage: made once per step from the first one's layout at
+        rest."""
         steps = tuple(c for c in layouts(dims, self.sizes) if is_plain(dims, c))
         choices = tuple(ParameterChoice(s, s) for s in steps)
         nbytes = np.array([local_bytes(inp.meta, s, self.sizes) for s in steps])
@@ -370,14 +372,16 @@ def _pinned(
     rests = dict.fromkeys(layout_text(dims, c.rest) for c in choices)
     if (text := " ".join(pin.split())) not in rests:
         raise OptionError(
-            f"parameter {inp.owner!r} {inp.meta} cannot be placed as {pin!r} on this mesh: it can be "
+            f"parameter {inp.owner!r} {inp.meta} cannot be placed as {pin!r} on this mesh: "
+            f"it can be "
             f"{', '.join(map(repr, rests))}"
         )
     return tuple(c for c in choices if layout_text(dims, c.rest) == text)
 
 
 def parameter_choices(dims: Dims, sizes: Sequence[int]) -> tuple[ParameterChoice, ...]:
-    """Every plain layout at rest, and for each the layouts that gather some of its axes for the step.
+    """Every plain layout at rest, and for each the layouts that gather some of its axes for the
+    step.
 
     (rest = step): gathered at each use if a use needs more, ZeRO-3; (S, R): gathered once per step,
     ZeRO-1 and 2; (R, R): replicated, DDP; tensor parallel layouts are rest = step without a gather.

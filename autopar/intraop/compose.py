@@ -1,18 +1,20 @@
 """Layers to stages: a frontier of (seconds, bytes) per layer class, and stage tables made of it.
 
-Each distinct layer is solved alone on each mesh view, at several prices of a byte; its boundary values
-may come and go in any layout, and where a layer reads and makes values of one shape their layouts are
-priced as if the same layer followed. A stage of layers i..j with f microbatches in flight then takes,
-at one price l per byte, the best point of each layer:
+Each distinct layer is solved alone on each mesh view, at several prices of a byte; its boundary
+values may come and go in any layout, and where a layer reads and makes values of one shape their
+layouts are priced as if the same layer followed. A stage of layers i..j with f microbatches in
+flight then takes, at one price l per byte, the best point of each layer:
 
     p_k(l, f) = argmin over points p of layer k:  seconds(p) + l (standing(p) + f saved(p))
-    t[f, i, j] = sum_k seconds(p_k(l, f))   at the smallest l with  sum_k bytes + max_k transient <= M
+    t[f, i, j] = sum_k seconds(p_k(l, f))   at the smallest l with  sum_k bytes + max_k transient <=
+    M
 
 These tables steer the inter-op search; the stages that it picks are solved again whole and exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,15 +23,24 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
-from autopar.intraop.build import StageContext, StageProblem, build_problem
+from autopar.intraop.build import (
+    Node,
+    ParameterChoice,
+    StageContext,
+    StageProblem,
+    build_problem,
+)
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.solver import solve
+from autopar.layout import Layout
 from autopar.sharding.registry import RuleTable
+from autopar.sharding.strategy import Strategy
 
 FloatArray = NDArray[np.float64]
 
-# Prices of a byte, as multiples of (free optimum's seconds / its bytes): from "free" to "least bytes".
+# Prices of a byte, as multiples of (free optimum's seconds / its bytes): from "free" to "least
+# bytes".
 _PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
@@ -93,12 +104,17 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
             targets = tuple(c for c in node.choices if isinstance(c, tuple))
             if len(columns) != len(targets):
                 continue
-            matrix = costs.reshard_seconds(targets, columns, meta.nbytes).T.copy()  # type: ignore[arg-type]
+            matrix = costs.reshard_seconds(targets, columns, meta.nbytes).T.copy()
             old = edges.get((source, number))
             edges[source, number] = matrix if old is None else old + matrix
             taken.add(source)
             break
     return replace(built.problem, edges=tuple(edges), edge_seconds=tuple(edges.values()))
+
+
+def _layouts(node: Node) -> tuple[Layout, ...]:
+    """Choices of a boundary value."""
+    return tuple(c for c in node.choices if not isinstance(c, (Strategy, ParameterChoice)))
 
 
 def _point(
@@ -159,7 +175,7 @@ def _rates(points: Sequence[Sequence[Point]]) -> list[float]:
     rates = {0.0}
     for frontier in {tuple(p) for p in points}:
         ordered = sorted(frontier, key=lambda p: p.seconds)
-        for fast, small in zip(ordered, ordered[1:], strict=False):
+        for fast, small in itertools.pairwise(ordered):
             saved = (fast.standing_bytes + fast.saved_bytes) - (
                 small.standing_bytes + small.saved_bytes
             )

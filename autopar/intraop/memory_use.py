@@ -1,8 +1,9 @@
-"""Transient bytes of a stage: what is alive beyond what its prediction counts as standing and saved.
+"""Transient bytes of a stage: what is alive beyond what its prediction counts as standing and
+saved.
 
-Values live from the operator that makes them to their last reader, in the order of the program; views
-and hubs share the memory of what they alias, and a value that is read in another layout has a copy in
-it, made once. So do the values that leave a phase:
+Values live from the operator that makes them to their last reader, in the order of the program;
+views and hubs share the memory of what they alias, and a value that is read in another layout has a
+copy in it, made once. So do the values that leave a phase:
 
     forward    what is saved or sent lives to the end
     backward   saved values die with their last reader; gradients live to the end, where they are

@@ -51,8 +51,8 @@ def solve(
     Stops at target_gap (relative; 0 = prove the optimum) or time_limit_s, whichever is first; a
     solution that is not proven optimal says so. Raises NoFeasiblePlan when nothing fits,
     SolverError when the time limit came before any assignment or a backend is missing.
-    fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS; a search
-    over many problems asks for that and comes back to the winner.
+    fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS; a
+    search over many problems asks for that and comes back to the winner.
     """
     if not time_limit_s > 0:
         raise OptionError(f"time_limit_s must be > 0, got {time_limit_s}")

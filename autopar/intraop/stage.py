@@ -1,13 +1,15 @@
 """Solves one stage: the integer program under the budget, with transients, and what it predicts.
 
-The budget row counts what stands and what is saved; transients depend on the whole assignment. So the
-program is solved within a limit on its row, and what it finds is kept if row and transients together
-fit the budget. The limit starts at the budget, goes down by the transients of what did not fit, and
-is then bisected between what fits and what does not. Each round is a solve; one or two usually do.
+The budget row counts what stands and what is saved; transients depend on the whole assignment. So
+the program is solved within a limit on its row, and what it finds is kept if row and transients
+together fit the budget. The limit starts at the budget, goes down by the transients of what did not
+fit, and is then bisected between what fits and what does not. Each round is a solve; one or two
+usually do.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy
 
 _MAX_ROUNDS = 8
+_LEAST_S = 0.05  # a solve gets at least so long
 _CLOSE = 0.02  # share of the budget between a limit that fits and one that does not: stop there
 _GIB = 2.0**30
 
@@ -74,12 +77,13 @@ def solve_stage(
 ) -> StageSolution:
     """Raises NoFeasiblePlan where nothing fits the budget together with its transients."""
     built = build_problem(graph, table, costs, context)
+    deadline = time.monotonic() + options.time_limit_s
 
     def solve_within(limit: float | None) -> StageSolution:
         found = solve(
             built.problem.with_budget(limit),
             solver=options.solver,
-            time_limit_s=options.time_limit_s,
+            time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
             target_gap=options.target_gap,
             fallback=options.fallback,
         )
@@ -88,13 +92,14 @@ def solve_stage(
     solution = solve_within(None)
     if budget_bytes is None or solution.prediction.peak_bytes <= budget_bytes:
         return solution
-    return _solve_tight(solve_within, solution, budget_bytes)
+    return _solve_tight(solve_within, solution, budget_bytes, deadline)
 
 
 def _solve_tight(
     solve_within: Callable[[float | None], StageSolution],
     free: StageSolution,
     budget_bytes: float,
+    deadline: float,
 ) -> StageSolution:
     """The fastest solution found whose peak fits. free: does not."""
     best: StageSolution | None = None
@@ -102,6 +107,8 @@ def _solve_tight(
     low, high = 0.0, budget_bytes  # limits: one that fits or the least bytes, one that is too much
     limit = budget_bytes - free.prediction.transient_bytes
     for _ in range(_MAX_ROUNDS):
+        if best is not None and time.monotonic() > deadline:
+            break
         if not low < limit < high:
             limit = (low + high) / 2
         try:

@@ -1,16 +1,17 @@
 """Hubs: points at which a value may change its layout once for all of its readers.
 
 With plain per-edge costs a value that is resharded once and read three times would pay three times.
-Behind every value with several readers in one phase stands an identity operator, the hub, whose layout
-is free; a value that backward reads passes through another one, the **save**, whose layout is the one
-in which it is kept, so that saved bytes belong to that operator. Hubs cost nothing where layouts agree:
-the lowering makes no instruction for them.
+Behind every value with several readers in one phase stands an identity operator, the hub, whose
+layout is free; a value that backward reads passes through another one, the **save**, whose layout
+is the one in which it is kept, so that saved bytes belong to that operator. Hubs cost nothing where
+layouts agree: the lowering makes no instruction for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -80,21 +81,15 @@ def insert_hubs(graph: Graph) -> Graph:
             for ref in dict.fromkeys(op.operands):
                 if ref in build.late:
                     build.operators.append(replace(build.late.pop(ref), layer=op.layer))
-        args, kwargs = map_refs(
-            (op.args, dict(op.kwargs)), lambda r, names=names: names.get(r, r)
-        )
+        args, kwargs = map_refs((op.args, dict(op.kwargs)), partial(_renamed, names))
         build.operators.append(replace(op, args=args, kwargs=kwargs))
         for ref in op.refs:
             _follow(
                 build, ref, op.phase, readers.get(ref, []), metas[ref],
                 saved=True, sent=ref in outputs,
             )  # fmt: skip
-    new_outputs = tuple(
-        replace(o, ref=build.forward.get(o.ref, o.ref)) for o in graph.outputs
-    )
-    return check_graph(
-        replace(graph, operators=tuple(build.operators), outputs=new_outputs)
-    )
+    new_outputs = tuple(replace(o, ref=build.forward.get(o.ref, o.ref)) for o in graph.outputs)
+    return check_graph(replace(graph, operators=tuple(build.operators), outputs=new_outputs))
 
 
 def _follow(
@@ -126,6 +121,10 @@ def _follow(
         node = _hub(ref, current, BACKWARD_SUFFIX, Phase.BACKWARD, meta, backward[0].layer)
         build.late[ref] = node
         build.backward[ref] = Ref(node.name)
+
+
+def _renamed(names: Mapping[Ref, Ref], ref: Ref) -> Ref:
+    return names.get(ref, ref)
 
 
 def _hub(

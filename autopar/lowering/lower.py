@@ -6,8 +6,8 @@
     SPMD        forward, backward, and the once-per-step programs of each stage
     transfers   tiles between stages
 
-`prepare_stages` is the part before strategies are chosen, which the planner shares: it plans exactly
-the graphs that are lowered.
+`prepare_stages` is the part before strategies are chosen, which the planner shares: it plans
+exactly the graphs that are lowered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.errors import PlanError
+from autopar.errors import LayoutError, PlanError
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -25,7 +25,15 @@ from autopar.graph.program import (
     Ref,
     TensorMeta,
 )
-from autopar.layout import Dims, Layout, coarsen, parse_layout, replicated
+from autopar.layout import (
+    PARTIAL,
+    Dims,
+    Layout,
+    coarsen,
+    is_valid,
+    parse_layout,
+    replicated,
+)
 from autopar.lowering.hubs import insert_hubs, is_save
 from autopar.lowering.program import LocalProgram, Port
 from autopar.lowering.recompute import apply_recompute
@@ -56,8 +64,8 @@ class StageParameter:
     name: of the graph input; path: where the model has it; owner: its canonical name.
     source: the parameter input of this stage that holds the value at rest: itself, or, for a second
     use of a tied weight in the same stage, the first one.
-    owned: this stage keeps the value between steps; otherwise it comes from its owner's stage at each
-    step, and its gradient goes back there.
+    owned: this stage keeps the value between steps; otherwise it comes from its owner's stage at
+    each step, and its gradient goes back there.
     """
 
     name: str
@@ -113,9 +121,7 @@ def prepare_stages(
     """Stage graphs as they are planned and lowered."""
     recomputed = apply_recompute(graph, remat)
     joint = RuleTable(recomputed)
-    return tuple(
-        prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers)
-    )
+    return tuple(prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers))
 
 
 def prepare_stage(stage: Graph, dims: Mapping[Ref, Dims]) -> PreparedStage:
@@ -130,8 +136,14 @@ def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
     """PlanError where the plan belongs to another graph or names what does not exist."""
     if plan.graph != graph.fingerprint():
         raise PlanError(
-            f"the plan was made for another model, batch or version (graph {plan.graph}, this one is "
+            f"the plan was made for another model, batch or version (graph {plan.graph}, "
+            f"this one is "
             f"{graph.fingerprint()}): plan again with the model as it is now"
+        )
+    if plan.layer_names != graph.layer_names:
+        raise PlanError(
+            f"the plan cuts the model into {len(plan.layer_names)} layers, this graph has "
+            f"{len(graph.layer_names)}: cluster it with num_layers={len(plan.layer_names)}"
         )
     prepared = prepare_stages(graph, plan.remat, [s.first_layer for s in plan.stages])
     owners = parameter_owners([p.graph for p in prepared])
@@ -166,7 +178,12 @@ def _lower_stage(
             requires_grad=i.requires_grad,
             meta=i.meta,
             dims=table.dims[i.ref],
-            rest=parse_layout(plan.parameters[sources[i.owner]].rest, table.dims[i.ref]),
+            rest=_parse(
+                plan.parameters[sources[i.owner]].rest,
+                table.dims[i.ref],
+                mesh,
+                f"parameter {i.target!r} at rest",
+            ),
             step=layouts[i.name],
         )
         for i in graph.inputs_of(InputKind.PARAMETER)
@@ -214,10 +231,26 @@ def _input_layout(inp: GraphInput, plan: StagePlan, dims: Dims, mesh: LogicalMes
     if inp.kind is InputKind.PARAMETER:
         if inp.name not in plan.parameters:
             raise PlanError(f"the plan does not place parameter {inp.target!r} ({inp.name})")
-        return parse_layout(plan.parameters[inp.name].step, dims)
+        return _parse(plan.parameters[inp.name].step, dims, mesh, f"parameter {inp.target!r}")
     if inp.name in plan.inputs:
-        return parse_layout(plan.inputs[inp.name], dims)
+        return _parse(plan.inputs[inp.name], dims, mesh, f"input {inp.name!r}")
     return replicated(mesh.num_axes)
+
+
+def _parse(text: str, dims: Dims, mesh: LogicalMesh, what: str, *, partial: bool = False) -> Layout:
+    """A layout of the plan. PlanError where the value cannot have it on this mesh."""
+    try:
+        layout = parse_layout(text, dims)
+    except LayoutError as error:
+        raise PlanError(f"the plan gives {what} the layout {text!r}: {error}") from error
+    fits = len(layout) == mesh.num_axes and is_valid(dims, layout, mesh.axis_sizes)
+    if not fits or (PARTIAL in layout and not partial):
+        raise PlanError(
+            f"the plan gives {what} the layout {text!r}, which a value with dims {dims} "
+            f"cannot have "
+            f"on mesh {mesh}"
+        )
+    return layout
 
 
 def _phase_program(
@@ -243,7 +276,8 @@ def _phase_program(
             key = LOSS if out.kind is OutputKind.LOSS else out.target
             layout = replicated(mesh.num_axes)
             if key in plan.outputs:
-                layout = parse_layout(plan.outputs[key], table.dims[out.ref])
+                dims, gradient = table.dims[out.ref], out.kind is OutputKind.GRADIENT
+                layout = _parse(plan.outputs[key], dims, mesh, f"output {key!r}", partial=gradient)
             outputs[key] = (out.ref, metas[out.ref], layout)
             if not made_here:
                 read[out.ref] = None

@@ -55,7 +55,8 @@ Instruction = Compute | Communicate
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input or output of a program: its value, global meta, dims and layout on the stage's mesh."""
+    """An input or output of a program: its value, global meta, dims and layout on the stage's
+    mesh."""
 
     ref: Ref
     meta: TensorMeta
@@ -97,7 +98,9 @@ def check_program(program: LocalProgram) -> LocalProgram:
     for instruction in program.body:
         for ref in reads_of(instruction):
             if ref.name not in made:
-                raise InternalError(f"{instruction.name} reads {ref}, which nothing before it makes")
+                raise InternalError(
+                    f"{instruction.name} reads {ref}, which nothing before it makes"
+                )
         if instruction.name in made:
             raise InternalError(f"two instructions are called {instruction.name!r}")
         made.add(instruction.name)

@@ -2,15 +2,16 @@
 
 The pass rewrites the graph: forward operators whose values are not kept get a copy in the backward
 phase, just before its first reader. Afterwards the values that cross from forward to backward are
-exactly the saved ones, so that the planner, the memory model and the lowering need no further notion
-of rematerialisation.
+exactly the saved ones, so that the planner, the memory model and the lowering need no further
+notion of rematerialisation.
 
     minimise   sum of bytes(v) over kept values v
-    such that  every value that backward reads is kept, or recomputed from kept values and graph inputs
+    such that  every value that backward reads is kept, or recomputed from kept values and graph
+    inputs
                by operators that the policy allows
 
-One cut per layer: a layer's inputs from other layers are kept or unread, never recomputed across the
-boundary. Parameters, constants and batch inputs cost nothing. (Minimum cut as in min-cut
+One cut per layer: a layer's inputs from other layers are kept or unread, never recomputed across
+the boundary. Parameters, constants and batch inputs cost nothing. (Minimum cut as in min-cut
 rematerialisation: Horace He, Shangdi Yu, "Transcending runtime-memory tradeoffs in checkpointing
 by being fusion aware", MLSys 2023.)
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import networkx as nx
 import torch
@@ -96,36 +98,50 @@ def apply_recompute(graph: Graph, policy: Remat) -> Graph:
         if op.phase is Phase.FORWARD:
             operators.append(op)
             continue
-        args, kwargs = map_refs(
-            (op.args, dict(op.kwargs)), lambda r, layer=op.layer: use(r, layer)
-        )
+        args, kwargs = map_refs((op.args, dict(op.kwargs)), partial(use, layer=op.layer))
         operators.append(replace(op, args=args, kwargs=kwargs))
     return check_graph(graph.with_operators(tuple(operators)))
 
 
 def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
-    """Union of the layers' cuts."""
+    """Union of the layers' cuts. What backward of another layer reads is cut under NONE: only views
+    are remade across a boundary."""
     forward: dict[int, list[Operator]] = {}
     for op in graph.operators:
         if op.phase is Phase.FORWARD:
             forward.setdefault(op.layer, []).append(op)
-    wanted = {
-        ref for op in graph.operators if op.phase is Phase.BACKWARD for ref in op.operands
-    }
     made_by = {ref: op for op in graph.operators for ref in op.refs}
+    near, far = _backward_reads(graph, made_by)
     metas = graph.metas()
     kept: set[Ref] = set()
     # later layers first: what their copies read from earlier layers is wanted there
     for layer in sorted(forward, reverse=True):
         ops = forward[layer]
         own = {ref for op in ops for ref in op.refs}
-        targets = wanted & own
-        cut = _minimum_cut(
-            ops, targets, lambda op: may_recompute(op, policy), lambda r: metas[r].nbytes, made_by
-        )
-        kept |= cut
-        wanted |= {ref for ref in cut if ref not in own}
+        for targets, allowed in ((far & own, Remat.NONE), (near & own, policy)):
+            cut = _minimum_cut(
+                ops,
+                targets,
+                partial(may_recompute, policy=allowed),
+                lambda ref: metas[ref].nbytes,
+                made_by,
+            )
+            kept |= cut
+            far |= cut - own
     return kept
+
+
+def _backward_reads(graph: Graph, made_by: dict[Ref, Operator]) -> tuple[set[Ref], set[Ref]]:
+    """Forward values that backward reads: in the layer that makes them, and in other layers."""
+    near: set[Ref] = set()
+    far: set[Ref] = set()
+    for op in graph.operators:
+        if op.phase is Phase.BACKWARD:
+            for ref in op.operands:
+                maker = made_by.get(ref)
+                if maker is not None and maker.phase is Phase.FORWARD:
+                    (near if maker.layer == op.layer else far).add(ref)
+    return near, far
 
 
 def _minimum_cut(

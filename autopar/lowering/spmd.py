@@ -1,7 +1,8 @@
 """The SPMD rewrite: operators and their strategies to one local program.
 
-One pass in execution order: each operand is resharded from the layout in which it was made to the one
-that the strategy reads, at most once per layout; then the operator's own lowering runs. O(operators).
+One pass in execution order: each operand is resharded from the layout in which it was made to the
+one that the strategy reads, at most once per layout; then the operator's own lowering runs.
+O(operators).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The stage cut: one joint graph to one graph per stage.
 
 A stage holds the operators of consecutive layers, forward and backward. A value that another stage
-reads becomes a SENT output here and a RECEIVED input there, whether the stages are neighbours or not,
-so that skip connections and encoder outputs need nothing special. A parameter input that several
-stages read appears in each of them; `parameter_owners` says which one keeps it between steps.
+reads becomes a SENT output here and a RECEIVED input there, whether the stages are neighbours or
+not, so that skip connections and encoder outputs need nothing special. A parameter input that
+several stages read appears in each of them; `parameter_owners` says which one keeps it between
+steps.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def parameter_owners(stages: Sequence[Graph]) -> Mapping[str, int]:
 
 
 def parameter_sources(stage: Graph) -> Mapping[str, str]:
-    """Canonical name of each parameter -> the input of this stage that holds it at rest: the first."""
+    """Canonical name of each parameter -> the input of this stage that holds it at rest: the
+    first."""
     sources: dict[str, str] = {}
     for inp in stage.inputs_of(InputKind.PARAMETER):
         sources.setdefault(inp.owner, inp.name)

@@ -1,9 +1,9 @@
 """Transfers: how a value goes from one stage's mesh and layout to another stage's.
 
-Both sides see the value as the same atoms. A rank's shard is a box of atoms; a receiving rank gets, from
-one replica of every sending box that meets its own, the part in common. Each tile travels once to each
-rank that asked for it; a receiving layout that shards, followed by a gather on the fast link, is a
-choice of the plan.
+Both sides see the value as the same atoms. A rank's shard is a box of atoms; a receiving rank gets,
+from one replica of every sending box that meets its own, the part in common. Each tile travels once
+to each rank that asked for it; a receiving layout that shards, followed by a gather on the fast
+link, is a choice of the plan.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def make_tiles(
     for target in range(target_mesh.num_devices):
         want = _box(dims, target_layout, target_mesh, target)
         for box, ranks in replicas.items():
-            common = tuple(
-                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, want, strict=True)
-            )
+            common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, want, strict=True))
             if any(start >= stop for start, stop in common):
                 continue
             tiles.append(

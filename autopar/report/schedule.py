@@ -3,7 +3,7 @@
     stage 0  F0--|F1--|.....|B0------|B1------|step
 
 Cells are as wide as they take time. `.` is idle. What is narrower than its label shows the number
-of the microbatch only, or its first letter.
+of the microbatch only, or the last digits of it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _cell(label: str, width: int) -> str:
     if width == len(label):
         return label
     number = label.lstrip("".join(ActionKind))
-    return (number if number and len(number) <= width else label[:width]).ljust(width, "-")
+    return (number[-width:] if number else label[:width]).ljust(width, "-")
 
 
 def _style(event: Event) -> str:

@@ -81,7 +81,11 @@ def _search_line(plan: ParallelPlan) -> Text:
     passes = ", ".join(f"{name} {seconds_text(s)}" for name, s in ranked if s > 0)
     text = f"searched for {seconds_text(sum(record.seconds.values()))}"
     if record.objective_s:
-        proof = "proved optimal" if record.gap < 1e-6 else f"within {record.gap:.2%} of the optimum"
+        proof = (
+            "proved optimal"
+            if record.gap < 1e-6
+            else f"within {percent_text(record.gap)} of the optimum"
+        )
         text += (
             f" · stage solutions {proof} (objective {seconds_text(record.objective_s)},"
             f" bound {seconds_text(record.bound_s)})"

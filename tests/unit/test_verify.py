@@ -48,7 +48,7 @@ def test_missing_misshapen_nan_and_extra_tensors_are_infinitely_wrong(got: dict)
 
 
 def test_a_wrong_collective_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is right, the program that runs is not: sums over devices lose a part in a thousand."""
+    """The plan is right, what runs is not: sums over devices lose a part in a thousand."""
     model, batch = ZOO["gpt2"]()
     options = SearchOptions(num_stages=1, num_microbatches=1, mesh_shape=(4,))
     plan, _ = plan_model(model, batch, FAST, options=options)

@@ -28,5 +28,4 @@ def test_every_row_is_as_wide_as_asked_and_idle_time_is_stated() -> None:
 def test_cells_narrower_than_their_label_show_the_microbatch() -> None:
     timeline = simulate(gpipe(1, 12), [StageCost(1.0, 1.0)])
     row = schedule_picture(timeline, width=9 + 24).plain.splitlines()[0]
-    assert row == "stage 0  0123456789101112"[:9] + "F0F1F2F3F4F5F6F7F8F91011B0"[:0] + row[9:]
-    assert len(row) == 9 + 24
+    assert row == "stage 0  " + "012345678901" * 2

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autopar.cli import main
+from autopar.plan import ParallelPlan
+from tests.unit.report.plans import hand_plan
+
+SMALL = ["--cluster", "cpu:1x2", "--microbatches", "2", "--mesh", "1", "--stages", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    hand_plan().save(path)
+    return path
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from autopar.cli import main; main(['--help']); print('torch' in sys.modules)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "verify" in done.stdout
+    assert time.monotonic() - started < 5  # 0.5 s on an idle machine
+
+
+@pytest.mark.parametrize("command", ["plan", "show", "verify", "run", "bench"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, "plan", "--help"] if command == "bench" else [command, "--help"]
+    assert main(arguments) == 0
+    assert "Example" in capsys.readouterr().out
+
+
+def test_show_prints_the_tree(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(plan_file)]) == 0
+    assert "Stage 1: model.h.3 .. 5, last" in capsys.readouterr().out
+
+
+def test_show_draws_the_schedule(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(plan_file), "--schedule"]) == 0
+    assert capsys.readouterr().out.startswith("stage 0  F0")
+
+
+def test_show_lists_operators(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(plan_file), "--operators", "bmm"]) == 0
+    assert "1 of 11 operators" in capsys.readouterr().out
+
+
+def test_json_is_the_plan_and_nothing_else(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(plan_file), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert ParallelPlan.from_json(record) == ParallelPlan.load(plan_file)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "/no/such/plan.json"],
+        ["plan", "gpt-tiny", "--cluster", "h999:1x8"],
+        ["plan", "gpt-tiny"],
+        ["plan", "gpt-tiny", "--cluster", "cpu:1x2", "--mesh", "2by4"],
+        ["plan", "gpt-tiny", "--cluster", "cpu:1x2", "--place", "nothing"],
+        ["plan", "no-such-model", "--cluster", "cpu:1x2"],
+        ["plan", "gpt-tiny", "--cluster", "no.toml"],
+        ["plan", "gpt-tiny", "--cluster", "cpu:1x2", "-o", "/no/such/folder/plan.json"],
+        ["plan", "gpt-tiny", "--cluster", "cpu:1x2", "--memory", "much"],
+        ["bench", "plan", "--cases", "no-such-case"],
+        ["frobnicate"],
+    ],
+)
+def test_bad_input_is_one_panel_and_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("╭─") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_an_error_under_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "/no/such/plan.json", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "PlanError"
+
+
+def test_a_plan_leaves_nothing_to_search(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "gpt-tiny", "--plan", str(plan_file), "--stages", "2"]) == 2
+    assert "--stages" in capsys.readouterr().err
+
+
+def test_interruption_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ParallelPlan, "load", interrupt)
+    assert main(["show", str(plan_file)]) == 130
+
+
+def test_plan_then_verify_then_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.json"
+    assert main(["plan", "gpt-tiny", *SMALL, "-o", str(path)]) == 0
+    assert "blocks.*.up.{weight,bias}" in capsys.readouterr().out
+    plan = ParallelPlan.load(path)
+    assert (len(plan.stages), plan.num_microbatches) == (2, 2)
+    assert main(["verify", "gpt-tiny", "--plan", str(path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["ok"]
+    assert record["errors"]["gradient"] <= 1e-5
+
+
+def test_run_trains_on_one_local_device(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "gpt-tiny", "--cluster", "cpu:1x1", "--steps", "3", "--json"]
+    assert main(arguments) == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+
+
+def test_models_lists_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    assert "gpt-1.3b" in json.loads(capsys.readouterr().out)
