@@ -160,10 +160,9 @@ def _check_pins(graph: Graph, cluster: Cluster, options: SearchOptions) -> None:
     known = sorted({i.owner for i in graph.inputs_of(InputKind.PARAMETER)})
     for name in options.placements:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3) or known[:3]
+            close = " or ".join(difflib.get_close_matches(name, known, n=3) or known[:3])
             raise OptionError(
-                f"placements pins {name!r}, which is no parameter: did you mean "
-                f"{' or '.join(close)}?"
+                f"placements pins {name!r}, which is no parameter: did you mean {close}?"
             )
 
 

@@ -100,8 +100,8 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
         for name, source in received.items():
             if source in taken or built.received[name] != (meta, phase):
                 continue
-            columns = tuple(c for c in built.nodes[source].choices if isinstance(c, tuple))
-            targets = tuple(c for c in node.choices if isinstance(c, tuple))
+            columns = _boundary_layouts(built.nodes[source])
+            targets = _boundary_layouts(node)
             if len(columns) != len(targets):
                 continue
             matrix = costs.reshard_seconds(targets, columns, meta.nbytes).T.copy()
@@ -115,6 +115,11 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
 def _layouts(node: Node) -> tuple[Layout, ...]:
     """Choices of a boundary value."""
     return tuple(c for c in node.choices if not isinstance(c, (Strategy, ParameterChoice)))
+
+
+def _boundary_layouts(node: Node) -> tuple[Layout, ...]:
+    """The layouts that a received or sent value can have."""
+    return tuple(c for c in node.choices if not isinstance(c, Strategy | ParameterChoice))
 
 
 def _point(
