@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ def parse_bytes(value: str | float | None) -> float | None:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", value)
         if not match or match[2].lower() not in _UNITS or match[1].count(".") > 1:
             raise OptionError(f'a size reads like "70GiB" or 512000000: got {value!r}')
-        size = float(match[1]) * _UNITS[match[2].lower()]
-    if not size > 0:
-        raise OptionError(f"a memory budget is positive: got {value!r}")
+        number = match[1] if match[1] != "." else "nan"
+        size = float(number) * _UNITS[match[2].lower()]
+    if not 0 < size < math.inf:
+        raise OptionError(f"a memory budget is positive and finite: got {value!r}")
     return size
 
 
@@ -62,7 +64,7 @@ class SearchOptions:
     optimizer: OptimizerModel = field(default_factory=OptimizerModel)
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "num_microbatches", "num_layers", "candidates"):
+        for name in ("num_stages", "num_microbatches", "num_layers", "candidates", "max_axes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1: got {value}")
@@ -70,5 +72,7 @@ class SearchOptions:
             raise OptionError(f"mesh_shape has axes of size >= 1: got {self.mesh_shape}")
         if not 0 < self.budget_fraction <= 1:
             raise OptionError(f"budget_fraction lies in (0, 1]: got {self.budget_fraction}")
+        if not 0 <= self.target_gap < 1:
+            raise OptionError(f"target_gap lies in [0, 1): got {self.target_gap}")
         if not self.time_limit_s > 0:
             raise OptionError(f"time_limit_s is positive: got {self.time_limit_s}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -187,10 +188,9 @@ def _check_plan(plan: ParallelPlan) -> None:
                 f"at {expected}: stages cover the layers in order"
             )
         expected = stage.last_layer + 1
-        size = 1
-        for axis in stage.axis_sizes:
-            size *= axis
-        if size != len(stage.devices) or len(stage.axis_sizes) != len(stage.crosses_nodes):
+        sizes = stage.axis_sizes
+        devices = math.prod(sizes) if min(sizes, default=0) > 0 else 0
+        if devices != len(stage.devices) or len(sizes) != len(stage.crosses_nodes):
             raise PlanError(
                 f"stage {index}: mesh {stage.axis_sizes} does not have {len(stage.devices)} devices"
             )

@@ -22,7 +22,7 @@ def verify_table(report: VerifyReport) -> RenderableType:
     """Largest relative error of each kind against each reference."""
     table = Table(title_justify="left", header_style="bold", caption_justify="left")
     for column in ("against", "what", "largest relative error", "where", "limit", ""):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     _add_rows(table, "captured graph, one device", report.errors, report.tolerance)
     if report.eager is not None:
         _add_rows(table, "eager model, dropout off", report.eager, report.eager_tolerance)

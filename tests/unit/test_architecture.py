@@ -100,7 +100,9 @@ def test_imports_go_down(name: str) -> None:
     assert own in FLOOR, f"{own} has no floor: give it one in FLOORS"
     for found in filter(is_ours, imports(name)):
         unit = unit_of(found)
-        assert unit == own or FLOOR[unit] < FLOOR[own], f"{name} imports {found}, which is not below"
+        assert unit == own or FLOOR[unit] < FLOOR[own], (
+            f"{name} imports {found}, which is not below"
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in modules() if n.startswith("cost_models")])

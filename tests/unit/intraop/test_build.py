@@ -1,0 +1,120 @@
+"""The program of a stage: its objective and bytes mean what the estimates say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from autopar.errors import OptionError
+from autopar.graph.program import InputKind, OutputKind, Phase
+from autopar.intraop.build import Part, StageContext, build_problem, parameter_choices
+from autopar.layout import coarsen, local_atoms
+from autopar.lowering.hubs import is_save
+from tests.unit.intraop.stages import costs_of, stage_of
+
+CONTEXT = StageContext(num_microbatches=4, in_flight=3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "tied"])
+@pytest.mark.parametrize("mesh", [(2,), (2, 2)], ids=str)
+def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -> None:
+    stage, costs = stage_of(name), costs_of(mesh)
+    graph, table, metas = stage.graph, stage.table, stage.graph.metas()
+    built = build_problem(graph, table, costs, CONTEXT)
+    rng = random.Random(0)
+    for _ in range(5):
+        choice = tuple(rng.randrange(len(node.choices)) for node in built.nodes)
+        chosen = built.read(choice)
+        layout = dict(chosen.inputs)
+        made = {i.ref: layout[i.name] for i in graph.inputs}
+        seconds, once, saved = 0.0, 0.0, 0.0
+        for op in graph.operators:
+            strategy = chosen.strategies[op.name]
+            call = table.calls[op.name]
+            seconds += float(costs.operator_seconds(op, call, [strategy], metas)[0])
+            for ref, wanted in zip(op.operands, strategy.operands, strict=True):
+                seconds += costs.reshard(made[ref], wanted).seconds(metas[ref].nbytes)
+            made.update((ref, strategy.results[ref.index]) for ref in op.refs)
+            if is_save(op):
+                count = 1
+                for atom in local_atoms(table.dims[op.refs[0]], strategy.results[0], mesh):
+                    count *= atom
+                saved += 3 * count * metas[op.refs[0]].dtype.itemsize
+        held: dict[str, str] = {}
+        standing = 0.0
+        for inp in graph.inputs_of(InputKind.PARAMETER):
+            rest, step = chosen.parameters[inp.name]
+            first = held.setdefault(inp.owner, inp.name)
+            shards = {"rest": 1, "step": 1}
+            for size, r, s in zip(mesh, rest, step, strict=True):
+                shards["rest"] *= size if r >= 0 else 1
+                shards["step"] *= size if s >= 0 else 1
+            if first == inp.name:
+                once += costs.reshard(rest, step).seconds(inp.meta.nbytes)
+                once += costs.optimizer_seconds(inp.meta.numel / shards["rest"])
+                standing += 3 * inp.meta.nbytes / shards["rest"]
+                standing += 0 if rest == step else inp.meta.nbytes / shards["step"]
+            else:
+                source = chosen.parameters[first].rest
+                once += costs.reshard(source, step).seconds(inp.meta.nbytes)
+                standing += inp.meta.nbytes / shards["step"]
+        gradients = 0.0
+        owners = {i.name: i.owner for i in graph.inputs}
+        for out in graph.outputs:
+            target = chosen.outputs[out.target or out.kind.value]
+            seconds += costs.reshard(made[out.ref], target).seconds(metas[out.ref].nbytes)
+            if out.kind is OutputKind.GRADIENT:
+                rest = chosen.parameters[held[owners[out.target]]].rest
+                accumulated = coarsen(table.dims[out.ref], target)[1]
+                once += costs.reshard(accumulated, rest).seconds(metas[out.ref].nbytes)
+                shards_of = 1
+                for size, placement in zip(mesh, target, strict=True):
+                    shards_of *= size if placement >= 0 else 1
+                gradients += metas[out.ref].nbytes / shards_of
+        assert built.problem.seconds(choice) == pytest.approx(seconds + once / 4, rel=1e-9)
+        parts = built.part_seconds(choice)
+        assert parts[Part.STEP] == pytest.approx(once / 4, rel=1e-9)
+        assert sum(parts.values()) == pytest.approx(built.problem.seconds(choice), rel=1e-9)
+        nbytes = built.kind_bytes(choice)
+        assert nbytes["saved"] == pytest.approx(saved)
+        assert nbytes["gradient"] == pytest.approx(gradients)
+        assert nbytes["parameter"] == pytest.approx(standing)
+        assert sum(nbytes.values()) == pytest.approx(built.problem.bytes(choice))
+
+
+def test_zero_stages_are_choices() -> None:
+    choices = parameter_choices(((8,), (4,)), (2,))
+    assert {(c.rest, c.step) for c in choices} == {
+        ((-1,), (-1,)),
+        ((0,), (0,)),
+        ((0,), (-1,)),
+        ((1,), (1,)),
+        ((1,), (-1,)),
+    }
+
+
+def test_pins_are_honoured() -> None:
+    stage = stage_of("mlp")
+    context = StageContext(pins={"up.weight": "S1"})
+    built = build_problem(stage.graph, stage.table, costs_of((2,)), context)
+    node = next(n for n in built.nodes if n.name == "parameter_up_weight")
+    assert {c.rest for c in node.choices} == {(1,)}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("pin", ["S5", "P", "S0 R", "", "left"])
+def test_a_pin_that_nothing_satisfies_names_what_does(pin: str) -> None:
+    stage = stage_of("mlp")
+    with pytest.raises(OptionError, match=r"'up.weight'.*'R', 'S0', 'S1'"):
+        build_problem(
+            stage.graph, stage.table, costs_of((2,)), StageContext(pins={"up.weight": pin})
+        )
+
+
+def test_phases_of_operators() -> None:
+    stage = stage_of("mlp")
+    built = build_problem(stage.graph, stage.table, costs_of((2,)), StageContext())
+    parts = {n.name: p for n, p in zip(built.nodes, built.node_parts, strict=True)}
+    for op in stage.graph.operators:
+        want = Part.FORWARD if op.phase is Phase.FORWARD else Part.BACKWARD
+        assert parts[op.name] is want

@@ -1,0 +1,156 @@
+"""Plan files: what is written is read back; what is malformed is a PlanError that names the field."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.errors import PlanError
+from autopar.plan import (
+    ParallelPlan,
+    ParameterPlacement,
+    Remat,
+    SearchRecord,
+    StagePlan,
+    StagePrediction,
+)
+from autopar.schedule import ScheduleKind
+from cost_models import Cluster
+
+PREDICTION = StagePrediction(0.1, 0.2, 0.05, 10.0, 20.0, 40.0, 3.0, 2, 5.0)
+
+
+def stage(first: int, last: int, devices: tuple[int, ...]) -> StagePlan:
+    return StagePlan(
+        first_layer=first,
+        last_layer=last,
+        axis_sizes=(len(devices),),
+        crosses_nodes=(False,),
+        devices=devices,
+        strategies={"mm": "i"},
+        parameters={"w": ParameterPlacement("S0", "R")},
+        inputs={"x": "S0"},
+        outputs={"w": "P"},
+        prediction=PREDICTION,
+    )
+
+
+def plan() -> ParallelPlan:
+    return ParallelPlan(
+        graph="0123456789abcdef",
+        cluster_text="cpu:1x4",
+        cluster=Cluster.parse("cpu:1x4").to_dict(),
+        num_microbatches=2,
+        schedule=ScheduleKind.GPIPE,
+        remat=Remat.SELECTIVE,
+        layer_names=("first", "last"),
+        stages=(stage(0, 0, (0, 1)), stage(1, 1, (2, 3))),
+        step_s=1.5,
+        bubble=0.25,
+        budget_bytes=1e9,
+        search=SearchRecord({"layers": 0.5}, 2.0, 1.0, ("a note",), ("a candidate",)),
+        fallbacks={"aten.foo.default": 3},
+    )
+
+
+def test_a_saved_plan_is_read_back(tmp_path: Path) -> None:
+    path, again = tmp_path / "plan.json", tmp_path / "again.json"
+    plan().save(path)
+    loaded = ParallelPlan.load(path)
+    assert loaded == plan()
+    loaded.save(again)
+    assert path.read_bytes() == again.read_bytes()
+
+
+def test_derived_figures() -> None:
+    assert PREDICTION.peak_bytes == 10 + 20 + 40 + 2 * 3 + 5
+    assert plan().num_devices == 4 and plan().stage_of(2) == 1
+    assert plan().search.gap == 0.5 and SearchRecord().gap == 0.0
+    with pytest.raises(PlanError, match="rank 4"):
+        plan().stage_of(4)
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets plan.a.0.b to a value; a value of `...` deletes it."""
+
+    def apply(record: dict[str, Any]) -> None:
+        *folders, last = path.split(".")
+        at: Any = record
+        for part in folders:
+            at = at[int(part) if isinstance(at, list) else part]
+        key: Any = int(last) if isinstance(at, list) else last
+        if value is ...:
+            del at[key]
+        else:
+            at[key] = value
+
+    return apply
+
+
+MALFORMED = {
+    "other format": (change("format", "something"), "not a plan"),
+    "older version": (change("version", 0), "version 0"),
+    "version as text": (change("version", "1"), "version '1'"),
+    "version true": (change("version", True), "plan.version"),
+    "no version": (change("version", ...), "version None"),
+    "missing field": (change("step_s", ...), "step_s"),
+    "unknown field": (change("extra", 1), "extra"),
+    "unknown inner field": (change("stages.0.colour", "red"), r"stages\[0\].*colour"),
+    "missing inner field": (change("stages.1.devices", ...), r"stages\[1\].*devices"),
+    "text for number": (change("num_microbatches", "2"), "plan.num_microbatches"),
+    "fraction for count": (change("num_microbatches", 2.5), "plan.num_microbatches"),
+    "true for count": (change("num_microbatches", True), "plan.num_microbatches"),
+    "null": (change("bubble", None), "plan.bubble"),
+    "unknown schedule": (change("schedule", "zigzag"), "plan.schedule.*1f1b"),
+    "schedule as list": (change("schedule", ["1f1b"]), "plan.schedule"),
+    "object for list": (change("stages", {}), "plan.stages is a list"),
+    "list for object": (change("stages.0.strategies", []), r"stages\[0\].strategies"),
+    "number for text": (change("stages.0.strategies.mm", 3), r"strategies.mm"),
+    "number for object": (change("stages.0", 3), r"plan.stages\[0\] is an object"),
+    "text in devices": (change("stages.0.devices.1", "1"), r"devices\[1\]"),
+    "placement": (change("stages.0.parameters.w.rest", None), r"parameters.w.rest"),
+    "prediction": (change("stages.0.prediction.in_flight", 1.5), r"prediction.in_flight"),
+    "no stages": (change("stages", []), "at least one stage"),
+    "no microbatches": (change("num_microbatches", 0), "at least one microbatch"),
+    "gap in layers": (change("stages.1.first_layer", 2), "stage 1 has layers"),
+    "too few layers": (change("layer_names", ["a"]), "hold 2 layers"),
+    "wrong mesh": (change("stages.0.axis_sizes", [4]), r"mesh \(4,\)"),
+    "empty axis": (change("stages.0.axis_sizes", [-2]), r"mesh \(-2,\)"),
+    "links": (change("stages.0.crosses_nodes", [True, False]), "stage 0"),
+    "rank twice": (change("stages.1.devices", [1, 2]), "ranks"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_plan_names_the_field(name: str) -> None:
+    damage, message = MALFORMED[name]
+    record = copy.deepcopy(plan().to_json())
+    damage(record)
+    with pytest.raises(PlanError, match=message):
+        ParallelPlan.from_json(record)
+
+
+@pytest.mark.parametrize("record", [None, 3, "plan", [], {}])
+def test_what_is_no_plan_at_all(record: Any) -> None:
+    with pytest.raises(PlanError, match="not a plan"):
+        ParallelPlan.from_json(record)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot read"):
+        ParallelPlan.load(tmp_path / "missing.json")
+    with pytest.raises(PlanError, match="cannot read"):
+        ParallelPlan.load(tmp_path)
+    text = json.dumps(plan().to_json())
+    for name, content in {"cut.json": text[:-20], "empty.json": "", "prose.json": "hello"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(PlanError, match=f"{name} is not JSON"):
+            ParallelPlan.load(tmp_path / name)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="is not JSON"):
+        ParallelPlan.load(tmp_path / "binary.json")
