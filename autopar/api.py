@@ -8,7 +8,8 @@ Under torchrun rank 0 plans and everyone gets its plan; with a plan given no sea
 
 from __future__ import annotations
 
-import os
+import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,14 @@ from cost_models import Cluster
 Progress = Callable[[str], None]
 
 _MORE_MICROBATCHES = (4, 16, 64, 256)  # tried in turn where nothing fits
-_DEVICE_NAMES = (("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("V100", "v100"))
+# What torch.cuda calls a device -> its name in the cost models' catalogue.
+_DEVICE_NAMES = (
+    (r"NVIDIA H200", "h200"),
+    (r"NVIDIA H100 80GB HBM3", "h100"),
+    (r"NVIDIA A100-SXM4-80GB", "a100"),
+    (r"Tesla V100-SXM[23]-16GB", "v100"),
+    (r"Tesla V100-SXM[23]-32GB", "v100-32gb"),
+)
 
 
 def plan_model(
@@ -110,24 +118,21 @@ def _divisors(example_batch: Any, wanted: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({max(d for d in divisors if d <= w) for w in wanted}))
 
 
-def detect_cluster(num_devices: int | None = None) -> Cluster:
-    """The cluster that this process is part of: torchrun's world of GPUs, or of CPU processes.
-
-    OptionError for a GPU that the cost models do not know: pass a Cluster then.
-    """
-    world = num_devices or int(os.environ.get("WORLD_SIZE", "1"))
-    per_node = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
+def detect_cluster(world_size: int = 1, local_size: int | None = None) -> Cluster:
+    """The cluster of a job of world_size processes, local_size on each node: one GPU each, or the
+    CPU. OptionError for a GPU that the cost models do not know: pass a Cluster then."""
+    per_node = local_size or world_size
     kind = "cpu"
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-        found = [kind for text, kind in _DEVICE_NAMES if text in name]
+        name = torch.cuda.get_device_name()
+        found = [kind for pattern, kind in _DEVICE_NAMES if re.fullmatch(pattern, name)]
         if not found:
             raise OptionError(
-                f"no cost model for the GPU {name!r}: pass cluster=Cluster.from_toml(...) "
-                "with its data"
+                f"no cost model for the GPU {name!r}: pass cluster=Cluster.from_toml(...) with its "
+                "data, or the text of a similar one, such as cluster='h100:1x8'"
             )
         kind = found[0]
-    return Cluster.parse(f"{kind}:{world // per_node}x{per_node}")
+    return Cluster.parse(f"{kind}:{world_size // per_node}x{per_node}")
 
 
 def parallelize(
@@ -140,11 +145,13 @@ def parallelize(
     plan: ParallelPlan | str | Path | None = None,
     options: SearchOptions = SearchOptions(),
     device: torch.device | str | None = None,
+    seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
 
-    model:         real, with the same weights on every rank; each rank keeps its shards only.
+    model:         with the same weights on every rank, of which each keeps its shards only; or on
+                   meta: every rank then initialises its own shards, a module at a time, by `seed`.
     example_batch: a global batch: `train_step` takes such batches.
     loss_fn:       loss_fn(outputs, batch) -> scalar; without one the model returns its loss.
     plan:          a plan or its file: no search runs. It must belong to this model and batch.
@@ -153,24 +160,31 @@ def parallelize(
     world = torchrun_world()
     given = ParallelPlan.load(plan) if isinstance(plan, (str, Path)) else plan
     if given is None:
-        target = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
-        if world is None or world.rank == 0:
-            given, _ = plan_model(
-                model,
-                example_batch,
-                target or detect_cluster(1 if world is None else world.size),
-                loss_fn=loss_fn,
-                memory_budget=memory_budget,
-                options=options,
-                progress=progress,
-            )
-        if world is not None:
-            given = world.broadcast_object(given)
+        with contextlib.nullcontext() if world is None else world.guard("planning"):
+            if world is None or world.rank == 0:
+                target = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+                if target is None and world is None:
+                    target = detect_cluster()
+                elif target is None and world is not None:
+                    target = detect_cluster(world.size, world.local_size)
+                assert target is not None
+                given, _ = plan_model(
+                    model,
+                    example_batch,
+                    target,
+                    loss_fn=loss_fn,
+                    memory_budget=memory_budget,
+                    options=options,
+                    progress=progress,
+                )
+            if world is not None:
+                given = world.broadcast_object(given)
     assert given is not None
     progress("capture")
     graph = graph_of_plan(model, example_batch, given, loss_fn)
     progress("lower")
-    return ParallelModel(model, graph, given, world=world, device=torch.device(device or _device()))
+    place = torch.device(device or _device())
+    return ParallelModel(model, graph, given, world=world, device=place, seed=seed)
 
 
 def _device() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +92,21 @@ def _path_text(path: tuple[Any, ...]) -> str:
     return ".".join(parts) or "0"
 
 
+def common_rows(shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """The rows of a batch whose leaves have these shapes: the most common size of dim 0, and among
+    equally common ones that of the leaf with most dims. None where no leaf has a dim. Every part
+    of autopar that cuts a batch asks here."""
+    shapes = [shape for shape in shapes if shape]
+    if not shapes:
+        return None
+    counts = Counter(shape[0] for shape in shapes)
+    return max(shapes, key=lambda shape: (counts[shape[0]], len(shape)))[0]
+
+
 def batch_rows(batch: Any) -> int | None:
-    """Rows of a global batch: dim 0 of its first tensor that has one; None where none has."""
-    for leaf in pytree.tree_leaves(plain_mapping(batch)):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    return None
+    """Rows of a global batch (see `common_rows`)."""
+    leaves = pytree.tree_leaves(plain_mapping(batch))
+    return common_rows([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def microbatch_of(batch: Any, num_microbatches: int, number: int = 0) -> Any:

@@ -79,30 +79,36 @@ def solve_stage(
     built = build_problem(graph, table, costs, context)
     deadline = time.monotonic() + options.time_limit_s
 
-    def solve_within(limit: float | None) -> StageSolution:
+    def solve_within(limit: float | None, fallback: bool) -> StageSolution:
         found = solve(
             built.problem.with_budget(limit),
             solver=options.solver,
             time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
             target_gap=options.target_gap,
-            fallback=options.fallback,
+            fallback=fallback,
         )
         return _read(graph, built, found, costs, context)
 
-    solution = solve_within(None)
+    solution = solve_within(None, options.fallback)
     if budget_bytes is None or solution.prediction.peak_bytes <= budget_bytes:
         return solution
-    return _solve_tight(solve_within, solution, budget_bytes, deadline)
+    best, limit = _solve_tight(solve_within, solution, budget_bytes, deadline)
+    if best.gap <= options.target_gap or not options.fallback or time.monotonic() > deadline:
+        return best
+    proven = solve_within(limit, True)
+    fits = proven.prediction.peak_bytes <= budget_bytes
+    return proven if fits and proven.seconds <= best.seconds else best
 
 
 def _solve_tight(
-    solve_within: Callable[[float | None], StageSolution],
+    solve_within: Callable[[float | None, bool], StageSolution],
     free: StageSolution,
     budget_bytes: float,
     deadline: float,
-) -> StageSolution:
-    """The fastest solution found whose peak fits. free: does not."""
+) -> tuple[StageSolution, float]:
+    """The fastest solution found whose peak fits, and the limit on its row. free: does not fit."""
     best: StageSolution | None = None
+    best_limit = 0.0
     closest = free.prediction
     low, high = 0.0, budget_bytes  # limits: one that fits or the least bytes, one that is too much
     limit = budget_bytes - free.prediction.transient_bytes
@@ -112,7 +118,7 @@ def _solve_tight(
         if not low < limit < high:
             limit = (low + high) / 2
         try:
-            found = solve_within(limit)
+            found = solve_within(limit, False)
         except NoFeasiblePlan as error:
             least = error.least_bytes
             if least is None or not low < least < high:
@@ -122,7 +128,7 @@ def _solve_tight(
         prediction = found.prediction
         if prediction.peak_bytes <= budget_bytes:
             if best is None or found.seconds < best.seconds:
-                best = found
+                best, best_limit = found, limit
             low = limit
             limit += budget_bytes - prediction.peak_bytes
         else:
@@ -135,7 +141,7 @@ def _solve_tight(
             break
     if best is None:
         raise _too_little(budget_bytes, closest, None)
-    return best
+    return best, best_limit
 
 
 def _too_little(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import pickle
 import time
 import traceback
@@ -39,7 +40,7 @@ from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, channels, cut_tile, join_tiles, tile_shape
 
 _LOG = logging.getLogger(__name__)
-_POLL = timedelta(seconds=1)  # how often a wait in the store looks for another rank's failure
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25  # between two looks into the store
 _FAILURE = "autopar/failure"
 _LOCALHOST = "127.0.0.1"
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -55,6 +56,7 @@ class World:
     def __init__(self, device: torch.device, timeout: timedelta, *, owns_group: bool) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.local_size = min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size))))
         self.device = device
         self.timeout = timeout
         self._owns_group = owns_group
@@ -167,19 +169,19 @@ class World:
         return None if found == text else found
 
     def _wait(self, keys: Sequence[str], what: str) -> None:
+        """Polls, where a blocking wait would make torch log a time-out each second."""
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while True:
-            try:
-                self._store.wait(list(keys), _POLL)
-                return
-            except RuntimeError as error:  # DistStoreError: the time is over
-                if self._store.check([_FAILURE]):
-                    raise PeerFailure(self._store.get(_FAILURE).decode()) from error
-                if time.monotonic() > deadline:
-                    missing = [key for key in keys if not self._store.check([key])]
-                    raise RuntimeFailure(
-                        f"rank {self.rank} waited {self.timeout} for {what}; missing: {missing}"
-                    ) from error
+        pause = _FIRST_PAUSE_S
+        while not self._store.check(list(keys)):
+            if self._store.check([_FAILURE]):
+                raise PeerFailure(self._store.get(_FAILURE).decode())
+            if time.monotonic() > deadline:
+                missing = [key for key in keys if not self._store.check([key])]
+                raise RuntimeFailure(
+                    f"rank {self.rank} waited {self.timeout} for {what}; missing: {missing}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE_S)
 
 
 def is_connected() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.errors import BatchError
+from autopar.graph.batch import common_rows
 from autopar.graph.program import Graph, InputKind, TensorMeta
 from autopar.lowering.lower import LoweredStage
 from autopar.lowering.program import Port
@@ -80,13 +80,10 @@ def _fits(leaf: Tensor, meta: TensorMeta) -> bool:
 
 
 def sliced_leaves(graph: Graph) -> frozenset[str]:
-    """The batch inputs that are cut into microbatches: those whose dim 0 is the most common one."""
-    inputs = [i for i in graph.inputs_of(InputKind.BATCH) if i.meta.shape]
-    sizes = Counter(i.meta.shape[0] for i in inputs)
-    if not sizes:
-        return frozenset()
-    rows = sizes.most_common(1)[0][0]
-    return frozenset(i.name for i in inputs if i.meta.shape[0] == rows)
+    """The batch inputs that are cut into microbatches: those with the batch's rows."""
+    inputs = graph.inputs_of(InputKind.BATCH)
+    rows = common_rows([i.meta.shape for i in inputs])
+    return frozenset(i.name for i in inputs if i.meta.shape and i.meta.shape[0] == rows)
 
 
 def data_shard(graph: Graph, stage: LoweredStage, rank: int, num_microbatches: int) -> DataShard:

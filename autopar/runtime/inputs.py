@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from autopar.errors import BatchError
+from autopar.graph.batch import common_rows
 from autopar.graph.program import TensorMeta
 from autopar.layout import REPLICATE, Dims, Layout, atom_offsets, local_atoms, local_shape
 from autopar.lowering.program import Port
@@ -99,19 +100,20 @@ def whole_feed(
     leaves: Mapping[str, Tensor], metas: Mapping[str, TensorMeta], num_microbatches: int
 ) -> BatchFeed:
     """The feed of a whole global batch. metas: of the leaves in one microbatch. BatchError where a
-    leaf has neither the shape of a microbatch nor that of num_microbatches of them."""
+    leaf has another shape or dtype than num_microbatches of them make."""
+    rows = common_rows([meta.shape for meta in metas.values()])
     sliced = set()
     for name, leaf in leaves.items():
         want = metas[name]
-        shape = tuple(leaf.shape)
-        whole = (want.shape[0] * num_microbatches, *want.shape[1:]) if want.shape else ()
-        if leaf.dtype != want.dtype or shape not in (whole, want.shape):
-            raise BatchError(
-                f"batch input {name!r} is {TensorMeta(shape, leaf.dtype)}, expected "
-                f"{TensorMeta(whole, want.dtype)}: {num_microbatches} microbatches of {want}"
-            )
-        if shape == whole and want.shape:
+        if want.shape and want.shape[0] == rows:
             sliced.add(name)
+            want = TensorMeta((want.shape[0] * num_microbatches, *want.shape[1:]), want.dtype)
+        got = TensorMeta(tuple(leaf.shape), leaf.dtype)
+        if got != want:
+            raise BatchError(
+                f"batch input {name!r} is {got}, expected {want}: {num_microbatches} microbatches "
+                f"of {metas[name]}"
+            )
     return BatchFeed(leaves, frozenset(sliced), num_microbatches)
 
 

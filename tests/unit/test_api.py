@@ -129,6 +129,4 @@ def test_a_budget_that_nothing_fits_names_what_binds() -> None:
 
 def test_detected_cluster_follows_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert str(detect_cluster()) == "cpu:2x4"
+    assert str(detect_cluster(8, 4)) == "cpu:2x4"

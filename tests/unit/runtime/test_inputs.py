@@ -64,11 +64,19 @@ def test_rows_alone_give_the_same_part(layout: tuple[int, int]) -> None:
             assert torch.equal(some.part("x", port, MESH, coords, m), want)
 
 
-def test_a_leaf_of_the_captured_shape_is_read_whole_by_each_microbatch() -> None:
-    meta = TensorMeta((8, 6), torch.float32)
-    feed = whole_feed({"x": torch.ones(16, 6), "y": torch.ones(8, 6)}, {"x": meta, "y": meta}, 2)
+def test_a_leaf_without_the_rows_of_the_batch_is_read_whole_by_each_microbatch() -> None:
+    rows, table = TensorMeta((8, 6), torch.float32), TensorMeta((5,), torch.float32)
+    leaves = {"x": torch.ones(16, 6), "t": torch.arange(5.0)}
+    feed = whole_feed(leaves, {"x": rows, "t": table}, 2)
     assert feed.sliced == {"x"}
-    assert feed.part("y", _port(-1, -1), MESH, (0, 0), 1).shape == (8, 6)
+    port = Port(Ref("t"), table, ((5,),), (-1, -1))
+    assert torch.equal(feed.part("t", port, MESH, (0, 0), 1), leaves["t"])
+
+
+def test_one_microbatch_in_place_of_the_batch_is_refused() -> None:
+    meta = TensorMeta((8, 6), torch.float32)
+    with pytest.raises(BatchError, match=r"float32\[8, 6\], expected float32\[16, 6\]"):
+        whole_feed({"x": torch.ones(8, 6)}, {"x": meta}, 2)
 
 
 def test_wrong_shapes_and_dtypes_are_named() -> None:

@@ -1,0 +1,97 @@
+"""One stage: what is predicted for known choices, budgets kept, infeasible ones explained."""
+
+from __future__ import annotations
+
+import pytest
+
+from autopar.errors import NoFeasiblePlan
+from autopar.intraop.build import StageContext
+from autopar.intraop.solver import Solver
+from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from tests.unit.intraop.stages import costs_of, stage_of
+
+W = 64 * 256 * 4  # bytes of one weight of the MLP
+
+
+def solved(
+    name: str = "mlp",
+    mesh: tuple[int, ...] = (2,),
+    budget: float | None = None,
+    context: StageContext = StageContext(),
+    options: SolverOptions = SolverOptions(),
+) -> StageSolution:
+    stage = stage_of(name)
+    return solve_stage(
+        stage.graph, stage.table, costs_of(mesh), context, budget_bytes=budget, options=options
+    )
+
+
+def test_bytes_of_data_parallel_weights() -> None:
+    pins = {"up.weight": "R", "down.weight": "R"}
+    p = solved(context=StageContext(pins=pins)).prediction
+    assert (p.parameter_bytes, p.optimizer_bytes) == (2 * W, 4 * W)
+
+
+def test_bytes_of_tensor_parallel_weights() -> None:
+    pins = {"up.weight": "S0", "down.weight": "S1"}
+    found = solved(context=StageContext(pins=pins))
+    held = sum(W // 2 if c.rest == c.step else W // 2 + W for c in found.parameters.values())
+    assert found.prediction.parameter_bytes == held
+    assert found.prediction.optimizer_bytes == 2 * W
+
+
+def test_parameters_of_another_stage_have_no_optimizer_here() -> None:
+    found = solved(context=StageContext(owned=frozenset({"up.weight"})))
+    rest = found.parameters["parameter_up_weight"].rest
+    assert found.prediction.optimizer_bytes == (
+        W if rest == (0,) else 2 * W if rest == (-1,) else W
+    )
+
+
+def test_a_tied_weight_is_kept_once() -> None:
+    found = solved("tied")
+    first, second = (found.parameters[f"parameter_{n}_weight"] for n in ("one", "two"))
+    assert second.rest == second.step
+    numel = 64 * 64 / (1 if first.rest == (-1,) else 2)
+    assert found.prediction.optimizer_bytes == 8 * numel
+
+
+def test_once_per_step_work_is_divided() -> None:
+    one, many = solved().prediction, solved(context=StageContext(num_microbatches=64)).prediction
+    assert one.step_s > 0 and many.step_s > 0
+    whole = one.forward_s + one.backward_s + one.step_s
+    assert solved().seconds == pytest.approx(whole)
+
+
+def test_microbatches_in_flight_are_saved() -> None:
+    one, four = solved().prediction, solved(context=StageContext(in_flight=4)).prediction
+    assert four.in_flight == 4
+    assert four.peak_bytes >= one.peak_bytes + 2.9 * min(one.saved_bytes, four.saved_bytes)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.6])
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_budgets_are_kept(name: str, share: float) -> None:
+    context = StageContext(num_microbatches=8, in_flight=2)
+    free = solved(name, (2, 2), None, context)
+    budget = share * free.prediction.peak_bytes
+    try:
+        tight = solved(name, (2, 2), budget, context)
+    except NoFeasiblePlan as error:
+        assert share < 0.9 and "GiB" in str(error)
+        return
+    assert tight.prediction.peak_bytes <= budget
+    assert tight.seconds >= free.seconds * (1 - 1e-9)
+    assert tight.bound <= tight.seconds
+
+
+def test_nothing_fits_a_thousand_bytes() -> None:
+    with pytest.raises(NoFeasiblePlan, match=r"nothing fits the budget of 0.00 GiB.*closest") as e:
+        solved(budget=1000.0)
+    assert e.value.least_bytes is not None and e.value.least_bytes > 1000
+
+
+@pytest.mark.parametrize("solver", [Solver.HIGHS, Solver.CBC])
+def test_backends_find_the_same(solver: Solver) -> None:
+    found = solved(options=SolverOptions(solver, 20.0, 0.0))
+    assert found.seconds == pytest.approx(solved(options=SolverOptions(target_gap=0.0)).seconds)
