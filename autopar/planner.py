@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -51,7 +51,7 @@ from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 
 _LOG = logging.getLogger(__name__)
-_GIB = 2.0**30
+_PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 _REMAT_ORDER = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
 
 Progress = Callable[[str], None]
@@ -208,7 +208,10 @@ class _Search:
             raise failures[0]
         candidates.sort(key=lambda c: c.step_s)
         if any(s.gap > self.options.target_gap for s in candidates[0].stages):
-            candidates[0] = self.solve_cut(recomputed, candidates[0].cut, proven=True)
+            winner = candidates[0]
+            views = tuple((stage.mesh,) for stage in winner.stages)
+            proven = self.solve_cut(recomputed, replace(winner.cut, views=views), proven=True)
+            candidates[0] = min(proven, winner, key=lambda c: c.step_s)
             candidates.sort(key=lambda c: c.step_s)
         return recomputed, candidates
 
@@ -376,9 +379,8 @@ class _Search:
     ) -> StageSolution:
         flight = in_flight_count(self.options.schedule, num_stages - index, self.num_microbatches)
         context = StageContext(self.num_microbatches, flight, owned, self.options.placements)
-        options = SolverOptions(
-            self.options.solver, self.clock.left_s, self.options.target_gap, proven
-        )
+        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else 1.0)
+        options = SolverOptions(self.options.solver, limit_s, self.options.target_gap, proven)
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []

@@ -306,6 +306,7 @@ def _phase_program(
         rules=table.rules,
         dims=table.dims,
         mesh=mesh.axis_sizes,
+        verify=True,
     )
     # constants are part of the program: their values travel with it
     values = {program.inputs[name].ref.name: graph.constants[name] for name in constants}
@@ -327,6 +328,7 @@ def _relayout_program(
         rules={},
         dims={ref: port.dims for ref, port in ports.items()},
         mesh=mesh.axis_sizes,
+        verify=True,
     )
 
 

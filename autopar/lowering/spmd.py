@@ -7,16 +7,17 @@ O(operators).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from autopar.graph.program import Operator, Ref, TensorMeta
-from autopar.layout import Dims, Layout, MeshSizes
+from autopar.layout import Dims, Layout, MeshSizes, local_shape
 from autopar.lowering.composites import Site, lower_call
 from autopar.lowering.emitter import Emitter
 from autopar.lowering.hubs import is_hub
 from autopar.lowering.program import LocalProgram, Port, check_program
+from autopar.lowering.shapes import check_shapes
 from autopar.sharding.rule import Call, Rule
 from autopar.sharding.strategy import Strategy
 
@@ -32,13 +33,16 @@ def lower_program(
     dims: Mapping[Ref, Dims],
     mesh: MeshSizes,
     constants: Mapping[str, torch.Tensor] | None = None,
+    verify: bool = False,
 ) -> LocalProgram:
     """Pre: every operator has a strategy; every value read is an input or made before it is read.
-    Post: each operand is in the layout that its reader's strategy names (check_program).
+    Post: each operand is in the layout that its reader's strategy names (check_program). verify:
+    check_shapes as well.
 
     inputs and outputs: by key; a Port's ref is the graph value it stands for.
     """
     emit = Emitter(mesh)
+    shapes: dict[Ref, tuple[int, ...]] = {}  # of local values that stand for results
     ports: dict[str, Port] = {}
     for number, (key, port) in enumerate(inputs.items()):
         local = Ref(f"in{number}_{port.ref.name}")
@@ -59,20 +63,18 @@ def lower_program(
         emit.origin = op.name
         rule = rules[op.name]
         site = Site(emit, op, calls[op.name], rule, strategy, locals_)
-        _define_results(emit, op, rule, strategy, lower_call(site))
+        results_ = lower_call(site)
+        for index, result_dims in enumerate(rule.results):
+            if result_dims is not None:
+                layout = strategy.results[index]
+                emit.define(Ref(op.name, index), result_dims, layout, results_[index])
+                shapes[results_[index]] = local_shape(result_dims, layout, mesh)
     emit.origin = "out"
     results = {
         key: Port(emit.get(ref, layout), meta, dims[ref], layout)
         for key, (ref, meta, layout) in outputs.items()
     }
-    program = LocalProgram(ports, tuple(emit.body), results, dict(constants or {}))
-    return check_program(program)
-
-
-def _define_results(
-    emit: Emitter, op: Operator, rule: Rule, strategy: Strategy, locals_: Sequence[Ref]
-) -> None:
-    for index, result_dims in enumerate(rule.results):
-        if result_dims is not None:
-            layout = strategy.results[index]
-            emit.define(Ref(op.name, index), result_dims, layout, locals_[index])
+    program = check_program(LocalProgram(ports, tuple(emit.body), results, dict(constants or {})))
+    if verify:
+        check_shapes(program, shapes, mesh)
+    return program

@@ -1,4 +1,4 @@
-"""Plan files: what is written is read back; what is malformed is a PlanError that names the field."""
+"""Plan files: what is written is read back; what is malformed names the field."""
 
 from __future__ import annotations
 

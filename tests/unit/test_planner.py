@@ -143,7 +143,7 @@ def test_the_step_is_that_of_the_stages() -> None:
 
 
 def test_nothing_fits_a_megabyte() -> None:
-    with pytest.raises(NoFeasiblePlan, match="GiB|memory") as error:
+    with pytest.raises(NoFeasiblePlan, match="GiB") as error:
         planned(num_stages=1, budget_bytes=1e4)
     assert error.value.least_bytes is None or error.value.least_bytes > 1e4
 
@@ -154,7 +154,7 @@ def test_remat_escalates_when_memory_is_tight() -> None:
     full = planned(num_stages=1, microbatches=1, remat=Remat.FULL).stages[0].prediction
     budget = 1.02 * full.peak_bytes
     assert budget < free.stages[0].prediction.peak_bytes
-    tight = planned(num_stages=1, microbatches=1, budget_bytes=budget)
+    tight = planned(num_stages=1, microbatches=1, budget_bytes=budget, time_limit_s=6.0)
     assert tight.stages[0].prediction.peak_bytes <= budget
     if tight.remat is not Remat.NONE:
         assert tight.search.notes and "none did not fit" in tight.search.notes[0]

@@ -12,13 +12,16 @@ from tests.unit.intraop.stages import costs_of, stage_of
 
 W = 64 * 256 * 4  # bytes of one weight of the MLP
 
+_CONTEXT = StageContext()
+_OPTIONS = SolverOptions(time_limit_s=3.0, fallback=False)
+
 
 def solved(
     name: str = "mlp",
     mesh: tuple[int, ...] = (2,),
     budget: float | None = None,
-    context: StageContext = StageContext(),
-    options: SolverOptions = SolverOptions(),
+    context: StageContext = _CONTEXT,
+    options: SolverOptions = _OPTIONS,
 ) -> StageSolution:
     stage = stage_of(name)
     return solve_stage(

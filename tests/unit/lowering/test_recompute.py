@@ -111,9 +111,9 @@ def remakable(graph: Graph, kept: Sequence[Ref], wanted: set[Ref]) -> bool:
     """Whether backward can have every wanted value from the kept ones and the input."""
     available = {Ref("x"), *kept}
     for op in graph.operators:
-        if op.phase is Phase.FORWARD and may_recompute(op, Remat.SELECTIVE):
-            if all(ref in available for ref in op.operands):
-                available.update(op.refs)
+        allowed = op.phase is Phase.FORWARD and may_recompute(op, Remat.SELECTIVE)
+        if allowed and all(ref in available for ref in op.operands):
+            available.update(op.refs)
     return wanted <= available
 
 
