@@ -54,6 +54,10 @@ _LOG = logging.getLogger(__name__)
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 _REMAT_ORDER = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
 
+# A stage cut or mesh view whose table value is this much above the best is not solved exactly: the
+# tables are within a few percent of the exact solutions (tests/unit/intraop/test_compose.py).
+_WORTH_SOLVING = 1.2
+
 Progress = Callable[[str], None]
 
 
@@ -251,7 +255,12 @@ class _Search:
         by_class: dict[int, tuple[Point, ...]] = {}
         for kind, stage in recomputed.prepared.items():
             by_class[kind] = layer_points(
-                stage.graph, stage.table, self.mesh_costs(view), context, prices=(0.0,)
+                stage.graph,
+                stage.table,
+                self.mesh_costs(view),
+                context,
+                prices=(0.0,),
+                time_limit_s=self.clock.left_s,
             )
         flight = self._max_in_flight()
         need = sum(
@@ -262,7 +271,11 @@ class _Search:
             for kind, stage in recomputed.prepared.items():
                 self.clock.progress(f"layer points {view}, layer class {kind}")
                 by_class[kind] = layer_points(
-                    stage.graph, stage.table, self.mesh_costs(view), context
+                    stage.graph,
+                    stage.table,
+                    self.mesh_costs(view),
+                    context,
+                    time_limit_s=self.clock.left_s,
                 )
         return [by_class[kind] for kind in recomputed.classes]
 
@@ -318,7 +331,9 @@ class _Search:
             cuts.append(self._cut(found, choices, seconds))
         if not cuts:
             raise failures[0]
-        return sorted(cuts, key=lambda c: c.seconds)[: self.options.candidates]
+        cuts.sort(key=lambda c: c.seconds)
+        worth = [c for c in cuts if c.seconds <= _WORTH_SOLVING * cuts[0].seconds]
+        return worth[: self.options.candidates]
 
     def _cut(
         self,
@@ -338,7 +353,10 @@ class _Search:
                 for m, (s, _) in enumerate(choices)
                 if s == submesh
             )
-            views.append(tuple(choices[m][1] for t, m in ranked[:most] if np.isfinite(t)))
+            limit = np.inf if self.options.placements else _WORTH_SOLVING * ranked[0][0]
+            views.append(
+                tuple(choices[m][1] for t, m in ranked[:most] if np.isfinite(t) and t <= limit)
+            )
         return _Cut(
             tuple(s.first_layer for s in found.stages),
             tuple(choices[s.submesh][0] for s in found.stages),

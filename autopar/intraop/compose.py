@@ -61,6 +61,7 @@ def layer_points(
     context: StageContext,
     *,
     prices: Sequence[float] = _PRICES,
+    time_limit_s: float = 60.0,
 ) -> tuple[Point, ...]:
     """The layer's solutions at each price, duplicates removed, the fastest first."""
     built = build_problem(graph, table, costs, context)
@@ -75,7 +76,7 @@ def layer_points(
                 c + rate * m for c, m in zip(problem.node_seconds, problem.node_bytes, strict=True)
             ),
         )
-        choice = solve(priced, fallback=False).choice
+        choice = solve(priced, time_limit_s=time_limit_s, fallback=False).choice
         point = _point(graph, built, choice, costs, context)
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
