@@ -1,4 +1,8 @@
-"""The eight small models under four plans each, in float32 and float64, on the virtual mesh."""
+"""The eight small models under four plans each on the virtual mesh.
+
+In float64, where a wrong program cannot hide behind rounding; the two-by-two plans in float32 too,
+and against the user's own model. `python -m benchmarks.verify_zoo` does all in both.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,6 @@ def test_plan_agrees_with_one_device(model: str, label: str) -> None:
     plan, _ = plan_model(module, batch, Cluster.from_toml(str(FAST_LINKS)), options=PLANS[label])
     if "in one stage" in label or "of 2" in label:
         assert sharded_share(plan) > 0.5, "a plan that shards nothing proves nothing"
-    for dtype in ("float32", "float64"):
+    for dtype in ("float64", "float32") if label == "2 stages of 2" else ("float64",):
         report = verify_plan(module, batch, plan, dtype=dtype, eager=dtype == "float32")
         assert report.ok, report

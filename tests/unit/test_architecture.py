@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.report",),
     ("autopar",),  # autopar/__init__.py: the public names
     ("autopar.cli",),
+    ("autopar.__main__",),
 )
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 

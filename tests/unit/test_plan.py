@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_a_saved_plan_is_read_back(tmp_path: Path) -> None:
     path, again = tmp_path / "plan.json", tmp_path / "again.json"
     plan().save(path)
     loaded = ParallelPlan.load(path)
-    assert loaded == plan()
+    untimed = replace(plan(), search=replace(plan().search, seconds={}))  # times are not saved
+    assert loaded == untimed
     loaded.save(again)
     assert path.read_bytes() == again.read_bytes()
 
