@@ -23,31 +23,35 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.errors import AutoparError, MeshError, NoFeasiblePlan, OptionError
+from autopar.candidate import (
+    Candidate,
+    Cut,
+    describe,
+    place_stages,
+    simulate_stages,
+    stage_plan,
+)
+from autopar.errors import AutoparError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.layers import cluster_layers, layer_classes
-from autopar.graph.program import Graph, InputKind, Phase
+from autopar.graph.program import Graph, InputKind
 from autopar.interop import dp
 from autopar.interop.problem import InterOpProblem, InterOpSolution
 from autopar.intraop.build import StageContext
 from autopar.intraop.compose import Point, boundary_bytes, layer_points, stage_table
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
-from autopar.layout import layout_text
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
-from autopar.lowering.stages import cut_stages, parameter_owners, parameter_sources, stage_graph
+from autopar.lowering.stages import cut_stages, parameter_owners, stage_graph
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import (
     ParallelPlan,
-    ParameterPlacement,
     Remat,
     SearchRecord,
-    StagePlan,
 )
-from autopar.schedule import ActionKind, build_schedule, in_flight_count
+from autopar.schedule import in_flight_count
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 
 _LOG = logging.getLogger(__name__)
@@ -95,24 +99,6 @@ class _Recomputed:
     table: RuleTable
     classes: tuple[int, ...]
     prepared: Mapping[int, PreparedStage]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Stages of a candidate: first layers, submesh of each, and the table's view for each."""
-
-    first_layers: tuple[int, ...]
-    submeshes: tuple[Submesh, ...]
-    views: tuple[tuple[LogicalMesh, ...], ...]  # of each stage, best first
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Candidate:
-    cut: _Cut
-    stages: tuple[StageSolution, ...]
-    timeline: Timeline
-    step_s: float
 
 
 def make_plan(
@@ -195,11 +181,11 @@ class _Search:
 
     # ---- passes
 
-    def run(self, remat: Remat) -> tuple[_Recomputed, list[_Candidate]]:
+    def run(self, remat: Remat) -> tuple[_Recomputed, list[Candidate]]:
         with self.clock.passes("recompute", remat):
             recomputed = self.recompute(remat)
         cuts = self.stage_cuts(recomputed)
-        candidates: list[_Candidate] = []
+        candidates: list[Candidate] = []
         failures: list[NoFeasiblePlan] = []
         for cut in cuts:
             if candidates and self.clock.left_s < 1.0:
@@ -229,12 +215,12 @@ class _Search:
                 prepared[kind] = prepare_stage(stage_graph(graph, layer, layer), table.dims)
         return _Recomputed(remat, graph, table, classes, prepared)
 
-    def stage_cuts(self, recomputed: _Recomputed) -> list[_Cut]:
+    def stage_cuts(self, recomputed: _Recomputed) -> list[Cut]:
         """The best stage cut for each number of stages, the fastest first."""
         num_layers = len(self.graph.layer_names)
         if self._only_one_stage(num_layers):
             submesh = self.submeshes[-1]
-            return [_Cut((0,), (submesh,), (self.views[submesh],), 0.0)]
+            return [Cut((0,), (submesh,), (self.views[submesh],), 0.0)]
         with self.clock.passes("layer points"):
             points = {
                 view: self._points(recomputed, view)
@@ -285,7 +271,7 @@ class _Search:
 
     def _inter_op(
         self, recomputed: _Recomputed, points: Mapping[LogicalMesh, list[tuple[Point, ...]]]
-    ) -> list[_Cut]:
+    ) -> list[Cut]:
         num_layers = len(self.graph.layer_names)
         limit = min(num_layers, self.cluster.num_devices, self.options.num_stages or num_layers)
         flights = [
@@ -320,7 +306,7 @@ class _Search:
         )
         pinned = self.options.num_stages
         counts = [pinned] if pinned else range(1, limit + 1)
-        cuts: list[_Cut] = []
+        cuts: list[Cut] = []
         failures: list[NoFeasiblePlan] = []
         for count in counts:
             try:
@@ -340,7 +326,7 @@ class _Search:
         found: InterOpSolution,
         choices: Sequence[tuple[Submesh, LogicalMesh]],
         seconds: np.ndarray,
-    ) -> _Cut:
+    ) -> Cut:
         """The two best views of each stage's submesh, best first; all where placements are pinned,
         as the tables know nothing of pins."""
         views = []
@@ -357,14 +343,14 @@ class _Search:
             views.append(
                 tuple(choices[m][1] for t, m in ranked[:most] if np.isfinite(t) and t <= limit)
             )
-        return _Cut(
+        return Cut(
             tuple(s.first_layer for s in found.stages),
             tuple(choices[s.submesh][0] for s in found.stages),
             tuple(views),
             found.seconds,
         )
 
-    def solve_cut(self, recomputed: _Recomputed, cut: _Cut, *, proven: bool = False) -> _Candidate:
+    def solve_cut(self, recomputed: _Recomputed, cut: Cut, *, proven: bool = False) -> Candidate:
         """Solution of every stage of a cut, on its best views, and the simulated step. proven: a
         gap above the target goes to the MIP backend."""
         label = f"{len(cut.first_layers)} stage(s)"
@@ -384,7 +370,7 @@ class _Search:
             )
         with self.clock.passes("simulate", label):
             timeline = simulate_stages(graphs, stages, self.options, self.num_microbatches)
-        return _Candidate(cut, stages, timeline, timeline.step_s)
+        return Candidate(cut, stages, timeline, timeline.step_s)
 
     def _solve_stage(
         self,
@@ -435,7 +421,7 @@ class _Search:
         self,
         fingerprint: str,
         recomputed: _Recomputed,
-        candidates: Sequence[_Candidate],
+        candidates: Sequence[Candidate],
         failures: Sequence[AutoparError],
     ) -> ParallelPlan:
         best = candidates[0]
@@ -443,7 +429,7 @@ class _Search:
         devices = place_stages(best.cut.submeshes, self.cluster)
         bounds = [*best.cut.first_layers[1:], len(self.graph.layer_names)]
         stages = tuple(
-            _stage_plan(
+            stage_plan(
                 prepare_stage(graph, recomputed.table.dims),
                 solution,
                 (best.cut.first_layers[i], bounds[i] - 1),
@@ -457,7 +443,7 @@ class _Search:
             objective_s=sum(s.seconds for s in best.stages),
             bound_s=sum(s.bound for s in best.stages),
             notes=notes,
-            candidates=tuple(_describe(c) for c in candidates),
+            candidates=tuple(describe(c) for c in candidates),
         )
         return ParallelPlan(
             graph=fingerprint,
@@ -474,14 +460,6 @@ class _Search:
             search=record,
             fallbacks=dict(sorted(Counter(recomputed.table.fallbacks.values()).items())),
         )
-
-
-def _describe(candidate: _Candidate) -> str:
-    meshes = ", ".join(
-        f"layers {first}.. on {stage.mesh}"
-        for first, stage in zip(candidate.cut.first_layers, candidate.stages, strict=True)
-    )
-    return f"{candidate.step_s * 1e3:.2f} ms: {len(candidate.stages)} stage(s): {meshes}"
 
 
 def _allowed_views(
@@ -511,99 +489,3 @@ def _pinned_view(shape: tuple[int, ...], submesh: Submesh) -> LogicalMesh:
     per_node = submesh.devices_per_node
     crosses = tuple(size > 1 and r > per_node for size, r in zip(shape, reach, strict=True))
     return LogicalMesh(shape, crosses)
-
-
-def simulate_stages(
-    graphs: Sequence[Graph],
-    stages: Sequence[StageSolution],
-    options: SearchOptions,
-    num_microbatches: int,
-) -> Timeline:
-    """Plays the schedule with the stages' predicted costs."""
-    costs = []
-    for stage in stages:
-        p = stage.prediction
-        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
-        costs.append(
-            StageCost(
-                forward_s=p.forward_s,
-                backward_s=p.backward_s,
-                step_s=p.step_s,
-                rest_bytes=int(standing),
-                saved_bytes_per_microbatch=int(p.saved_bytes),
-                transient_bytes=int(p.transient_bytes),
-            )
-        )
-    schedule = build_schedule(options.schedule, len(stages), num_microbatches)
-    return simulate(schedule, costs, _transfers(graphs, stages))
-
-
-def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
-    """Seconds between each pair of stages per microbatch and direction."""
-    sender = {
-        out.target: index
-        for index, graph in enumerate(graphs)
-        for out in graph.outputs
-        if out.kind == "sent"
-    }
-    seconds: dict[tuple[int, int, Phase], float] = {}
-    for index, graph in enumerate(graphs):
-        for inp in graph.inputs_of(InputKind.RECEIVED):
-            key = (sender[inp.target], index, inp.phase)
-            seconds[key] = seconds.get(key, 0.0) + stages[index].receive_s[inp.name]
-    kinds = {Phase.FORWARD: ActionKind.FORWARD, Phase.BACKWARD: ActionKind.BACKWARD}
-    return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
-
-
-def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node
-    never straddles two (Alpa, OSDI'22, theorem 1)."""
-    order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
-    placed: dict[int, tuple[int, ...]] = {}
-    start = 0
-    for index in order:
-        size = stages[index].num_devices
-        placed[index] = tuple(range(start, start + size))
-        start += size
-    if start != cluster.num_devices:
-        raise MeshError(f"the stages use {start} of the {cluster.num_devices} devices of {cluster}")
-    return tuple(placed[i] for i in range(len(stages)))
-
-
-def _stage_plan(
-    stage: PreparedStage,
-    solution: StageSolution,
-    layers: tuple[int, int],
-    devices: tuple[int, ...],
-) -> StagePlan:
-    """The solution as texts."""
-    graph, dims = stage.graph, stage.table.dims
-    sources = parameter_sources(graph)
-    parameters = {}
-    for inp in graph.inputs_of(InputKind.PARAMETER):
-        own = dims[inp.ref]
-        rest = solution.parameters[sources[inp.owner]].rest
-        step = solution.parameters[inp.name].step
-        parameters[inp.name] = ParameterPlacement(layout_text(own, rest), layout_text(own, step))
-    inputs = {
-        i.name: layout_text(dims[i.ref], solution.inputs[i.name])
-        for i in graph.inputs
-        if i.kind in (InputKind.BATCH, InputKind.RECEIVED)
-    }
-    outputs = {
-        o.target: layout_text(dims[o.ref], solution.outputs[o.target])
-        for o in graph.outputs
-        if o.target in solution.outputs
-    }
-    return StagePlan(
-        first_layer=layers[0],
-        last_layer=layers[1],
-        axis_sizes=solution.mesh.axis_sizes,
-        crosses_nodes=solution.mesh.crosses_nodes,
-        devices=devices,
-        strategies={name: s.text for name, s in solution.strategies.items()},
-        parameters=parameters,
-        inputs=inputs,
-        outputs=outputs,
-        prediction=solution.prediction,
-    )

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.estimate", "autopar.simulate"),
     ("autopar.intraop",),
     ("autopar.interop", "autopar.lowering", "autopar.options"),
+    ("autopar.candidate",),
     ("autopar.planner", "autopar.runtime"),
     ("autopar.api", "autopar.models"),
     ("autopar.verify",),

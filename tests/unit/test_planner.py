@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from autopar.candidate import place_stages
 from autopar.errors import MeshError, NoFeasiblePlan, OptionError
 from autopar.graph.program import Graph
 from autopar.mesh import Submesh, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan, Remat
-from autopar.planner import make_plan, place_stages
+from autopar.planner import make_plan
 from autopar.schedule import build_schedule, in_flight
 from cost_models import Cluster
 from tests.unit.intraop.stages import gpt2_graph, graph_of

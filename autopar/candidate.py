@@ -1,0 +1,145 @@
+"""A candidate of the search: a stage cut, its solved stages, and its simulated step.
+
+What the planner does with a candidate once its stages are solved: play the schedule with the
+predicted costs, place the stages on the cluster's devices, write the solution down as a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopar.errors import MeshError
+from autopar.graph.program import Graph, InputKind, Phase
+from autopar.intraop.stage import StageSolution
+from autopar.layout import layout_text
+from autopar.lowering.lower import PreparedStage
+from autopar.lowering.stages import parameter_sources
+from autopar.mesh import LogicalMesh, Submesh
+from autopar.options import SearchOptions
+from autopar.plan import ParameterPlacement, StagePlan
+from autopar.schedule import ActionKind, build_schedule
+from autopar.simulate import StageCost, Timeline, Transfer, simulate
+from cost_models import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Stages of a candidate: first layers, submesh of each, and the table's view for each."""
+
+    first_layers: tuple[int, ...]
+    submeshes: tuple[Submesh, ...]
+    views: tuple[tuple[LogicalMesh, ...], ...]  # of each stage, best first
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    cut: Cut
+    stages: tuple[StageSolution, ...]
+    timeline: Timeline
+    step_s: float
+
+
+def describe(candidate: Candidate) -> str:
+    meshes = ", ".join(
+        f"layers {first}.. on {stage.mesh}"
+        for first, stage in zip(candidate.cut.first_layers, candidate.stages, strict=True)
+    )
+    return f"{candidate.step_s * 1e3:.2f} ms: {len(candidate.stages)} stage(s): {meshes}"
+
+
+def simulate_stages(
+    graphs: Sequence[Graph],
+    stages: Sequence[StageSolution],
+    options: SearchOptions,
+    num_microbatches: int,
+) -> Timeline:
+    """Plays the schedule with the stages' predicted costs."""
+    costs = []
+    for stage in stages:
+        p = stage.prediction
+        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
+        costs.append(
+            StageCost(
+                forward_s=p.forward_s,
+                backward_s=p.backward_s,
+                step_s=p.step_s,
+                rest_bytes=int(standing),
+                saved_bytes_per_microbatch=int(p.saved_bytes),
+                transient_bytes=int(p.transient_bytes),
+            )
+        )
+    schedule = build_schedule(options.schedule, len(stages), num_microbatches)
+    return simulate(schedule, costs, _transfers(graphs, stages))
+
+
+def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
+    """Seconds between each pair of stages per microbatch and direction."""
+    sender = {
+        out.target: index
+        for index, graph in enumerate(graphs)
+        for out in graph.outputs
+        if out.kind == "sent"
+    }
+    seconds: dict[tuple[int, int, Phase], float] = {}
+    for index, graph in enumerate(graphs):
+        for inp in graph.inputs_of(InputKind.RECEIVED):
+            key = (sender[inp.target], index, inp.phase)
+            seconds[key] = seconds.get(key, 0.0) + stages[index].receive_s[inp.name]
+    kinds = {Phase.FORWARD: ActionKind.FORWARD, Phase.BACKWARD: ActionKind.BACKWARD}
+    return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
+
+
+def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node
+    never straddles two (Alpa, OSDI'22, theorem 1)."""
+    order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
+    placed: dict[int, tuple[int, ...]] = {}
+    start = 0
+    for index in order:
+        size = stages[index].num_devices
+        placed[index] = tuple(range(start, start + size))
+        start += size
+    if start != cluster.num_devices:
+        raise MeshError(f"the stages use {start} of the {cluster.num_devices} devices of {cluster}")
+    return tuple(placed[i] for i in range(len(stages)))
+
+
+def stage_plan(
+    stage: PreparedStage,
+    solution: StageSolution,
+    layers: tuple[int, int],
+    devices: tuple[int, ...],
+) -> StagePlan:
+    """The solution as texts."""
+    graph, dims = stage.graph, stage.table.dims
+    sources = parameter_sources(graph)
+    parameters = {}
+    for inp in graph.inputs_of(InputKind.PARAMETER):
+        own = dims[inp.ref]
+        rest = solution.parameters[sources[inp.owner]].rest
+        step = solution.parameters[inp.name].step
+        parameters[inp.name] = ParameterPlacement(layout_text(own, rest), layout_text(own, step))
+    inputs = {
+        i.name: layout_text(dims[i.ref], solution.inputs[i.name])
+        for i in graph.inputs
+        if i.kind in (InputKind.BATCH, InputKind.RECEIVED)
+    }
+    outputs = {
+        o.target: layout_text(dims[o.ref], solution.outputs[o.target])
+        for o in graph.outputs
+        if o.target in solution.outputs
+    }
+    return StagePlan(
+        first_layer=layers[0],
+        last_layer=layers[1],
+        axis_sizes=solution.mesh.axis_sizes,
+        crosses_nodes=solution.mesh.crosses_nodes,
+        devices=devices,
+        strategies={name: s.text for name, s in solution.strategies.items()},
+        parameters=parameters,
+        inputs=inputs,
+        outputs=outputs,
+        prediction=solution.prediction,
+    )
