@@ -7,28 +7,32 @@ has one JSON value and nothing else; progress and errors are on stderr.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autopar.arguments import (
+    Search,
+    cluster_of,
+    plan_for,
+    search_options,
+    search_plan,
+    with_search,
+)
 from autopar.errors import AutoparError, RuntimeFailure
-from autopar.plan import ParallelPlan, Remat
-from autopar.schedule import ScheduleKind
+from autopar.plan import ParallelPlan
 
 if TYPE_CHECKING:
-    from autopar.graph.program import Graph
-    from autopar.models import LoadedModel
-    from autopar.options import SearchOptions
+    pass
 
 app = typer.Typer(
     name="autopar",
@@ -43,15 +47,6 @@ app.add_typer(bench, name="bench")
 
 _FILE_WIDTH = 120  # columns where stdout is no terminal
 _MODEL_HELP = "file.py:factory, package.module:factory, or a name of `autopar models`."
-
-
-class SolverName(StrEnum):
-    """Those of intraop.solver, which is slow to import."""
-
-    dual = "dual"
-    cbc = "cbc"
-    highs = "highs"
-    cp_sat = "cp_sat"
 
 
 class DtypeName(StrEnum):
@@ -72,59 +67,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on stdo
 SeedOption = Annotated[int, typer.Option(help="Of the random operators, such as dropout.")]
 
 
-def _option(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Search")
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The search options of `plan`, `verify` and `run`: one field per command line option."""
-
-    cluster: Annotated[
-        str | None,
-        _option("Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file.", metavar="CLUSTER"),
-    ] = None
-    memory: Annotated[str | None, _option("Budget per device, such as 70GiB.")] = None
-    microbatches: Annotated[int | None, _option("Of a batch; must divide its rows.")] = None
-    stages: Annotated[int | None, _option("Number of pipeline stages.")] = None
-    mesh: Annotated[str | None, _option("Mesh of every stage, such as 2x4.")] = None
-    schedule: Annotated[ScheduleKind | None, _option("Pipeline schedule.")] = None
-    remat: Annotated[Remat | None, _option("What backward may recompute.")] = None
-    place: Annotated[
-        list[str] | None,
-        _option("Parameter and its layout at rest, such as lm_head.weight=S0; repeatable."),
-    ] = None
-    solver: Annotated[SolverName | None, _option("Of the integer programs.")] = None
-    time_limit: Annotated[float | None, _option("Seconds of the search.")] = None
-
-
-def _with_search(command: Callable[..., None]) -> Callable[..., None]:
-    """`command(..., search)` as a command that has the options of Search."""
-    own = inspect.signature(command, eval_str=True)
-    options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=h)
-        for f, h in zip(
-            fields(Search), inspect.get_annotations(Search, eval_str=True).values(), strict=True
-        )
-    ]
-    names = [f.name for f in fields(Search)]
-
-    @functools.wraps(command)
-    def wrapper(**arguments: Any) -> None:
-        search = Search(**{name: arguments.pop(name) for name in names})
-        command(**arguments, search=search)
-
-    rest = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for p in own.parameters.values()
-        if p.name != "search"
-    ]
-    parameters = [*rest, *options]
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper
-
-
 @app.callback()
 def _root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
@@ -142,7 +84,7 @@ def _root(
     epilog="Example: [bold]autopar plan tests/zoo.py:gpt2 --cluster h100:1x8 --memory 70GiB -o"
     " plan.json[/bold]"
 )
-@_with_search
+@with_search
 def plan(
     model: ModelArgument,
     search: Search,
@@ -154,7 +96,7 @@ def plan(
     """Search for the best plan. Needs neither the cluster nor the model's weights."""
     if output is not None and not output.parent.is_dir():  # before minutes of search
         raise typer.BadParameter(f"there is no directory {output.parent}", param_hint="--output")
-    found, graph = _search(model, search, default_cluster=None, quiet=as_json)
+    found, graph = search_plan(model, search, default_cluster=None, quiet=as_json)
     if output is not None:
         found.save(output)
     if as_json:
@@ -199,7 +141,7 @@ def show(
     epilog="Example: [bold]autopar verify tests/zoo.py:t5 --cluster cpu:1x4 --stages 2 --dtype"
     " float64[/bold]"
 )
-@_with_search
+@with_search
 def verify(
     model: ModelArgument,
     search: Search,
@@ -216,7 +158,7 @@ def verify(
     Without --plan the search options choose one, for cpu:1x4 by default. Exit code 1 where it
     disagrees.
     """
-    found, loaded = _plan_for(model, plan_file, search, quiet=as_json)
+    found, loaded = plan_for(model, plan_file, search, quiet=as_json)
     from autopar.models import load_pair
     from autopar.report.console import SearchLine
     from autopar.report.verify import verify_record, verify_table
@@ -243,7 +185,7 @@ def verify(
     epilog="Examples: [bold]autopar run tests/zoo.py:gpt2 --cluster cpu:1x4 --steps 20[/bold], or"
     " [bold]torchrun --nproc-per-node 8 -m autopar.cli run MODEL --plan plan.json[/bold]"
 )
-@_with_search
+@with_search
 def run(
     model: ModelArgument,
     search: Search,
@@ -256,7 +198,7 @@ def run(
     """Train on the example batch: on local processes, or as one process of torchrun."""
     rank = os.environ.get("RANK")
     if rank is None:
-        found, loaded = _plan_for(model, plan_file, search, quiet=as_json)
+        found, loaded = plan_for(model, plan_file, search, quiet=as_json)
         del loaded  # each process makes its own
         losses = _train_locally(Training(model, found, steps, lr, seed, shown=not as_json))
     else:
@@ -347,9 +289,9 @@ def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
         loaded.module,
         loaded.example_batch,
         plan=job.plan,
-        cluster=_cluster(search.cluster),
+        cluster=cluster_of(search.cluster),
         memory_budget=search.memory,
-        options=_search_options(search),
+        options=search_options(search),
     )
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=job.lr)
     losses = []
@@ -399,109 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan_for(
-    model: str, plan_file: Path | None, search: Search, *, quiet: bool
-) -> tuple[ParallelPlan, LoadedModel]:
-    """The saved plan, or one from the search options, and the model with its data."""
-    from autopar.models import load_model
-
-    if plan_file is not None:
-        given = [f.name for f in fields(Search) if getattr(search, f.name)]
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise typer.BadParameter(f"--plan leaves nothing to search: drop {options}")
-        return ParallelPlan.load(plan_file), load_model(model)
-    found, _ = _search(model, search, default_cluster="cpu:1x4", quiet=quiet)
-    return found, load_model(model)
-
-
-def _search(
-    model: str, search: Search, *, default_cluster: str | None, quiet: bool
-) -> tuple[ParallelPlan, Graph]:
-    """Plans without data where the model can be built on meta, else with it."""
-    cluster = _cluster(search.cluster or default_cluster)
-    if cluster is None:
-        raise typer.BadParameter("name the cluster, such as --cluster h100:1x8")
-    options = _search_options(search)
-    from autopar.api import plan_model
-    from autopar.errors import CaptureError
-    from autopar.models import load_model
-    from autopar.report.console import SearchLine
-
-    with SearchLine(f"planning {model}", quiet=quiet) as line:
-        for meta in (True, False):
-            line("building the model")
-            loaded = load_model(model, meta=meta)
-            try:
-                return plan_model(
-                    loaded.module,
-                    loaded.example_batch,
-                    cluster,
-                    memory_budget=search.memory,
-                    options=options,
-                    progress=line,
-                )
-            except CaptureError:
-                if not loaded.on_meta:
-                    raise
-    raise AssertionError
-
-
-def _search_options(search: Search) -> SearchOptions:
-    from autopar.options import SearchOptions
-
-    options = SearchOptions()
-    values: dict[str, Any] = {
-        "num_stages": search.stages,
-        "num_microbatches": search.microbatches,
-        "mesh_shape": None if search.mesh is None else _mesh(search.mesh),
-        "placements": _placements(search.place or []),
-        "time_limit_s": search.time_limit or options.time_limit_s,
-    }
-    if search.schedule is not None:
-        values["schedule"] = search.schedule
-    if search.remat is not None:
-        values["remat"] = search.remat
-    if search.solver is not None:
-        values["solver"] = type(options.solver)(search.solver.value)
-    return SearchOptions(**values)
-
-
-def _mesh(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise typer.BadParameter(f"a mesh reads like 2x4: got {text!r}", param_hint="--mesh")
-    return tuple(map(int, text.split("x")))
-
-
-def _placements(items: Sequence[str]) -> Mapping[str, str]:
-    placements = {}
-    for item in items:
-        name, equals, layout = item.rpartition("=")
-        if not equals or not name or not layout:
-            raise typer.BadParameter(
-                f"a placement reads like lm_head.weight=S0: got {item!r}", param_hint="--place"
-            )
-        placements[name] = layout
-    return placements
-
-
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
         raise typer.BadParameter(f"{text!r} is no regular expression: {error}") from error
-
-
-def _cluster(text: str | None) -> Any:
-    from cost_models import Cluster
-
-    if text is None:
-        return None
-    if not text.endswith(".toml"):
-        return Cluster.parse(text)
-    if not Path(text).is_file():
-        raise typer.BadParameter(f"no such file: {text}", param_hint="--cluster")
-    return Cluster.from_toml(text)
 
 
 def _show_bench(outcome: Any, as_json: bool) -> None:

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.verify",),
     ("autopar.report",),
     ("autopar",),  # autopar/__init__.py: the public names
+    ("autopar.arguments",),
     ("autopar.cli",),
     ("autopar.__main__",),
 )
