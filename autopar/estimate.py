@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from autopar.graph.hubs import is_hub
 from autopar.graph.program import Operator, Ref, TensorMeta
 from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
 from autopar.layout import Layout, num_shards
@@ -98,7 +99,7 @@ class MeshCosts:
         metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
         """Seconds of each strategy: local work and a composite's own collectives."""
-        if is_view(op) or op.target is torch.ops.autopar.hub.default:
+        if is_view(op) or is_hub(op):
             return np.zeros(len(choices))
         splits = np.array([s.num_splits for s in choices], dtype=np.float64)
         local_bytes = self._local_bytes(op, choices, metas)

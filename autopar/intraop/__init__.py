@@ -1,1 +1,1 @@
-"""The intra-op program: arrays in, one strategy per node out. Imports no torch."""
+"""The intra-op pass: a strategy for each operator of a stage. Its solver files are pure numpy."""

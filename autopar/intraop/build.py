@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from autopar.errors import OptionError
 from autopar.estimate import MeshCosts, local_bytes, local_numel
+from autopar.graph.hubs import is_save
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -41,7 +42,6 @@ from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy, layouts, strategies
 
 FloatArray = NDArray[np.float64]
-SAVE_SUFFIX = "__save"
 
 
 class Part(StrEnum):
@@ -274,7 +274,7 @@ class _Builder:
             part = Part.FORWARD if op.phase is Phase.FORWARD else Part.BACKWARD
             nbytes = np.zeros(len(choices))
             kind = ""
-            if op.name.endswith(SAVE_SUFFIX):
+            if is_save(op):
                 meta = op.results[0]
                 assert meta is not None
                 kind = "saved"

@@ -20,18 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-
-import autopar.ops  # noqa: F401  registers autopar::hub
 from autopar.estimate import local_bytes
+from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
 from autopar.layout import Layout, num_shards
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
-
-_HUB = torch.ops.autopar.hub.default
-_SAVE_SUFFIX = "__save"
 
 
 class _Copy(NamedTuple):
@@ -59,7 +54,7 @@ def transient_bytes(
     saved = sum(
         local_bytes(metas[Ref(op.name)], strategies[op.name].results[0], sizes)
         for op in graph.operators
-        if _is_save(op)
+        if is_save(op)
     )
     counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
     alive = {}
@@ -185,7 +180,7 @@ class _Lives:
         """What the other phase makes stands here if it is saved, or is not there at all."""
         for ref in op.refs:
             self._define(ref, self._strategies[op.name].results[ref.index])
-            if self._phase is Phase.BACKWARD and _is_save(op):
+            if self._phase is Phase.BACKWARD and is_save(op):
                 self._live(self._held[ref][0])
 
     def _operator(self, op: Operator) -> None:
@@ -194,7 +189,7 @@ class _Lives:
             self._read(ref, layout)
             for ref, layout in zip(op.operands, strategy.operands, strict=True)
         ]
-        aliases = bool(read) and (is_view(op) or op.target is _HUB)
+        aliases = bool(read) and (is_view(op) or is_hub(op))
         for ref in op.refs:
             layout = strategy.results[ref.index]
             if aliases:
@@ -205,7 +200,7 @@ class _Lives:
         if strategy.axes("vp") or strategy.axes("bn"):  # decomposed: one more value of its size
             sizes = [self._result_bytes(op, strategy, ref) for ref in op.refs]
             self._at_once(max(sizes, default=0.0))
-        if _is_save(op):
+        if is_save(op):
             self._kept.add(read[0])
 
     def _result_bytes(self, op: Operator, strategy: Strategy, ref: Ref) -> float:
@@ -228,7 +223,3 @@ class _Lives:
 
     def _at_once(self, nbytes: float) -> None:
         self._moments[self._time] = max(self._moments.get(self._time, 0.0), nbytes)
-
-
-def _is_save(op: Operator) -> bool:
-    return op.target is _HUB and op.name.endswith(_SAVE_SUFFIX)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.errors import LayoutError, PlanError
+from autopar.graph.hubs import insert_hubs, is_save
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -34,7 +35,6 @@ from autopar.layout import (
     parse_layout,
     replicated,
 )
-from autopar.lowering.hubs import insert_hubs, is_save
 from autopar.lowering.program import LocalProgram, Port
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.spmd import lower_program

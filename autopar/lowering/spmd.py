@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from autopar.graph.hubs import is_hub
 from autopar.graph.program import Operator, Ref, TensorMeta
 from autopar.layout import Dims, Layout, MeshSizes, local_shape
 from autopar.lowering.composites import Site, lower_call
 from autopar.lowering.emitter import Emitter
-from autopar.lowering.hubs import is_hub
 from autopar.lowering.program import LocalProgram, Port, check_program
 from autopar.lowering.shapes import check_shapes
 from autopar.sharding.rule import Call, Rule

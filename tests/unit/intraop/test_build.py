@@ -7,10 +7,10 @@ import random
 import pytest
 
 from autopar.errors import OptionError
+from autopar.graph.hubs import is_save
 from autopar.graph.program import InputKind, OutputKind, Phase
 from autopar.intraop.build import Part, StageContext, build_problem, parameter_choices
 from autopar.layout import coarsen, local_atoms
-from autopar.lowering.hubs import is_save
 from tests.unit.intraop.stages import costs_of, stage_of
 
 CONTEXT = StageContext(num_microbatches=4, in_flight=3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from autopar.graph.execute import run_graph
+from autopar.graph.hubs import insert_hubs, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Phase
-from autopar.lowering.hubs import insert_hubs, is_hub, is_save
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages
 from autopar.plan import Remat
