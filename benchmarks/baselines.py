@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from benchmarks.models import gpt, llama
@@ -73,7 +74,18 @@ BASELINES: Mapping[str, Callable[[Job], Step]] = {
 
 
 def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=device.type == "cuda")
+    """AdamW, fused on CUDA. DTensors and plain tensors, which one fused call cannot mix, are groups
+    of their own."""
+    mixed = list(parameters)
+    groups = [
+        [p for p in mixed if isinstance(p, DTensor)],
+        [p for p in mixed if not isinstance(p, DTensor)],
+    ]
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups if group],
+        lr=LEARNING_RATE,
+        fused=device.type == "cuda",
+    )
 
 
 def training_step(model: nn.Module, batch: Any) -> Step:
