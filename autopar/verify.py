@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,13 +125,14 @@ def verify_plan(
     else:
         scale = gradient_scale(single.gradients)
         parallel = process_step(processes, loss_fn, original, seed, dtype, scale)
-    errors = _compare(parallel, single)
+    updated = updated_buffers(graph)
+    errors = _compare(parallel, single, updated)
     against_eager = None
     if eager:
         quiet = without_dropout(graph)
         quiet_plan = replace(plan, graph=quiet.fingerprint())
         own = eager_step(model, state, plan.num_microbatches, loss_fn, dtype)
-        against_eager = _compare(parallel_step(quiet, state, quiet_plan, seed), own)
+        against_eager = _compare(parallel_step(quiet, state, quiet_plan, seed), own, updated)
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
     return VerifyReport(
         errors=errors,
@@ -153,6 +154,12 @@ class Step:
     gradients: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
+
+
+def updated_buffers(graph: Graph) -> frozenset[str]:
+    """Paths in the model of the buffers that a step changes."""
+    paths = {i.name: i.target for i in graph.inputs_of(InputKind.BUFFER)}
+    return frozenset(paths[out.target] for out in graph.outputs_of(OutputKind.BUFFER))
 
 
 def state_of(model: nn.Module, batch: Any) -> State:
@@ -361,21 +368,24 @@ def _updated(
     return Step(loss, gradients, buffers, updated)
 
 
-def _compare(got: Step, want: Step) -> Errors:
+def _compare(got: Step, want: Step, updated: Collection[str]) -> Errors:
+    """updated: paths of the buffers that the step changes; each must be on both sides."""
     worst: dict[str, str] = {}
     loss = relative_errors({"loss": got.loss}, {"loss": want.loss})
     kinds = {
         "gradient": relative_errors(got.gradients, want.gradients),
         "update": relative_errors(got.parameters, want.parameters),
-        "buffer": relative_errors(
-            got.buffers, {k: v for k, v in want.buffers.items() if k in got.buffers}
-        ),
+        "buffer": relative_errors(_only(got.buffers, updated), _only(want.buffers, updated)),
     }
     largest = {"loss": loss["loss"]}
     for kind, errors in kinds.items():
         name = max(errors, key=errors.__getitem__, default="")
         worst[kind], largest[kind] = name, errors.get(name, 0.0)
     return Errors(largest["loss"], largest["gradient"], largest["update"], largest["buffer"], worst)
+
+
+def _only(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:

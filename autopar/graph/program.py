@@ -99,12 +99,11 @@ class OutputKind(StrEnum):
     GRADIENT = "gradient"  # of the parameter input `target`
     BUFFER = "buffer"  # new value of the buffer input `target`
     SENT = "sent"  # read by another stage (only in stage graphs)
-    SAVED = "saved"  # kept from forward for backward (only in stage graphs)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphOutput:
-    """One output of the graph. target: name of the graph *input* it belongs to; for SENT and SAVED
+    """One output of the graph. target: name of the graph *input* it belongs to; for SENT
     the name of the value; "" for the loss."""
 
     kind: OutputKind

@@ -113,11 +113,6 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
     return replace(built.problem, edges=tuple(edges), edge_seconds=tuple(edges.values()))
 
 
-def _layouts(node: Node) -> tuple[Layout, ...]:
-    """Choices of a boundary value."""
-    return tuple(c for c in node.choices if not isinstance(c, (Strategy, ParameterChoice)))
-
-
 def _boundary_layouts(node: Node) -> tuple[Layout, ...]:
     """The layouts that a received or sent value can have."""
     return tuple(c for c in node.choices if not isinstance(c, Strategy | ParameterChoice))

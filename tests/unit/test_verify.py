@@ -12,11 +12,13 @@ from autopar.api import plan_model
 from autopar.errors import OptionError, PlanError
 from autopar.options import SearchOptions
 from autopar.runtime.interpreter import Shards
+from autopar.runtime.simulated import VirtualRun
 from autopar.runtime.virtual import VirtualCollectives
 from autopar.verify import (
     FLOOR,
     relative_errors,
     turn_dropout_off,
+    updated_buffers,
     verify_plan,
     without_dropout,
 )
@@ -63,6 +65,25 @@ def test_a_wrong_collective_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     report = verify_plan(model, batch, plan, eager=False)
     assert not report.ok
     assert report.errors.largest > 1e-4
+
+
+def test_a_lost_or_stale_buffer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch statistics that a program forgets to update, or that nobody returns."""
+    model, batch = ZOO["wide_resnet"]()
+    plan, graph = plan_model(model, batch, FAST, options=SearchOptions(num_stages=1))
+    path = sorted(updated_buffers(graph))[0]
+    right = VirtualRun.buffers
+
+    def stale(self: VirtualRun) -> dict[str, torch.Tensor]:
+        return {**right(self), path: dict(model.named_buffers())[path] + 7}
+
+    def lost(self: VirtualRun) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in right(self).items() if name != path}
+
+    for wrong in (stale, lost):
+        monkeypatch.setattr(VirtualRun, "buffers", wrong)
+        report = verify_plan(model, batch, plan, eager=False)
+        assert not report.ok and report.errors.worst["buffer"] == path
 
 
 def test_dropout_is_compared_on_and_off() -> None:
