@@ -12,13 +12,19 @@ from types import MappingProxyType
 
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
-from autopar.lowering.composites import batch_norm, means, sizes, vocabulary
+from autopar.lowering.composites import attention, batch_norm, means, sizes, vocabulary
 from autopar.lowering.composites.site import Lowering, Site
 
 __all__ = ["LOWERINGS", "Lowering", "Site", "lower_call"]
 
 LOWERINGS: Mapping[object, Lowering] = MappingProxyType(
-    {**sizes.LOWERINGS, **means.LOWERINGS, **vocabulary.LOWERINGS, **batch_norm.LOWERINGS}
+    {
+        **sizes.LOWERINGS,
+        **means.LOWERINGS,
+        **vocabulary.LOWERINGS,
+        **batch_norm.LOWERINGS,
+        **attention.LOWERINGS,
+    }
 )
 
 

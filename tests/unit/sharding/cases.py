@@ -187,6 +187,11 @@ def _attention() -> Iterator[Case]:
         out, lse = sdpa(q, k, v, bias, False, 0.5)
         args = (x(2, 8, 4, 4, seed=4), q, k, v, bias, out, lse, False, 0.5)
         yield Case(backward, args)
+        if bias is None or bias.shape[0] == 2:
+            out, lse = sdpa(q, k, v, bias, True, 0.5)
+            yield Case(sdpa, (q, k, v, bias, True, 0.5))
+            args = (x(2, 8, 4, 4, seed=4), q, k, v, bias, out, lse, True, 0.5)
+            yield Case(backward, args)
     yield Case(sdpa, (q, q, q, None, True, 0.5))
 
 
