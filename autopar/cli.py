@@ -281,6 +281,7 @@ def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
     import torch
 
     from autopar.api import parallelize
+    from autopar.graph.precision import Precision
     from autopar.models import load_model
     from autopar.report.console import training_bar
 
@@ -291,6 +292,7 @@ def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
         plan=job.plan,
         cluster=cluster_of(search.cluster),
         memory_budget=search.memory,
+        precision=Precision.parse(search.precision or "model"),
         options=search_options(search),
     )
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=job.lr)
