@@ -32,7 +32,7 @@ from autopar.errors import OptionError
 from autopar.graph.batch import microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
-from autopar.graph.precision import in_float64
+from autopar.graph.precision import in_float64, widened
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
 from autopar.plan import ParallelPlan
@@ -198,9 +198,7 @@ def _at_rest(state: State, graph: Graph) -> State:
 
 def _in_float64(state: State) -> State:
     def widen(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.double()
-        return value
+        return value.to(widened(value.dtype)) if isinstance(value, Tensor) else value
 
     return State(
         {k: widen(v) for k, v in state.parameters.items()},
@@ -236,12 +234,15 @@ def gradient_scale(gradients: Mapping[str, Tensor]) -> float:
 
 def parallel_step(graph: Graph, state: State, plan: ParallelPlan, seed: int) -> Step:
     """One step of the plan on the virtual mesh, optimizer included."""
-    run = VirtualRun(lower_plan(graph, plan), graph, state.parameters, state.buffers)
+    lowered = lower_plan(graph, plan)
+    run = VirtualRun(lowered, graph, state.parameters, state.buffers)
     result: StepResult = run.step(graph.batch_spec.tensors(state.batch), seed)
     scale = gradient_scale(result.gradients)
     run.attach(lambda parameters: make_optimizer(parameters, scale))
     run.update()
-    return Step(result.loss, result.gradients, result.buffers, run.parameters())
+    read = {p.owner for stage in lowered.stages for p in stage.parameters}
+    unread = {name: p for name, p in state.parameters.items() if name not in read}
+    return Step(result.loss, result.gradients, result.buffers, {**unread, **run.parameters()})
 
 
 def process_step(

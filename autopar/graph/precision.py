@@ -150,10 +150,11 @@ def reduced_after(graph: Graph) -> frozenset[str]:
 
 
 def in_float64(graph: Graph) -> Graph:
-    """Every float32 (also bfloat16 and float16) value, cast and constant as float64."""
+    """Every float32 (also bfloat16 and float16) value, cast and constant as float64, complex ones
+    likewise."""
 
     def meta(old: TensorMeta | None) -> TensorMeta | None:
-        return None if old is None else TensorMeta(old.shape, _widen(old.dtype))
+        return None if old is None else TensorMeta(old.shape, widened(old.dtype))
 
     operators = tuple(
         replace(
@@ -168,22 +169,25 @@ def in_float64(graph: Graph) -> Graph:
         replace(
             i,
             meta=meta(i.meta) or i.meta,
-            rest=None if i.rest is None else _widen(i.rest),
-            reduce=None if i.reduce is None else _widen(i.reduce),
+            rest=None if i.rest is None else widened(i.rest),
+            reduce=None if i.reduce is None else widened(i.reduce),
         )
         for i in graph.inputs
     )
-    constants = {k: v.to(_widen(v.dtype)) for k, v in graph.constants.items()}
+    constants = {k: v.to(widened(v.dtype)) for k, v in graph.constants.items()}
     return check_graph(replace(graph, inputs=inputs, operators=operators, constants=constants))
 
 
-def _widen(dtype: torch.dtype) -> torch.dtype:
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type of the same kind with 64-bit reals."""
+    if dtype.is_complex:
+        return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _map_dtypes(tree: Any) -> Any:
     if isinstance(tree, torch.dtype):
-        return _widen(tree)
+        return widened(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return tree
     if isinstance(tree, (tuple, list)):
