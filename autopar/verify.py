@@ -301,6 +301,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def single_step(graph: Graph, state: State, num_microbatches: int, seed: int) -> Step:
     """The captured graph run whole on each microbatch in turn, then the optimizer."""
+    return _updated(state, *single_gradients(graph, state, num_microbatches, seed))
+
+
+def single_gradients(
+    graph: Graph, state: State, num_microbatches: int, seed: int
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, gradients by owner and buffers by path of the same, before the optimizer."""
     owners = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
     paths = {i.name: i.target for i in graph.inputs_of(InputKind.BUFFER)}
     buffers = dict(state.buffers)
@@ -321,7 +328,7 @@ def single_step(graph: Graph, state: State, num_microbatches: int, seed: int) ->
                 gradients[owner] = value.clone() if old is None else old + value
             elif out.kind is OutputKind.BUFFER:
                 buffers[paths[out.target]] = value
-    return _updated(state, torch.stack(losses).mean(), gradients, buffers)
+    return torch.stack(losses).mean(), gradients, buffers
 
 
 def _graph_inputs(
