@@ -2,8 +2,8 @@
 
     python -m benchmarks.dropout            # GPT-2 and T5, 20 steps, virtual mesh
 
-Dropout of 0.1 everywhere, attention included. One device runs the captured graph of the whole batch;
-each plan runs on the virtual mesh, with another cut, mesh, number of microbatches or
+Dropout of 0.1 everywhere, attention included. One device runs the captured graph of the whole
+batch; each plan runs on the virtual mesh, with another cut, mesh, number of microbatches or
 rematerialisation.
 """
 
