@@ -16,15 +16,18 @@ as far from it as the single-device one. In float64 itself the two must agree as
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from autopar.api import graph_of_plan
@@ -32,6 +35,7 @@ from autopar.errors import OptionError
 from autopar.graph.batch import microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
+from autopar.graph.patches import replaced
 from autopar.graph.precision import in_float64, widened
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
@@ -49,6 +53,13 @@ TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 NARROW_SLACK = 4.0
 _DROPOUT = "autopar.dropout.default"
 _DROPOUT_P = 3  # position of the probability among its arguments
+# torch.nn.functional's functions that drop: position and name of the probability.
+_DROPOUT_FUNCTIONS: Mapping[str, tuple[int, str]] = {
+    **{f"dropout{rank}": (1, "p") for rank in ("", "1d", "2d", "3d")},
+    "alpha_dropout": (1, "p"),
+    "feature_alpha_dropout": (1, "p"),
+    "scaled_dot_product_attention": (4, "dropout_p"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,11 +365,11 @@ def eager_step(
     own = copy.deepcopy(model)
     own = own.double() if dtype == "float64" else own
     own.load_state_dict({**own.state_dict(), **state.buffers}, strict=False)
-    turn_dropout_off(own)
     losses = []
     for number in range(num_microbatches):
         part = microbatch_of(state.batch, num_microbatches, number)
-        loss = _eager_loss(own, part, loss_fn)
+        with no_dropout():
+            loss = _eager_loss(own, part, loss_fn)
         (loss / num_microbatches).backward()
         losses.append(loss.detach())
     gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
@@ -381,14 +392,25 @@ def _eager_loss(model: nn.Module, part: Any, loss_fn: LossFn | None) -> Tensor:
     return loss
 
 
-def turn_dropout_off(model: nn.Module) -> None:
-    """Sets every dropout probability of a model to 0: nn.Dropout modules, and numbers called so."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+@contextlib.contextmanager
+def no_dropout() -> Iterator[None]:
+    """torch's dropout functions run with probability 0, whoever holds the probability: a module, a
+    configuration, a number in the code."""
+    with contextlib.ExitStack() as stack:
+        for name, (position, keyword) in _DROPOUT_FUNCTIONS.items():
+            quiet = _with_zero(getattr(functional, name), position, keyword)
+            stack.enter_context(replaced(functional, name, quiet))
+        yield
+
+
+def _with_zero(function: Callable[..., Any], position: int, keyword: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > position:
+            return function(*args[:position], 0.0, *args[position + 1 :], **kwargs)
+        return function(*args, **{**kwargs, keyword: 0.0})
+
+    return quiet
 
 
 def _updated(
