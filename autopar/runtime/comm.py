@@ -308,6 +308,15 @@ class ProcessCollectives:
             raise InternalError(f"no collective {op!r}")
         return [functional.wait_tensor(result)]
 
+    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
+        """Waits for the device: how many rows go where must be known on the host."""
+        functional = torch.ops._c10d_functional
+        outgoing, incoming = torch.stack((sends[0], receives[0])).tolist()
+        shard = rows[0][: sum(outgoing)].contiguous()
+        name, _ = self._groups[axis]
+        result = functional.all_to_all_single(shard, incoming, outgoing, name)
+        return [functional.wait_tensor(result)]
+
 
 class ProcessTransport:
     """Tiles between the ranks of two stages, in the fixed order of the routes.
