@@ -12,6 +12,7 @@ size against the model's gradients means anything.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,6 +29,7 @@ from autopar.errors import OptionError
 from autopar.graph.batch import microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
+from autopar.graph.experts import experts_in_loops
 from autopar.graph.precision import in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
@@ -314,7 +316,8 @@ def _graph_inputs(
 def eager_step(
     model: nn.Module, state: State, num_microbatches: int, loss_fn: LossFn | None, dtype: str
 ) -> Step:
-    """The user's model with dropout 0, by autograd, then the optimizer. The model is copied."""
+    """The user's model with dropout 0, by autograd, then the optimizer. The model is copied. In
+    float64 transformers' experts run as loops."""
     own = copy.deepcopy(model)
     own = own.double() if dtype == "float64" else own
     own.load_state_dict({**own.state_dict(), **state.buffers}, strict=False)
@@ -322,7 +325,8 @@ def eager_step(
     losses = []
     for number in range(num_microbatches):
         part = microbatch_of(state.batch, num_microbatches, number)
-        loss = _eager_loss(own, part, loss_fn)
+        with experts_in_loops() if dtype == "float64" else contextlib.nullcontext():
+            loss = _eager_loss(own, part, loss_fn)
         (loss / num_microbatches).backward()
         losses.append(loss.detach())
     gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}

@@ -33,26 +33,45 @@ _ACTIVATIONS: Mapping[str, str] = {
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by nn.GELU.approximate
 
 
+Forward = Callable[..., Tensor]
+
+
 @contextlib.contextmanager
 def experts_as_operators() -> Iterator[None]:
-    """Nothing changes where transformers, or its experts interface, is not there."""
-    moe = sys.modules.get("transformers.integrations.moe")
-    interface: Any = getattr(moe, "ExpertsInterface", None)
+    """Inside, expert modules are traced as `autopar::experts`."""
+
+    def chosen(asked: Forward, _loop: Forward) -> Forward:
+        def forward(module: nn.Module, *operands: Any, **named: Any) -> Tensor:
+            if named or len(operands) != 3 or not _fits(module):
+                return asked(module, *operands, **named)
+            return _as_operator(module, *operands)
+
+        return forward
+
+    with _lookup(chosen):
+        yield
+
+
+@contextlib.contextmanager
+def experts_in_loops() -> Iterator[None]:
+    """Inside, expert modules run their own loop over experts, the only form of theirs that takes
+    float64."""
+    with _lookup(lambda _asked, loop: loop):
+        yield
+
+
+@contextlib.contextmanager
+def _lookup(chosen: Callable[[Forward, Forward], Forward]) -> Iterator[None]:
+    """The forward of an expert module is chosen(what it asks for, its own loop). Nothing changes
+    where transformers, or its experts interface, is not there."""
+    interface: Any = getattr(_interface_module(), "ExpertsInterface", None)
     if not hasattr(interface, "get_interface"):
         yield
         return
     lookup = interface.get_interface
 
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
-        asked = lookup(self, *args, **kwargs)
-
-        def forward(module: nn.Module, *operands: Any, **named: Any) -> Tensor:
-            if named or len(operands) != 3 or not _fits(module, moe):
-                found: Tensor = asked(module, *operands, **named)
-                return found
-            return _as_operator(module, *operands)
-
-        return forward
+    def get_interface(self: Any, name: str, default: Forward) -> Forward:
+        return chosen(lookup(self, name, default), default)
 
     interface.get_interface = get_interface
     try:
@@ -61,7 +80,11 @@ def experts_as_operators() -> Iterator[None]:
         interface.get_interface = lookup
 
 
-def _fits(module: nn.Module, moe: Any) -> bool:
+def _interface_module() -> Any:
+    return sys.modules.get("transformers.integrations.moe")
+
+
+def _fits(module: nn.Module) -> bool:
     """Concatenated gate and up (or up alone), down, a known activation, and nothing else: no bias,
     no gate or norm of the module's own."""
     gated = getattr(module, "has_gate", True)
@@ -70,7 +93,7 @@ def _fits(module: nn.Module, moe: Any) -> bool:
     return (
         _activation(module) is not None
         and not any(getattr(module, name, False) for name in extras)
-        and (not gated or own_gate in (None, getattr(moe, "_default_apply_gate", None)))
+        and (not gated or own_gate is getattr(_interface_module(), "_default_apply_gate", None))
         and (not gated or getattr(module, "is_concatenated", True))
         and all(
             isinstance(getattr(module, name, None), Tensor) and getattr(module, name).ndim == 3
