@@ -123,6 +123,6 @@ def _as_operator(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) ->
     rows, up, down = (t.to(dtype) for t in (x.reshape(-1, x.shape[-1]), up, down))
     flat = index.reshape(-1, index.shape[-1])
     out: Tensor = torch.ops.autopar.experts(
-        rows, flat, weight.reshape(flat.shape), up, down, str(_activation(module)), 0
+        rows, flat, weight.reshape(flat.shape), up, down, str(_activation(module)), 0, up.shape[0]
     )
     return out.reshape(x.shape).to(x.dtype)

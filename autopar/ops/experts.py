@@ -7,8 +7,8 @@
 
 Shapes: x [T, H], index [T, K] global expert numbers, weight [T, K], up [E, G, F, H] (G = 2: gate,
 then up), down [E, H, F]; out [T, H]. The experts that are here are first_expert to
-first_expert + E - 1; the rows of all others contribute zero. Backward computes z anew, so that
-nothing of the size of T K F is kept. No token is dropped and no slot is padded.
+first_expert + E - 1 of num_experts; the rows of all others contribute zero. Backward computes z
+anew, so that nothing of the size of T K F is kept. No token is dropped and no slot is padded.
 
 Rows are sorted by expert, so that each one is a matmul over its own run of rows: one grouped kernel
 where torch has it (CUDA, bf16), a loop otherwise. The rest of the module is what the exchange of
@@ -35,11 +35,11 @@ aten = torch.ops.aten
 
 define(
     "experts(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, str activation,"
-    " int first_expert) -> Tensor"
+    " int first_expert, int num_experts) -> Tensor"
 )
 define(
     "experts_backward(Tensor dout, Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down,"
-    " str activation, int first_expert)"
+    " str activation, int first_expert, int num_experts)"
     " -> (Tensor dx, Tensor dweight, Tensor dup, Tensor ddown)"
 )
 
@@ -71,8 +71,9 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 class _Runs:
     """Rows sorted by expert. order: slot t K + k of each row; counts: rows of each expert here.
 
-    lengths: counts on the host, and `order` is cut to the rows of experts here; None where the
-    grouped kernel runs, which reads counts on the device and leaves the last rows undefined.
+    lengths: counts on the host; None where the grouped kernel runs, which reads counts on the
+    device and leaves rows of no expert undefined. `order` is cut to the rows of experts here, but
+    where the grouped kernel has them all, which no host need wait for.
     """
 
     order: Tensor
@@ -80,12 +81,14 @@ class _Runs:
     lengths: list[int] | None
 
     @classmethod
-    def of(cls, index: Tensor, num_experts: int, first: int, *, grouped: bool) -> _Runs:
-        order, counts = sort_rows(index - first, num_experts)
-        if grouped:
-            return cls(order, counts, None)
-        lengths = counts.tolist()
-        return cls(order[: sum(lengths)], counts, lengths)
+    def of(cls, x: Tensor, index: Tensor, up: Tensor, first: int, num_experts: int) -> _Runs:
+        order, counts = sort_rows(index - first, up.shape[0])
+        if not _has_grouped_kernel(x, up):
+            lengths = counts.tolist()
+            return cls(order[: sum(lengths)], counts, lengths)
+        if up.shape[0] < num_experts:
+            order = order[: int(counts.sum())]
+        return cls(order, counts, None)
 
     def times(self, rows: Tensor, weights: Tensor) -> Tensor:
         """[R, A] x [E, A, B] -> [R, B]: each row with its expert's matrix."""
@@ -126,8 +129,9 @@ def _experts(
     down: Tensor,
     activation: str,
     first_expert: int,
+    num_experts: int,
 ) -> Tensor:
-    runs = _Runs.of(index, up.shape[0], first_expert, grouped=_has_grouped_kernel(x, up))
+    runs = _Runs.of(x, index, up, first_expert, num_experts)
     rows = take_rows(x, runs.order, index.shape[1])
     hidden = _hidden(_preactivation(runs, rows, up), ACTIVATIONS[activation])
     rows = runs.defined(runs.times(hidden, down.mT))
@@ -143,9 +147,10 @@ def _experts_backward(
     down: Tensor,
     activation: str,
     first_expert: int,
+    num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    runs = _Runs.of(index, up.shape[0], first_expert, grouped=_has_grouped_kernel(x, up))
+    runs = _Runs.of(x, index, up, first_expert, num_experts)
     slots = index.shape[1]
     rows, drows = take_rows(x, runs.order, slots), take_rows(dout, runs.order, slots)  # [R, H]
     scale = take_rows(weight.reshape(-1, 1), runs.order, 1)  # [R, 1]
@@ -232,7 +237,7 @@ def arrived_experts(counts: Tensor, rows: Tensor, num_sources: int) -> Tensor:
 
 
 def _experts_fake(
-    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, _first: int
+    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, *_: int
 ) -> Tensor:
     _check(x, index, weight, up, down, activation)
     return x.new_empty(x.shape)
@@ -261,15 +266,15 @@ def _check(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation, ctx.first = inputs
+    *tensors, ctx.activation, ctx.first, ctx.total = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _experts_grad(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     dx, dweight, dup, ddown = torch.ops.autopar.experts_backward(
-        dout, *ctx.saved_tensors, ctx.activation, ctx.first
+        dout, *ctx.saved_tensors, ctx.activation, ctx.first, ctx.total
     )
-    return dx, None, dweight, dup, ddown, None, None
+    return dx, None, dweight, dup, ddown, None, None, None
 
 
 for _key in ("CPU", "CUDA"):

@@ -76,7 +76,7 @@ def test_rows_that_go_to_their_experts_are_charged() -> None:
     """Twice T/4 K H elements along the axis, by the busiest device; its matmuls wait as well."""
     rows, index = torch.zeros(64, 32), torch.zeros(64, 2, dtype=torch.int64)
     args = (rows, index, torch.zeros(64, 2), torch.zeros(8, 2, 16, 32), torch.zeros(8, 32, 16))
-    sample = make_sample(torch.ops.autopar.experts.default, (*args, "silu", 0))
+    sample = make_sample(torch.ops.autopar.experts.default, (*args, "silu", 0, 8))
     metas = {
         ref: TensorMeta(tuple(t.shape), t.dtype)
         for ref, t in zip(sample.op.operands, sample.operands, strict=True)

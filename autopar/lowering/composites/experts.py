@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from autopar.graph.program import Ref
+from autopar.layout import Offset
 from autopar.lowering.composites.site import Lowering, Site
 from autopar.lowering.emitter import Emitter
 from autopar.lowering.program import CollectiveOp
@@ -81,42 +82,43 @@ def _sums(emit: Emitter, counts: Ref, shape: list[int]) -> Ref:
 
 
 def _experts(site: Site) -> tuple[Ref, ...]:
-    x, index, weight, up, down, activation, _ = site.args()
+    x, index, weight, up, down, activation, _, num_experts = site.args()
     if not site.strategy.axes(EXCHANGE):
-        return site.call_with({6: site.offset(site.call.operands[3], site.strategy.operands[3], 0)})
+        return site.call_with({6: _first_expert(site, 3)})
     emit, slots = site.emit, site.operand_shape(1)[1]
-    hops, local, (rows,) = _send(site, index, _num_experts(site, 3), [_Table(x, slots)])
-    once = _ones(emit, local, x)
-    out = emit.compute(site.op.target, rows, local, once, up, down, activation, 0)
-    out = _send_back(emit, hops, out)
-    return (emit.compute(combine_rows, out, hops[0].order, weight),)
+    hops, local, (rows,) = _send(site, index, num_experts, [_Table(x, slots)])
+    once = emit.compute(aten.type_as.default, emit.compute(aten.ones_like.default, local), x)
+    here = site.operand_shape(3)[0]
+    out = emit.compute(site.op.target, rows, local, once, up, down, activation, 0, here)
+    return (emit.compute(combine_rows, _send_back(emit, hops, out), hops[0].order, weight),)
 
 
 def _experts_backward(site: Site) -> tuple[Ref, ...]:
     """Weight gradients are those of all rows that came, from all devices of the axis."""
-    dout, x, index, weight, up, down, activation, _ = site.args()
+    dout, x, index, weight, up, down, activation, _, num_experts = site.args()
     if not site.strategy.axes(EXCHANGE):
-        return site.call_with({7: site.offset(site.call.operands[4], site.strategy.operands[4], 0)})
+        return site.call_with({7: _first_expert(site, 4)})
     emit, shape = site.emit, site.operand_shape(3)
     column = emit.compute(aten.reshape.default, weight, [-1, 1])
     tables = [_Table(dout, shape[1]), _Table(x, shape[1]), _Table(column, 1)]
-    hops, local, (drows, rows, scale) = _send(site, index, _num_experts(site, 4), tables)
-    first = emit.compute(site.op.target, drows, rows, local, scale, up, down, activation, 0)
-    dx, dweight, dup, ddown = (Ref(first.name, i) for i in range(4))
+    hops, local, (drows, rows, scale) = _send(site, index, num_experts, tables)
+    here = site.operand_shape(4)[0]
+    grads = emit.compute(site.op.target, drows, rows, local, scale, up, down, activation, 0, here)
+    dx, dweight, dup, ddown = (Ref(grads.name, i) for i in range(4))
     dx, dweight = (_send_back(emit, hops, ref) for ref in (dx, dweight))
-    order = hops[0].order
-    dx = emit.compute(combine_rows, dx, order, emit.compute(aten.ones_like.default, weight))
+    order, ones = hops[0].order, emit.compute(aten.ones_like.default, weight)
     dweight = emit.compute(unsort_rows, dweight, order)
-    return dx, emit.compute(aten.reshape.default, dweight, shape), dup, ddown
+    return (
+        emit.compute(combine_rows, dx, order, ones),
+        emit.compute(aten.reshape.default, dweight, shape),
+        dup,
+        ddown,
+    )
 
 
-def _num_experts(site: Site, up: int) -> int:
-    return site.call.shape(up)[0]
-
-
-def _ones(emit: Emitter, index: Ref, x: Ref) -> Ref:
-    """[R, 1] in the dtype of x."""
-    return emit.compute(aten.type_as.default, emit.compute(aten.ones_like.default, index), x)
+def _first_expert(site: Site, up: int) -> Offset:
+    """The number of the first expert of this shard."""
+    return site.offset(site.call.operands[up], site.strategy.operands[up], 0)
 
 
 LOWERINGS: Mapping[object, Lowering] = {

@@ -61,7 +61,7 @@ def test_equals_a_loop_over_tokens(dtype: torch.dtype, activation: str, parts: i
         t.double().detach().requires_grad_(t.is_floating_point()) if t.is_floating_point() else t
         for t in tensors
     ]
-    out = EXPERTS(*tensors, activation, 0)
+    out = EXPERTS(*tensors, activation, 0, NUM)
     want = by_token(*wide, REFERENCES[activation])
     assert out.is_contiguous() and out.dtype == dtype
     dout = torch.randn(out.shape, dtype=dtype)
@@ -76,7 +76,7 @@ def test_equals_a_loop_over_tokens(dtype: torch.dtype, activation: str, parts: i
 def test_gradcheck() -> None:
     x, index, weight, up, down = operands(torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *t: EXPERTS(t[0], index, *t[1:], "silu", 0), (x, weight, up, down)
+        lambda *t: EXPERTS(t[0], index, *t[1:], "silu", 0, NUM), (x, weight, up, down)
     )
 
 
@@ -84,17 +84,17 @@ def test_parts_of_the_experts_add_up() -> None:
     """Elsewhere counts zero, as do numbers that no expert has (a sentinel of transformers)."""
     x, index, weight, up, down = (t.detach() for t in operands(torch.float64))
     index[3] = NUM
-    whole = EXPERTS(x, index, weight, up, down, "gelu", 0)
+    whole = EXPERTS(x, index, weight, up, down, "gelu", 0, NUM)
     assert not whole[3].any()
     parts = [
-        EXPERTS(x, index, weight, up[a:b], down[a:b], "gelu", a) for a, b in ((0, 2), (2, NUM))
+        EXPERTS(x, index, weight, up[a:b], down[a:b], "gelu", a, NUM) for a, b in ((0, 2), (2, NUM))
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-13)
     backward = torch.ops.autopar.experts_backward
     dout = torch.randn_like(x)
-    dx, dweight, dup, ddown = backward(dout, x, index, weight, up, down, "gelu", 0)
+    dx, dweight, dup, ddown = backward(dout, x, index, weight, up, down, "gelu", 0, NUM)
     halves = [
-        backward(dout, x, index, weight, up[a:b], down[a:b], "gelu", a)
+        backward(dout, x, index, weight, up[a:b], down[a:b], "gelu", a, NUM)
         for a, b in ((0, 2), (2, NUM))
     ]
     torch.testing.assert_close(halves[0][0] + halves[1][0], dx, rtol=0, atol=1e-12)
@@ -107,7 +107,7 @@ def test_no_token() -> None:
     _, index, weight, up, down = (t.detach() for t in operands(torch.float64))
     none = torch.zeros(0, HIDDEN, dtype=torch.float64)
     grads = torch.ops.autopar.experts_backward(
-        none, none, index[:0], weight[:0], up, down, "silu", 0
+        none, none, index[:0], weight[:0], up, down, "silu", 0, NUM
     )
     assert [tuple(g.shape) for g in grads] == [(0, HIDDEN), (0, SLOTS), up.shape, down.shape]
     assert not any(g.any() for g in grads)
@@ -117,7 +117,7 @@ def test_flops_are_those_of_each_tokens_experts() -> None:
     tensors = operands(torch.float64)
     row = 3 * WIDTH * HIDDEN  # multiply-adds: gate, up, down
     with FlopCounterMode(display=False) as counter:
-        EXPERTS(*tensors, "silu", 0).sum().backward()
+        EXPERTS(*tensors, "silu", 0, NUM).sum().backward()
     again = 2 * WIDTH * HIDDEN  # z, in backward
     assert counter.get_total_flops() == 2 * TOKENS * SLOTS * (3 * row + again)
 
@@ -133,4 +133,5 @@ def test_shapes_are_checked() -> None:
             up.to("meta"),
             "silu",
             0,
+            NUM,
         )

@@ -196,7 +196,7 @@ def _experts() -> Iterator[Case]:
     weight = positive(8, 2)
     for parts in (2, 1):
         up, down = x(8, parts, 4, 4, seed=1), x(8, 4, 4, seed=2)
-        args = (tokens, index + (index >= 3), weight, up, down, "silu", 0)
+        args = (tokens, index + (index >= 3), weight, up, down, "silu", 0, 8)
         yield Case(torch.ops.autopar.experts.default, args)
         yield Case(torch.ops.autopar.experts_backward.default, (x(8, 4, seed=3), *args))
 
