@@ -80,6 +80,7 @@ def _sdpa_cpu(
 ) -> tuple[Tensor, Tensor]:
     if not _has_cpu_flash(q, v):
         return sdpa_math(q, k, v, bias, causal, scale)
+    q, k, v = map(_with_dense_rows, (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -101,6 +102,7 @@ def _sdpa_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_cpu_flash(q, v):
         return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale)
+    q, k, v, out = map(_with_dense_rows, (q, k, v, out))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -160,6 +162,11 @@ def _sum_heads(x: Tensor, groups: int) -> Tensor:
 def _has_cpu_flash(q: Tensor, v: Tensor) -> bool:
     """torch's CPU kernel has one width for keys and values, and no empty tensors."""
     return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """torch's CPU kernel reads the last dim as if its stride were 1, whatever it is."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

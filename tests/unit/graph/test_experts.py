@@ -36,6 +36,14 @@ def test_equals_the_grouped_form(name: str) -> None:
     assert operators(graph) == ["experts", "experts_backward"]
 
 
+def test_a_second_capture_is_the_first() -> None:
+    """transformers installs hooks that collect router logits in a model's first forward."""
+    model, batch = mixtral(num_hidden_layers=1)
+    first = capture_graph(model, batch)
+    assert first.fingerprint() == capture_graph(model, batch).fingerprint()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_equals_the_modules_own_loop_in_float64() -> None:
     model, batch = mixtral(num_hidden_layers=1)
     with experts_in_loops():
