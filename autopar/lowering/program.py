@@ -56,7 +56,8 @@ class Exchange:
     """Rows change devices along an axis: an all-to-all of runs of rows of any lengths.
 
     sends[i]: how many rows go to coordinate i, in order, from the first row on; what is left stays
-    behind. receives[i]: how many come from coordinate i, in that order. Both int64 [axis size].
+    behind. receives[i]: how many come from coordinate i, in that order. Both int64 [axis size], on
+    the host.
     """
 
     name: str

@@ -205,6 +205,12 @@ def sort_rows(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(sorted_, edges).diff()
 
 
+def rows_per_device(counts: Tensor, num_devices: int) -> Tensor:
+    """[num_devices], on the host, which must know where to cut the rows. counts: by device, then
+    expert."""
+    return counts.reshape(num_devices, -1).sum(1).cpu()
+
+
 def take_rows(rows: Tensor, order: Tensor, slots: int) -> Tensor:
     """[T, A] -> [R, A]: the token of each slot."""
     return rows.index_select(0, order // slots)

@@ -311,9 +311,8 @@ class ProcessCollectives:
         return [functional.wait_tensor(result)]
 
     def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
-        """Waits for the device: how many rows go where must be known on the host."""
         functional = torch.ops._c10d_functional
-        outgoing, incoming = torch.stack((sends[0], receives[0])).tolist()
+        outgoing, incoming = sends[0].tolist(), receives[0].tolist()
         shard = rows[0][: sum(outgoing)].contiguous()
         name, _ = self._groups[axis]
         result = functional.all_to_all_single(shard, incoming, outgoing, name)

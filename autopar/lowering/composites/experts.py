@@ -19,7 +19,14 @@ from autopar.layout import Offset
 from autopar.lowering.composites.site import Lowering, Site
 from autopar.lowering.emitter import Emitter
 from autopar.lowering.program import CollectiveOp
-from autopar.ops.experts import arrived_experts, combine_rows, sort_rows, take_rows, unsort_rows
+from autopar.ops.experts import (
+    arrived_experts,
+    combine_rows,
+    rows_per_device,
+    sort_rows,
+    take_rows,
+    unsort_rows,
+)
 from autopar.sharding.rules.experts import EXCHANGE
 
 aten = torch.ops.aten
@@ -56,7 +63,7 @@ def _send(
         order = emit.compute(sort_rows, index, experts)
         counts = Ref(order.name, 1)
         arriving = emit.communicate(CollectiveOp.ALL_TO_ALL, counts, axis)
-        sends, receives = (_sums(emit, ref, [size, here]) for ref in (counts, arriving))
+        sends, receives = (emit.compute(rows_per_device, c, size) for c in (counts, arriving))
         hops.append(_Hop(axis, order, sends, receives))
         picked = [emit.compute(take_rows, r, order, n) for r, n in zip(rows, slots, strict=True)]
         rows = [emit.exchange(r, sends, receives, axis) for r in picked]
@@ -72,13 +79,6 @@ def _send_back(emit: Emitter, hops: Sequence[_Hop], rows: Ref) -> Ref:
         if number:
             rows = emit.compute(unsort_rows, rows, hop.order)
     return rows
-
-
-def _sums(emit: Emitter, counts: Ref, shape: list[int]) -> Ref:
-    """Rows per coordinate."""
-    return emit.compute(
-        aten.sum.dim_IntList, emit.compute(aten.reshape.default, counts, shape), [1]
-    )
 
 
 def _experts(site: Site) -> tuple[Ref, ...]:
