@@ -1,6 +1,7 @@
 """Program facts to seconds and bytes: what operators and reshards cost on one logical mesh.
 
-    operator   roofline of its local FLOPs and bytes, plus the collectives that a composite adds
+    operator   roofline of its local FLOPs and bytes, plus the collectives that a composite adds;
+               experts that are sharded wait for the device with the most rows
     reshard    the affine costs of its steps (sharding.reshard), and the copies that transposes need
     parameter  once-per-step gather and optimizer, bytes at rest
 
@@ -24,6 +25,7 @@ from autopar.layout import Layout, num_shards
 from autopar.mesh import LogicalMesh
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.rule import Call
+from autopar.sharding.rules.experts import EXCHANGE
 from autopar.sharding.strategy import Strategy
 from cost_models import (
     AffineCost,
@@ -55,6 +57,17 @@ _COMPOSITE_REDUCES: Mapping[object, int] = {
     _aten._log_softmax_backward_data.default: 1,
     _aten._native_batch_norm_legit_functional.default: 2,
     _aten.native_batch_norm_backward.default: 2,
+}
+
+
+# Rows on the busiest device over their mean, where experts are sharded. An assumption: models train
+# with a loss that balances their routing, which keeps it near even, not even.
+EXPERT_IMBALANCE = 1.2
+
+# operator -> (position of x, tables of its width that an exchange sends, and that it sends back)
+_EXCHANGED: Mapping[object, tuple[int, int, int]] = {
+    torch.ops.autopar.experts.default: (0, 1, 1),
+    torch.ops.autopar.experts_backward.default: (1, 2, 1),
 }
 
 
@@ -104,7 +117,7 @@ class MeshCosts:
         splits = np.array([s.num_splits for s in choices], dtype=np.float64)
         local_bytes = self._local_bytes(op, choices, metas)
         if is_contraction(op):
-            flops = operator_flops(op, metas) / splits
+            flops = operator_flops(op, metas) / splits * self._imbalance(op, choices)
             name = dtype_name(call.dtypes[0])
             seconds = matmul_s(flops, local_bytes, name, self.device)
         else:
@@ -132,9 +145,36 @@ class MeshCosts:
             out[index] = total * scale
         return out
 
+    def _imbalance(self, op: Operator, choices: Sequence[Strategy]) -> FloatArray:
+        """FLOPs of the busiest device over their mean."""
+        sharded = np.zeros(len(choices), dtype=bool)
+        if op.target in _EXCHANGED:
+            up = _EXCHANGED[op.target][0] + 3
+            sharded[:] = [0 in strategy.operands[up] for strategy in choices]
+        return np.where(sharded, EXPERT_IMBALANCE, 1.0)
+
+    def _exchange_seconds(
+        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+    ) -> FloatArray:
+        """Rows to their experts and back. A device sends one row per slot of its tokens, along each
+        axis that exchanges; the counts before, and the routing weights beside, cost a latency."""
+        x, sent, returned = _EXCHANGED[op.target]
+        rows, index = metas[op.operands[x]], metas[op.operands[x + 1]]
+        nbytes = rows.nbytes * index.shape[1] * EXPERT_IMBALANCE
+        small = 2 * sent - 1  # counts; in backward also the weights, and their gradients
+        out = np.zeros(len(choices))
+        for number, strategy in enumerate(choices):
+            local = nbytes / num_shards(strategy.operands[x], self.mesh.axis_sizes)
+            for axis in strategy.axes(EXCHANGE):
+                cost = self._collective(CollectiveKind.ALL_TO_ALL, axis)
+                out[number] += (sent + returned) * cost.seconds(local) + small * cost.seconds(0)
+        return out
+
     def _composite_seconds(
         self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
     ) -> FloatArray:
+        if op.target in _EXCHANGED:
+            return self._exchange_seconds(op, choices, metas)
         count = _COMPOSITE_REDUCES.get(op.target, 0)
         out = np.zeros(len(choices))
         if not count:

@@ -35,6 +35,7 @@ from autopar.errors import OptionError
 from autopar.graph.batch import microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.execute import run_graph
+from autopar.graph.experts import experts_in_loops
 from autopar.graph.patches import replaced
 from autopar.graph.precision import in_float64, widened
 from autopar.graph.program import Graph, InputKind, OutputKind
@@ -361,14 +362,16 @@ def _graph_inputs(
 def eager_step(
     model: nn.Module, state: State, num_microbatches: int, loss_fn: LossFn | None, dtype: str
 ) -> Step:
-    """The user's model with dropout 0, by autograd, then the optimizer. The model is copied."""
+    """The user's model with dropout 0, by autograd, then the optimizer. The model is copied. In
+    float64 transformers' experts run as loops."""
     own = copy.deepcopy(model)
     own = own.double() if dtype == "float64" else own
     own.load_state_dict({**own.state_dict(), **state.buffers}, strict=False)
     losses = []
     for number in range(num_microbatches):
         part = microbatch_of(state.batch, num_microbatches, number)
-        with no_dropout():
+        loops = experts_in_loops() if dtype == "float64" else contextlib.nullcontext()
+        with no_dropout(), loops:
             loss = _eager_loss(own, part, loss_fn)
         (loss / num_microbatches).backward()
         losses.append(loss.detach())

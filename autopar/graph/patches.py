@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import autopar.ops  # noqa: F401  (registers autopar::sdpa)
 from autopar.graph.autocast import cuda_regions_on_cpu
+from autopar.graph.experts import experts_as_operators
 
 aten = torch.ops.aten
 
@@ -40,6 +41,7 @@ def capture_patches(model: nn.Module, *, packed_sequences: bool) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         stack.enter_context(_compiling())
         stack.enter_context(replaced(functional, "scaled_dot_product_attention", traced_sdpa))
+        stack.enter_context(experts_as_operators())
         stack.enter_context(_no_activation_checkpointing())
         stack.enter_context(_no_key_value_cache(model))
         stack.enter_context(cuda_regions_on_cpu())

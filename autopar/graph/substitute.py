@@ -58,9 +58,14 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _substituted(model: nn.Module, state: Convert, attribute: Convert) -> Iterator[None]:
-    """Convert each tensor once, so that tied weights stay one object. Restores all attributes."""
+    """Convert each tensor once, so that tied weights stay one object. Restores all attributes, and
+    what they hold where they are dicts: parameters, buffers, and hooks, which libraries install in
+    a first forward."""
     modules = list(model.modules())
-    saved = [(dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    saved = [
+        (dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)})
+        for m in modules
+    ]
     memo: dict[int, Tensor] = {}
     try:
         for module in modules:
@@ -76,11 +81,10 @@ def _substituted(model: nn.Module, state: Convert, attribute: Convert) -> Iterat
                     module.__dict__[name] = _attribute(value, attribute, memo)
         yield
     finally:
-        for module, (attributes, parameters, buffers) in zip(modules, saved, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
+        for module, (attributes, contents) in zip(modules, saved, strict=True):
+            _refill(module.__dict__, attributes)
+            for name, content in contents.items():
+                _refill(attributes[name], content)
 
 
 def _refill(target: dict[str, Any], content: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ copy in it, made once. So do the values that leave a phase:
     transient = max over both phases and moments of  (alive - saved - gradients, where counted)
 
 At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`.
-Bytes per device; workspaces inside a kernel are not counted. O(values log values).
+Bytes per device; of workspaces inside a kernel only those of experts are counted. O(values log
+values).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from autopar.estimate import local_bytes
 from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
+from autopar.intraop.workspace import workspace_bytes
 from autopar.layout import Layout, num_shards
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
@@ -200,6 +202,7 @@ class _Lives:
         if strategy.axes("vp") or strategy.axes("bn"):  # decomposed: one more value of its size
             sizes = [self._result_bytes(op, strategy, ref) for ref in op.refs]
             self._at_once(max(sizes, default=0.0))
+        self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
         if is_save(op):
             self._kept.add(read[0])
 

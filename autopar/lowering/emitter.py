@@ -12,7 +12,7 @@ import torch
 
 from autopar.graph.program import Ref
 from autopar.layout import Dims, Layout, MeshSizes, Offset, atom_offsets, local_atoms, local_shape
-from autopar.lowering.program import CollectiveOp, Communicate, Compute, Instruction
+from autopar.lowering.program import CollectiveOp, Communicate, Compute, Exchange, Instruction
 from autopar.sharding.reshard import Step, StepKind, reshard_steps
 
 aten = torch.ops.aten
@@ -38,6 +38,11 @@ class Emitter:
     def communicate(self, op: CollectiveOp, operand: Ref, axis: int, reduce: str = "sum") -> Ref:
         name = f"{self.origin}_{op}_{len(self.body)}"
         self.body.append(Communicate(name, op, operand, axis, reduce, self.origin))
+        return Ref(name)
+
+    def exchange(self, rows: Ref, sends: Ref, receives: Ref, axis: int) -> Ref:
+        name = f"{self.origin}_exchange_{len(self.body)}"
+        self.body.append(Exchange(name, rows, sends, receives, axis, self.origin))
         return Ref(name)
 
     def all_reduce(self, operand: Ref, axes: tuple[int, ...], reduce: str = "sum") -> Ref:

@@ -1,7 +1,8 @@
 """Local programs: what one rank of a stage runs, the same text for all ranks.
 
 Operators have local shapes in their arguments; an integer that differs between ranks is an Offset.
-Collectives name a mesh axis and work on dim 0, as functional collectives do.
+Collectives name a mesh axis and work on dim 0, as functional collectives do. Shapes are static but
+between two exchanges of rows, whose numbers are values.
 """
 
 from __future__ import annotations
@@ -50,7 +51,24 @@ class Communicate:
     origin: str = ""
 
 
-Instruction = Compute | Communicate
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Rows change devices along an axis: an all-to-all of runs of rows of any lengths.
+
+    sends[i]: how many rows go to coordinate i, in order, from the first row on; what is left stays
+    behind. receives[i]: how many come from coordinate i, in that order. Both int64 [axis size], on
+    the host.
+    """
+
+    name: str
+    rows: Ref
+    sends: Ref
+    receives: Ref
+    axis: int
+    origin: str = ""
+
+
+Instruction = Compute | Communicate | Exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,8 @@ class LocalProgram:
 def reads_of(instruction: Instruction) -> tuple[Ref, ...]:
     if isinstance(instruction, Communicate):
         return (instruction.operand,)
+    if isinstance(instruction, Exchange):
+        return (instruction.rows, instruction.sends, instruction.receives)
     return tuple(iter_refs((instruction.args, dict(instruction.kwargs))))
 
 

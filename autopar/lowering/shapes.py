@@ -2,7 +2,8 @@
 
 The program is played once on fake tensors, at the coordinates of the first rank; each result of a
 graph operator must have the local shape that its layout says, and so must every output. A layout
-that two neighbours read differently shows here, before any device sees it. O(instructions).
+that two neighbours read differently shows here, before any device sees it. Exchanges of rows are
+played as if every device received as many rows as it sends. O(instructions).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.layout import MeshSizes, Offset, local_shape
-from autopar.lowering.program import CollectiveOp, Communicate, LocalProgram
+from autopar.lowering.program import CollectiveOp, Communicate, Exchange, LocalProgram
 
 Shape = tuple[int, ...]
 
@@ -35,6 +36,9 @@ def check_shapes(program: LocalProgram, expected: Mapping[Ref, Shape], mesh: Mes
             if isinstance(instruction, Communicate):
                 operand = _value(values, instruction.operand)
                 values[instruction.name] = _collective(instruction, operand, mesh)
+                continue
+            if isinstance(instruction, Exchange):
+                values[instruction.name] = torch.empty_like(_value(values, instruction.rows))
                 continue
             args = _bind(instruction.args, values, origin)
             kwargs = _bind(dict(instruction.kwargs), values, origin)

@@ -1,10 +1,11 @@
 """Operators of our own. Importing this package registers them with torch."""
 
 from autopar.ops import attention as _attention
+from autopar.ops import experts as _experts
 from autopar.ops import hub as _hub
 from autopar.ops import partial as _partial
 from autopar.ops import random as _random
 
 __all__: list[str] = []
 
-del _attention, _hub, _partial, _random
+del _attention, _experts, _hub, _partial, _random

@@ -240,7 +240,9 @@ def connect_stage(world: World, lowered: LoweredPlan) -> StageComm:
     return StageComm(
         stage=index,
         rank=rank,
-        collectives=ProcessCollectives(tuple(g.group_name for g in axis_groups[index]), stage),
+        collectives=ProcessCollectives(
+            [group.group_name for group in axis_groups[index]], stage.mesh.axis_sizes
+        ),
         transport=ProcessTransport(lowered.stages, index, rank, pairs, world.device),
         mesh=mesh,
     )
@@ -287,8 +289,8 @@ def _new_group(world: World, ranks: Sequence[int], name: str) -> dist.ProcessGro
 class ProcessCollectives:
     """Collectives of one rank, as functional collectives on the groups of its mesh axes."""
 
-    def __init__(self, group_names: Sequence[str], stage: LoweredStage) -> None:
-        self._groups = tuple(zip(group_names, stage.mesh.axis_sizes, strict=True))
+    def __init__(self, group_names: Sequence[str], axis_sizes: Sequence[int]) -> None:
+        self._groups = tuple(zip(group_names, axis_sizes, strict=True))
 
     def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
         functional = torch.ops._c10d_functional
@@ -306,6 +308,14 @@ class ProcessCollectives:
             result = functional.all_to_all_single(shard, rows, rows, name)
         else:
             raise InternalError(f"no collective {op!r}")
+        return [functional.wait_tensor(result)]
+
+    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
+        functional = torch.ops._c10d_functional
+        outgoing, incoming = sends[0].tolist(), receives[0].tolist()
+        shard = rows[0][: sum(outgoing)].contiguous()
+        name, _ = self._groups[axis]
+        result = functional.all_to_all_single(shard, incoming, outgoing, name)
         return [functional.wait_tensor(result)]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autopar.graph.program import Ref
 from autopar.layout import Offset
-from autopar.lowering.program import Communicate, LocalProgram
+from autopar.lowering.program import Communicate, Exchange, LocalProgram
 
 Shards = list[Tensor]
 
@@ -23,6 +23,8 @@ class Collectives(Protocol):
     """Collectives over one axis of one stage's mesh, on the shards that this process plays."""
 
     def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards: ...
+
+    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards: ...
 
 
 class ProgramPlayer(Protocol):
@@ -64,6 +66,13 @@ class InterpretedProgram:
                     _read(values, instruction.operand),
                     instruction.axis,
                     instruction.reduce,
+                )
+            elif isinstance(instruction, Exchange):
+                values[instruction.name] = self._collectives.exchange(
+                    _read(values, instruction.rows),
+                    _read(values, instruction.sends),
+                    _read(values, instruction.receives),
+                    instruction.axis,
                 )
             else:
                 values[instruction.name] = [

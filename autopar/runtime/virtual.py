@@ -41,6 +41,26 @@ class VirtualCollectives:
                 results[rank] = result
         return [r for r in results if r is not None]
 
+    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
+        """VerificationError where a rank would get another number of rows than it expects."""
+        results = list(rows)
+        for group in self._mesh.groups(axis):
+            runs = [_runs(rows[rank], sends[rank]) for rank in group]
+            for number, rank in enumerate(group):
+                parts = [run[number] for run in runs]
+                expected = receives[rank].tolist()
+                if [len(part) for part in parts] != expected:
+                    raise VerificationError(
+                        f"rank {rank} gets runs of {[len(p) for p in parts]} rows, not {expected}"
+                    )
+                results[rank] = torch.cat(parts)
+        return results
+
+
+def _runs(rows: torch.Tensor, lengths: torch.Tensor) -> Shards:
+    sizes: list[int] = lengths.tolist()
+    return list(rows[: sum(sizes)].split(sizes))
+
 
 def _collective(op: str, members: Shards, reduce: str) -> Shards:
     n = len(members)

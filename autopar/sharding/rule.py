@@ -79,6 +79,7 @@ class Factor:
     operands:  per operand an atom number, REPLICATE or PARTIAL; results likewise.
     splits:    the work is divided by the axis; False where every device does all of it.
     lowering:  name of the composite lowering, "" where local calls suffice.
+    shares:    name of another factor with whose axes it may divide an atom, "" for none.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Factor:
     results: tuple[int, ...]
     splits: bool = True
     lowering: str = ""
+    shares: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Strategies: the ways in which a logical mesh can run one operator.
 
 A strategy gives each mesh axis to one factor of the operator's rule, or to none. It is valid where
-every atom is named by one factor only and is divided by the axes on it, and no factor gets more
-shards than its size allows. Layouts of operands and results follow from the factors.
+every atom is named by one factor only (or by two that may share it) and is divided by the axes on
+it, and no factor gets more shards than its size allows. Layouts of operands and results follow from
+the factors.
 """
 
 from __future__ import annotations
@@ -91,14 +92,15 @@ def _is_valid(rule: Rule, strategy: Strategy, operands: tuple[Dims, ...], mesh: 
 def _atoms_agree(
     dims: Dims, layout: Layout, factors: Sequence[Factor | None], mesh: MeshSizes
 ) -> bool:
-    """Each atom is named by one factor only and divided evenly."""
+    """Each atom is named by one factor only, or by two that may share it, and divided evenly."""
     owner: dict[int, str] = {}
     shards: dict[int, int] = {}
     atoms = flat_atoms(dims)
     for placement, factor, size in zip(layout, factors, mesh, strict=True):
         if placement < 0 or factor is None:
             continue
-        if owner.setdefault(placement, factor.name) != factor.name:
+        name = factor.shares or factor.name
+        if owner.setdefault(placement, name) != name:
             return False
         shards[placement] = shards.get(placement, 1) * size
         if atoms[placement] % shards[placement]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.estimate import MeshCosts, OptimizerModel, local_bytes, local_numel
+from autopar.estimate import EXPERT_IMBALANCE, MeshCosts, OptimizerModel, local_bytes, local_numel
 from autopar.graph.program import TensorMeta
 from autopar.graph.work import is_view
 from autopar.mesh import LogicalMesh
+from autopar.sharding.registry import rule_for
 from autopar.sharding.strategy import strategies
 from cost_models import Cluster, CollectiveKind, collective_coefficients
+from tests.oracles import make_sample
 from tests.unit.intraop.stages import costs_of, stage_of
 
 PARTIAL, REPLICATE = -2, -1
@@ -68,3 +70,23 @@ def test_optimizers() -> None:
     adam, sgd = MeshCosts(cluster, mesh), MeshCosts(cluster, mesh, OptimizerModel(0.0, 12.0))
     assert adam.optimizer_seconds(1e6) == pytest.approx(28 / 12 * sgd.optimizer_seconds(1e6))
     assert adam.receive_seconds(2e8) > adam.receive_seconds(1e8) > 0
+
+
+def test_rows_that_go_to_their_experts_are_charged() -> None:
+    """Twice T/4 K H elements along the axis, by the busiest device; its matmuls wait as well."""
+    rows, index = torch.zeros(64, 32), torch.zeros(64, 2, dtype=torch.int64)
+    args = (rows, index, torch.zeros(64, 2), torch.zeros(8, 2, 16, 32), torch.zeros(8, 32, 16))
+    sample = make_sample(torch.ops.autopar.experts.default, (*args, "silu", 0, 8))
+    metas = {
+        ref: TensorMeta(tuple(t.shape), t.dtype)
+        for ref, t in zip(sample.op.operands, sample.operands, strict=True)
+    }
+    costs = costs_of((4,))
+    choices = strategies(rule_for(sample.call), sample.call.operands, (4,))
+    seconds = costs.operator_seconds(sample.op, sample.call, choices, metas)
+    by_name = dict(zip((s.text for s in choices), seconds, strict=True))
+    link = costs.mesh.link(0, costs.cluster)
+    exchange = collective_coefficients(CollectiveKind.ALL_TO_ALL, 4, link)
+    moved = exchange.seconds(rows.nbytes / 4 * 2 * EXPERT_IMBALANCE)
+    assert by_name["x"] > 2 * moved + exchange.seconds(0)
+    assert by_name["-"] > by_name["e"] and by_name["x"] > by_name["t"]

@@ -2,7 +2,7 @@
 
 Constants that hold sizes become local ones; positions and masks get the offset of the shard;
 composites add collectives of their own (vocab-parallel loss and embedding, batch norm over a
-sharded batch) or divide by a global count.
+sharded batch, rows that go to their experts) or divide by a global count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
-from autopar.lowering.composites import attention, batch_norm, means, sizes, vocabulary
+from autopar.lowering.composites import attention, batch_norm, experts, means, sizes, vocabulary
 from autopar.lowering.composites.site import Lowering, Site
 
 __all__ = ["LOWERINGS", "Lowering", "Site", "lower_call"]
@@ -24,6 +24,7 @@ LOWERINGS: Mapping[object, Lowering] = MappingProxyType(
         **vocabulary.LOWERINGS,
         **batch_norm.LOWERINGS,
         **attention.LOWERINGS,
+        **experts.LOWERINGS,
     }
 )
 

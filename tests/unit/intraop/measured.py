@@ -38,6 +38,9 @@ class LonelyRank:
             return [mine[: len(mine) // n].clone()]
         return [mine.clone()]
 
+    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
+        return [rows[0][: int(sends[0].sum())].clone()]
+
 
 class NoTransport:
     def send(self, transfers: Any, values: Any) -> None:

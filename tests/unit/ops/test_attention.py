@@ -129,3 +129,20 @@ def test_bad_heads_are_refused() -> None:
     q, k, v = (t.to("meta") for t in qkv(torch.float32, heads=3))
     with pytest.raises(ValueError, match="multiple"):
         SDPA(q, k, v, None, False, 0.3)
+
+
+@pytest.mark.parametrize("transposed", range(4))
+def test_any_strides(transposed: int) -> None:
+    """A gather along the head dim may leave it with another stride than 1."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, 4, 6, 4, dtype=torch.float64, generator=generator) for _ in range(4)
+    )
+    out, lse = SDPA(q, k, v, None, False, 0.3)
+    want = (out, *torch.ops.autopar.sdpa_backward(dout, q, k, v, None, out, lse, False, 0.3))
+    tensors = [q, k, v, out]
+    tensors[transposed] = tensors[transposed].mT.contiguous().mT
+    q, k, v, out = tensors
+    grads = torch.ops.autopar.sdpa_backward(dout, q, k, v, None, out, lse, False, 0.3)
+    for got, value in zip((SDPA(q, k, v, None, False, 0.3)[0], *grads), want, strict=True):
+        torch.testing.assert_close(got, value, rtol=0, atol=1e-14)

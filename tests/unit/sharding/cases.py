@@ -204,6 +204,17 @@ def _attention() -> Iterator[Case]:
     yield Case(sdpa, (q, q, q, None, True, 0.5))
 
 
+def _experts() -> Iterator[Case]:
+    """Expert 3 is nobody's choice."""
+    tokens, index = x(8, 4), positive(8, 7).argsort(1)[:, :2]
+    weight = positive(8, 2)
+    for parts in (2, 1):
+        up, down = x(8, parts, 4, 4, seed=1), x(8, 4, 4, seed=2)
+        args = (tokens, index + (index >= 3), weight, up, down, "silu", 0, 8)
+        yield Case(torch.ops.autopar.experts.default, args)
+        yield Case(torch.ops.autopar.experts_backward.default, (x(8, 4, seed=3), *args))
+
+
 def _indexing() -> Iterator[Case]:
     weight, tokens = x(8, 4), ints(8, 4, 2)
     yield Case(aten.embedding.default, (weight, tokens))
@@ -419,6 +430,7 @@ def all_cases() -> Sequence[Case]:
         _reductions,
         _normalisation,
         _attention,
+        _experts,
         _indexing,
         _losses,
         _slicing,

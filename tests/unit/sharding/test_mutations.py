@@ -107,6 +107,11 @@ IMAGE, KERNEL = x(4, 4, 5, 5), x(8, 4, 3, 3, seed=1)
 PADS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 NORM = (x(4, 8, 3), x(8, seed=1), x(8, seed=2), x(8, seed=3), positive(8), True, 0.1, 1e-5)
 Q = x(2, 4, 8, 4)
+ROUTED = (x(8, 4), ints(8, 8, 2), positive(8, 2), x(8, 2, 4, 4, seed=1), x(8, 4, 4, seed=2))
+EXPERTS = Case(torch.ops.autopar.experts.default, (*ROUTED, "silu", 0, 8))
+EXPERTS_BACKWARD = Case(
+    torch.ops.autopar.experts_backward.default, (x(8, 4, seed=3), *ROUTED, "silu", 0, 8)
+)
 DENSE = aten.embedding_dense_backward.default
 SEED = torch.tensor([5], dtype=torch.int32)
 UNARY = {
@@ -224,6 +229,15 @@ MUTATIONS = (
         "queries under a causal mask",
         Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, True, 0.5)),
         _with((2, R, R), (2, 2), 8),
+    ),
+    Mutation("rows stay where they are", EXPERTS, _local("exchange")),
+    Mutation("experts from 0", EXPERTS, lowering=_as_it_is),
+    Mutation("experts elsewhere are no part of a sum", EXPERTS, _results("e", (R,))),
+    Mutation("experts are linear in x", EXPERTS, _with((P, R, R, R, R), (P,))),
+    Mutation("experts are linear in up", EXPERTS, _with((R, R, R, P, R), (P,))),
+    Mutation("up gradient of some tokens", EXPERTS_BACKWARD, _results("t", (0, 0, R, P))),
+    Mutation(
+        "experts' gradients are linear in x", EXPERTS_BACKWARD, _with((R, P, R, R, R, R), (P,) * 4)
     ),
     Mutation("cat's dim", Case(aten.cat.default, ([A, B], 1)), _with((1, 1), (1,), 8)),
     Mutation("cat: one sum", Case(aten.cat.default, ([A, B], 0)), _with((P, R), (P,))),
