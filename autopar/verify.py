@@ -44,6 +44,7 @@ FLOOR = 1e-2
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 _DROPOUT = "autopar.dropout.default"
 _DROPOUT_P = 3  # position of the probability among its arguments
+_NOISE = frozenset({"autopar.uniform.default", "autopar.normal.default", "autopar.randint.default"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,9 @@ class Errors:
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """errors: against the captured graph on one device; eager: against the user's model, dropout
-    off on both sides, None where it was not compared. eager_tolerance: models cast to float32
-    inside, whatever their precision, so that it is float32's."""
+    off on both sides, None where it was not compared, eager_skipped: why it could not be.
+    eager_tolerance: models cast to float32 inside, whatever their precision, so that it is
+    float32's."""
 
     errors: Errors
     eager: Errors | None
@@ -75,6 +77,7 @@ class VerifyReport:
     dropout: bool
     num_gradients: int
     seconds: float
+    eager_skipped: str = ""
 
     @property
     def ok(self) -> bool:
@@ -106,7 +109,8 @@ def verify_plan(
     """Plays one step of the plan on the virtual mesh. batch: the global batch.
 
     processes: plays it in real local processes (gloo) instead, each of which gets (model, batch) by
-    this function; it must be importable. eager=False leaves the user's own model out.
+    this function; it must be importable. eager=False leaves the user's own model out; so does noise
+    other than dropout, which torch draws otherwise and which cannot be turned off.
     PlanError where the plan belongs to another model or batch.
     """
     started = time.monotonic()
@@ -128,7 +132,8 @@ def verify_plan(
     updated = updated_buffers(graph)
     errors = _compare(parallel, single, updated)
     against_eager = None
-    if eager:
+    skipped = _why_not_eager(graph) if eager else ""
+    if eager and not skipped:
         quiet = without_dropout(graph)
         quiet_plan = replace(plan, graph=quiet.fingerprint())
         own = eager_step(model, state, plan.num_microbatches, loss_fn, dtype)
@@ -143,7 +148,17 @@ def verify_plan(
         dropout=dropout,
         num_gradients=len(single.gradients),
         seconds=time.monotonic() - started,
+        eager_skipped=skipped,
     )
+
+
+def _why_not_eager(graph: Graph) -> str:
+    """ "" where the user's model computes what the captured graph does, dropout off."""
+    noisy = next((op for op in graph.operators if op.op_name in _NOISE), None)
+    if noisy is None:
+        return ""
+    where = noisy.source or noisy.name
+    return f"the model draws other random numbers than dropout ({where}), and torch's own differ"
 
 
 @dataclass(frozen=True, slots=True)
