@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autopar.planner import make_plan
     from autopar.runtime.module import ParallelModel
     from autopar.schedule import ScheduleKind
+    from autopar.sharding.registry import register_rule
     from autopar.simulate import simulate
     from autopar.verify import verify_plan
     from cost_models import Cluster
@@ -43,6 +44,7 @@ _HOMES = {
     "make_plan": "autopar.planner",
     "parallelize": "autopar.api",
     "plan_model": "autopar.api",
+    "register_rule": "autopar.sharding.registry",
     "simulate": "autopar.simulate",
     "verify_plan": "autopar.verify",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "make_plan",
     "parallelize",
     "plan_model",
+    "register_rule",
     "simulate",
     "verify_plan",
 ]
