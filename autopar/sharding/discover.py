@@ -28,6 +28,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,17 @@ class Finding:
 
 def discovered_rule(call: Call) -> Rule:
     """The rule of an operator without one. Pure but for the cache on disk."""
-    finding = find(call)
+    finding = _remembered(call)
     if finding.lettering is None:
         return replace(replicate_rule(call), origin=Origin.REPLICATED, note=finding.reason)
     rule = finding.lettering.rule(call)
     return replace(rule, origin=Origin.DISCOVERED, note=str(finding.lettering))
+
+
+@lru_cache(maxsize=4096)
+def _remembered(call: Call) -> Finding:
+    """`find` once per process: the search builds many tables of the same operators."""
+    return find(call)
 
 
 def find(call: Call) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def call_of(target: Any, *args: Any, results: tuple[tuple[int, ...], ...] = ()) 
     )
 
 
+def joined(*shapes: tuple[int, ...]) -> Call:
+    """A list of tensors and one without dims."""
+    scalar = call_of(ops.clamp, big(1))
+    wide = (shapes[0][0], sum(shape[1] for shape in shapes))
+    return replace(
+        scalar,
+        target=ops.joined.default,
+        args=(tuple(Slot(i) for i in range(len(shapes))), Slot(len(shapes))),
+        operands=(*map(raw_dims, shapes), ()),
+        dtypes=(F32,) * (len(shapes) + 1),
+        results=(TensorMeta(wide, F32),),
+        same=tuple(range(len(shapes) + 1)),
+    )
+
+
 def big(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
@@ -79,6 +95,10 @@ FOUND: dict[str, tuple[Call, str]] = {
     "a constant is a size": (call_of(ops.padded, x(8, 6), 8), ". a -> . a"),
     "a size that is kept": (call_of(ops.boxes, big(64, 4)), "a . -> a"),
     "float32 only": (call_of(ops.single, big(64, 32)), "a . -> a .; linear 0"),
+    "a list and a number": (
+        joined((64, 32), (64, 16)),
+        "a ., a .,  -> a .; linear 2; linear 0 1",
+    ),
     "of torch": (call_of(torch.ops.aten.fliplr, big(64, 32)), "a . -> a .; linear 0"),
 }
 
