@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autopar.planner import make_plan
     from autopar.runtime.module import ParallelModel
     from autopar.schedule import ScheduleKind
+    from autopar.sharding.registry import register_rule
     from autopar.simulate import simulate
     from autopar.verify import verify_plan
     from cost_models import Cluster
@@ -45,6 +46,7 @@ _HOMES = {
     "make_plan": "autopar.planner",
     "parallelize": "autopar.api",
     "plan_model": "autopar.api",
+    "register_rule": "autopar.sharding.registry",
     "simulate": "autopar.simulate",
     "verify_plan": "autopar.verify",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "make_plan",
     "parallelize",
     "plan_model",
+    "register_rule",
     "simulate",
     "verify_plan",
 ]

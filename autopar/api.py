@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.errors import NoFeasiblePlan, OptionError, PlanError
+from autopar.errors import NoFeasiblePlan, OptionError, PlanError, RuleWarning
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn, capture_graph
 from autopar.graph.layers import cluster_layers
@@ -56,6 +57,7 @@ def plan_model(
     progress: Progress = lambda _: None,
 ) -> tuple[ParallelPlan, Graph]:
     """The best plan, and the layered graph that it is for. example_batch: a global batch.
+    A RuleWarning for each operator that has no sharding rule of autopar's own.
 
     memory_budget: bytes per device, or text such as "70GiB". NoFeasiblePlan where nothing fits.
     """
@@ -86,6 +88,8 @@ def plan_model(
             best = replace(plan, precision=str(precision)), graph
     if best is None:
         raise failures[-1]
+    for sentence in best[0].unwritten_rules():
+        warnings.warn(sentence, RuleWarning, stacklevel=2)
     return best
 
 

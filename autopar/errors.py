@@ -26,6 +26,14 @@ class LayoutError(AutoparError):
     """A layout that a tensor cannot have."""
 
 
+class RuleError(AutoparError):
+    """A sharding rule that does not fit its operator, or that the operator does not obey."""
+
+
+class RuleWarning(UserWarning):
+    """An operator has no sharding rule of autopar's own: what was done instead."""
+
+
 class PlanError(AutoparError):
     """A plan, or a plan file, that is malformed or does not belong to this model, cluster or
     version."""

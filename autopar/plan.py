@@ -23,7 +23,15 @@ from autopar.schedule import ScheduleKind
 
 PLAN_VERSION = 2
 # Fields that plans of earlier versions lack, with the value that they imply.
-_ADDED_SINCE = {1: {"precision": "model"}}
+_ADDED_SINCE = {1: {"precision": "model", "rules": {}}}
+
+# By the origin that `sharding.rule.Origin` names; this module knows no torch.
+_SENTENCES = {
+    "registered": "{target} has a registered sharding rule: {detail}",
+    "discovered": "{target} has no sharding rule; found by running it: {detail}",
+    "replicated": "{target} has no sharding rule and is replicated, as {detail}. Way out: write one"
+    " with autopar.register_rule",
+}
 
 
 class Remat(StrEnum):
@@ -104,7 +112,9 @@ class ParallelPlan:
 
     graph: fingerprint of the captured graph. cluster: complete description (Cluster.to_dict).
     bubble: share of device time idle in the schedule, predicted. precision: text of the Precision
-    that the graph was captured in. fallbacks: operators that no rule covers, replicated.
+    that the graph was captured in. fallbacks: operators that no rule covers, replicated. rules:
+    origin and text of each rule that is not a row of autopar's, by overload: strategies are in its
+    letters.
     """
 
     graph: str
@@ -121,6 +131,7 @@ class ParallelPlan:
     precision: str = "model"
     search: SearchRecord = field(default_factory=SearchRecord)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -138,6 +149,16 @@ class ParallelPlan:
         raise PlanError(
             f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}"
         )
+
+    def unwritten_rules(self) -> tuple[str, ...]:
+        """For people: a sentence per operator that autopar has no rule of its own for."""
+        sentences = []
+        for target, texts in self.rules.items():
+            for text in texts.split(" | "):
+                origin, _, detail = text.partition(": ")
+                count = f" ({self.fallbacks[target]})" if target in self.fallbacks else ""
+                sentences.append(_SENTENCES[origin].format(target=target + count, detail=detail))
+        return tuple(sentences)
 
     def to_json(self) -> dict[str, Any]:
         """Without the seconds that the search took: equal searches give equal bytes."""

@@ -464,6 +464,7 @@ class _Search:
             budget_bytes=self.budget_bytes,
             search=record,
             fallbacks=dict(sorted(Counter(recomputed.table.fallbacks.values()).items())),
+            rules=recomputed.table.unwritten(),
         )
 
 

@@ -61,6 +61,7 @@ _DROPOUT_FUNCTIONS: Mapping[str, tuple[int, str]] = {
     "feature_alpha_dropout": (1, "p"),
     "scaled_dot_product_attention": (4, "dropout_p"),
 }
+_NOISE = frozenset({"autopar.uniform.default", "autopar.normal.default", "autopar.randint.default"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ class Errors:
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """errors: against the captured graph on one device; eager: against the user's model, dropout
-    off on both sides, None where it was not compared. eager_tolerance: models cast to float32
-    inside, whatever their precision, so that it is float32's. narrow: the step computes in less
-    than float32, and errors are against the float64 step."""
+    off on both sides, None where it was not compared, eager_skipped: why it could not be.
+    eager_tolerance: models cast to float32 inside, whatever their precision, so that it is
+    float32's. narrow: the step computes in less than float32, and errors are against the float64
+    step."""
 
     errors: Errors
     eager: Errors | None
@@ -94,6 +96,7 @@ class VerifyReport:
     num_gradients: int
     seconds: float
     narrow: bool = False
+    eager_skipped: str = ""
 
     @property
     def ok(self) -> bool:
@@ -125,7 +128,8 @@ def verify_plan(
     """Plays one step of the plan on the virtual mesh. batch: the global batch.
 
     processes: plays it in real local processes (gloo) instead, each of which gets (model, batch) by
-    this function; it must be importable. eager=False leaves the user's own model out.
+    this function; it must be importable. eager=False leaves the user's own model out; so does noise
+    other than dropout, which torch draws otherwise and which cannot be turned off.
     PlanError where the plan belongs to another model or batch.
     """
     started = time.monotonic()
@@ -154,7 +158,8 @@ def verify_plan(
         limit = max(limit, NARROW_SLACK * _compare(single, reference, updated).largest)
     errors = _compare(parallel, reference, updated)
     against_eager = None
-    if eager and not narrow:
+    skipped = _why_not_eager(graph) if eager and not narrow else ""
+    if eager and not narrow and not skipped:
         quiet = without_dropout(graph)
         quiet_plan = replace(plan, graph=quiet.fingerprint())
         own = eager_step(model, state, plan.num_microbatches, loss_fn, dtype)
@@ -170,6 +175,7 @@ def verify_plan(
         num_gradients=len(single.gradients),
         seconds=time.monotonic() - started,
         narrow=narrow,
+        eager_skipped=skipped,
     )
 
 
@@ -177,6 +183,15 @@ def computes_narrow(graph: Graph) -> bool:
     """Whether some result has fewer bits than float32."""
     results = (meta for op in graph.operators for meta in op.results if meta is not None)
     return any(m.dtype.is_floating_point and m.dtype.itemsize < 4 for m in results)
+
+
+def _why_not_eager(graph: Graph) -> str:
+    """ "" where the user's model computes what the captured graph does, dropout off."""
+    noisy = next((op for op in graph.operators if op.op_name in _NOISE), None)
+    if noisy is None:
+        return ""
+    where = noisy.source or noisy.name
+    return f"the model draws other random numbers than dropout ({where}), and torch's own differ"
 
 
 @dataclass(frozen=True, slots=True)

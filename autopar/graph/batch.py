@@ -66,6 +66,11 @@ def batch_spec(batch: Any) -> BatchSpec:
     baked: list[tuple[int, Any]] = []
     for index, (_, leaf) in enumerate(pairs):
         if isinstance(leaf, Tensor):
+            if leaf.layout != torch.strided:
+                raise CaptureError(
+                    f"batch[{paths[index]!r}] is a tensor of layout {leaf.layout}: only dense ones"
+                    " can be sharded. Pass it as dense parts, such as values and indices."
+                )
             continue
         if not isinstance(leaf, _BAKED_TYPES):
             raise CaptureError(
@@ -74,6 +79,11 @@ def batch_spec(batch: Any) -> BatchSpec:
                 " or register its class with torch.utils._pytree."
             )
         baked.append((index, leaf))
+    if batch_rows(batch) == 0:
+        raise CaptureError(
+            "the example batch has no rows, and a plan is made for its size: pass a batch as large"
+            " as those of training, on meta where the data is not at hand."
+        )
     return BatchSpec(tree, paths, tuple(baked))
 
 

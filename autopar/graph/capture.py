@@ -60,6 +60,11 @@ def capture_graph(
     precision:     of parameters and activations; as the model is built by default.
     Raises CaptureError with the line of source where the model cannot be traced.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"the model is a {type(model).__name__}: pass an nn.Module. A function becomes one"
+            " whose forward calls it and whose attributes are its parameters."
+        )
     spec = batch_spec(example_batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -150,7 +155,7 @@ def _scalar_loss(outputs: Any, *, given: bool) -> Tensor:
         if loss is None and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss)
+        got = _described(loss if isinstance(loss, Tensor) else outputs)
         who = "loss_fn returned" if given else "the model returned no scalar loss but"
         raise CaptureError(
             f"{who} {got}. Pass loss_fn=lambda outputs, batch: ... that returns a scalar floating"
@@ -159,9 +164,18 @@ def _scalar_loss(outputs: Any, *, given: bool) -> Tensor:
     if not loss.requires_grad:
         raise CaptureError(
             "the loss depends on no parameter that requires a gradient, so there is no backward"
-            " pass to plan. Check requires_grad of the parameters, and no_grad or detach() calls."
+            " pass to plan. Check requires_grad of the parameters, and calls of no_grad, detach()"
+            " or torch.autograd.grad, whose own result has no gradient here."
         )
     return loss.reshape(()) if loss.ndim else loss
+
+
+def _described(outputs: Any) -> str:
+    """What a model returned in place of a loss."""
+    if isinstance(outputs, Tensor):
+        return f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+    keys = f" with the keys {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+    return f"a {type(outputs).__name__}{keys}"
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

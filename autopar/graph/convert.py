@@ -126,6 +126,11 @@ def _constants(
             continue
         data = getattr(module, str(node.target))
         name = f"constant_{_identifier(str(node.target))}"
+        if isinstance(data, torch.Generator):
+            raise CaptureError(
+                "the model draws random numbers from a torch.Generator of its own. Leave the"
+                " generator out: all numbers follow from the seed of `train_step`."
+            )
         if not isinstance(data, Tensor):
             raise CaptureError(f"the model calls a control-flow operator through {node.target!r}")
         constants[name] = data.detach()

@@ -3,8 +3,8 @@ surprising.
 
 Normal form: no aliasing or assertion operators; a bias is added by an `add` of its own, so that a
 sharded contraction adds it once; a mean loss is a sum divided by its weight, so that both parts can
-be partial sums; dropout is `autopar::dropout`; views and casts are made once per module and phase;
-everything is read by something.
+be partial sums; random numbers are hashes of a seed (`graph.randomness`); views and casts are made
+once per module and phase; everything is read by something.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from autopar.errors import CaptureError
 from autopar.graph.program import (
     Graph,
-    GraphInput,
     InputKind,
     Operator,
     Phase,
@@ -26,11 +24,11 @@ from autopar.graph.program import (
     TensorMeta,
     check_graph,
 )
+from autopar.graph.randomness import seeded_random
 from autopar.graph.rewrite import Rewrite, derived, rewrite_graph
 from autopar.graph.work import is_view
 
 aten = torch.ops.aten
-SEED = GraphInput("seed", InputKind.SEED, TensorMeta((1,), torch.int32), target="")
 
 _IDENTITIES = frozenset(
     {
@@ -178,57 +176,6 @@ def wide_batch_statistics(graph: Graph) -> Graph:
     return rewrite_graph(graph, step)
 
 
-def seeded_dropout(graph: Graph) -> Graph:
-    """native_dropout and its backward become autopar::dropout with one op_id per forward dropout,
-    in trace order. Any other random operator is an error: its values would differ between plans."""
-    settings: dict[Ref, tuple[Any, ...]] = {}  # by mask
-
-    def step(op: Operator) -> Rewrite | None:
-        if op.target is aten.native_dropout.default:
-            settings[Ref(op.name, 1)] = constants = _dropout_constants(op, op_id=len(settings))
-            return Rewrite((_dropout(op, op.args[0], constants),))
-        if op.target is aten.native_dropout_backward.default and op.args[1] in settings:
-            return Rewrite((_dropout(op, op.args[0], settings[op.args[1]]),))
-        mask = next((ref for ref in op.operands if ref in settings), None)
-        if mask is not None:
-            raise CaptureError(
-                f"the mask of a dropout is read by {op.op_name}{_where(op)}. Masks are never"
-                " stored: use the result of dropout only."
-            )
-        if _is_random(op):
-            raise CaptureError(
-                f"{op.op_name}{_where(op)} draws random numbers that would differ between plans."
-                " Only dropout is supported inside the model: draw other noise outside and pass it"
-                " in the batch."
-            )
-        return None
-
-    graph = rewrite_graph(graph, step)
-    return replace(graph, inputs=(*graph.inputs, SEED)) if settings else graph
-
-
-def _dropout_constants(op: Operator, op_id: int) -> tuple[Any, ...]:
-    """op_id, p, global sizes, local sizes, offsets and number of row atoms: every dim is one atom,
-    and the columns are the last dim."""
-    shape = op.results[0].shape if op.results[0] is not None else ()
-    p = float(op.args[1]) if op.args[2] is not False else 0.0  # None and True mean training
-    return op_id, p, [*shape], [*shape], [0] * len(shape), max(len(shape) - 1, 0)
-
-
-def _dropout(op: Operator, x: Ref, constants: tuple[Any, ...]) -> Operator:
-    args = (x, SEED.ref, *constants)
-    return derived(op, op.name, torch.ops.autopar.dropout.default, args, op.results[0])
-
-
-def _is_random(op: Operator) -> bool:
-    tags = getattr(op.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
-
-
-def _where(op: Operator) -> str:
-    return f" at {op.source}" if op.source else f" in module {op.module!r}" if op.module else ""
-
-
 def merge_repeated_views(graph: Graph) -> Graph:
     """The same view or cast of the same value is made once per module call and phase. Never across
     modules: layers that look alike must stay alike."""
@@ -306,7 +253,7 @@ _PASSES: tuple[Callable[[Graph], Graph], ...] = (
     split_biased_matmuls,
     split_mean_losses,
     wide_batch_statistics,
-    seeded_dropout,
+    seeded_random,
     merge_repeated_views,
     drop_dead,
     drop_dead_constants,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn import functional
 
 import autopar.ops  # noqa: F401  (registers autopar::sdpa)
@@ -43,6 +44,8 @@ def capture_patches(model: nn.Module, *, packed_sequences: bool) -> Iterator[Non
         stack.enter_context(replaced(functional, "scaled_dot_product_attention", traced_sdpa))
         stack.enter_context(experts_as_operators())
         stack.enter_context(_no_activation_checkpointing())
+        # torch.distributions would look at the values of its parameters
+        stack.enter_context(replaced(Distribution, "_validate_args", False))
         stack.enter_context(_no_key_value_cache(model))
         stack.enter_context(cuda_regions_on_cpu())
         if not packed_sequences:

@@ -153,6 +153,7 @@ def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
             f"{len(graph.layer_names)}: cluster it with num_layers={len(plan.layer_names)}"
         )
     prepared = prepare_stages(graph, plan.remat, [s.first_layer for s in plan.stages])
+    _check_rules(plan, prepared)
     owners = parameter_owners([p.graph for p in prepared])
     stages = tuple(
         _lower_stage(index, stage, stage_plan, owners)
@@ -165,6 +166,24 @@ def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
         schedule=build_schedule(plan.schedule, len(stages), plan.num_microbatches),
         loss_stage=loss[0],
     )
+
+
+def _check_rules(plan: ParallelPlan, prepared: Sequence[PreparedStage]) -> None:
+    """Rules of operators that autopar has no row for are those of the plan: its strategies are in
+    their letters. PlanError otherwise."""
+    here: dict[str, set[str]] = {}
+    for stage in prepared:
+        for target, text in stage.table.unwritten().items():
+            here.setdefault(target, set()).update(text.split(" | "))
+    for target in sorted(here.keys() | plan.rules.keys()):
+        planned = plan.rules.get(target, "none")
+        found = " | ".join(sorted(here.get(target, {"none"})))
+        if planned != found:
+            raise PlanError(
+                f"the plan was made with another sharding rule of {target} than the one here:"
+                f" {planned!r} there, {found!r} here. Register the same rule on every machine"
+                " (autopar.register_rule), use the same version of the operator, or plan again"
+            )
 
 
 def _lower_stage(

@@ -1,14 +1,21 @@
-"""`autopar::dropout`: dropout whose mask is a hash of the global element index.
+"""Random numbers that are a hash of the global element index: dropout, uniform, normal, randint.
 
-The mask depends on (seed, op_id, global row, global column) and on nothing else, so that every
+A number depends on (seed, op_id, global row, global column) and on nothing else, so that every
 sharding, every pipeline cut and every recomputation draws the same one, and nothing is saved for
 backward. The hash is two rounds of a 32-bit mixer (the "lowbias32" family, C. Wellons, "Prospecting
 for Hash Functions", 2018; constants from its low-bias search), written in int32 ATen operators that
 wrap alike in eager, C++ and Triton code:
 
-    bits(row, col) = mix(mix(row ^ key0) ^ mix(col + key1))        kept where bits < threshold(p)
+    bits(row, col) = mix(mix(row ^ key0) ^ mix(col + key1))
 
 with key = two words hashed from (seed, op_id). One `mix` per row, one per column, one per element.
+
+    dropout   keeps where bits < threshold(p)
+    uniform   k / 2^d in [0, 1), k the d highest bits, d the digits of the dtype's significand
+    normal    sqrt(2) erfinv(x), x = (2k + 1) / 2^d in (-1, 1), k signed: |normal| < 5.4 in float32
+    randint   low + floor(bits (high - low) / 2^32): a value's probability is off by 2^-32 at most
+
+float64 has 53 digits, from two words. erfinv is the backend's own; all other steps are exact.
 """
 
 from __future__ import annotations
@@ -26,10 +33,18 @@ _SHIFTS = (16, 15, 15)
 _MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 _KEY_SALTS = (0x9E3779B9, 0x85EBCA6B)  # golden ratio; murmur3 finaliser: any two distinct odd words
 
+_SECOND_WORD = 1 << 31  # added to op_id: the low digits of float64
+# Significant binary digits that are drawn; normals of the half precisions are rounded from float32.
+_DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
 define(
     "dropout(Tensor x, Tensor seed, int op_id, float p, int[] sizes, int[] local_sizes,"
     " int[] offsets, int row_atoms) -> Tensor"
 )
+_GEOMETRY = "Tensor seed, int op_id, int[] sizes, int[] local_sizes, int[] offsets"
+define(f"uniform({_GEOMETRY}, ScalarType dtype) -> Tensor")
+define(f"normal({_GEOMETRY}, ScalarType dtype) -> Tensor")
+define(f"randint({_GEOMETRY}, int low, int high, ScalarType dtype) -> Tensor")
 
 
 def counter_dropout(
@@ -55,13 +70,86 @@ def counter_dropout(
         return x.clone(memory_format=torch.contiguous_format)
     if p >= 1.0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    key0, key1 = _keys(seed, op_id)
     atoms = tuple(zip(sizes, local_sizes, offsets, strict=True))
-    rows = _linear_index(atoms[:row_atoms], x.device)
-    cols = _linear_index(atoms[row_atoms:], x.device)
-    bits = mix(mix(rows ^ key0).unsqueeze(1) ^ mix(cols + key1).unsqueeze(0))
-    keep = (bits < _threshold(p)).reshape(x.shape)
+    keep = (hashed_bits(seed, op_id, atoms, row_atoms) < _threshold(p)).reshape(x.shape)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0).contiguous()
+
+
+def counter_uniform(
+    seed: Tensor,
+    op_id: int,
+    sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    offsets: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Body of `autopar::uniform`: [0, 1). sizes, local_sizes, offsets: of each dim of the result,
+    global, of this shard, and where it starts."""
+    digits = _DIGITS[dtype]
+    if dtype is torch.float64:
+        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets)
+        count = _logical_shift(high, 5).double() * 2.0**26 + _logical_shift(low, 6).double()
+        return count * 2.0**-digits
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    return _logical_shift(bits, 32 - digits).to(dtype) * 2.0**-digits
+
+
+def counter_normal(
+    seed: Tensor,
+    op_id: int,
+    sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    offsets: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Body of `autopar::normal`: mean 0, variance 1, by inversion."""
+    if dtype is torch.float64:
+        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets)
+        count = (high >> 5).double() * 2.0**26 + _logical_shift(low, 6).double()
+        return torch.erfinv(count * 2.0**-52 + 2.0**-53) * math.sqrt(2.0)
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    middle = (bits >> 8).float() * 2.0**-23 + 2.0**-24
+    return (torch.erfinv(middle) * math.sqrt(2.0)).to(dtype)
+
+
+def counter_randint(
+    seed: Tensor,
+    op_id: int,
+    sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    offsets: Sequence[int],
+    low: int,
+    high: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Body of `autopar::randint`: low <= value < high. Pre: high - low <= 2^31."""
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    word = bits.to(torch.int64) & 0xFFFFFFFF
+    return ((word * (high - low) >> 32) + low).to(dtype)
+
+
+def hashed_bits(
+    seed: Tensor, op_id: int, atoms: Sequence[tuple[int, int, int]], row_atoms: int
+) -> Tensor:
+    """int32[local rows, local columns]. atoms: (global size, local size, offset) of each."""
+    key0, key1 = _keys(seed, op_id)
+    rows = _linear_index(atoms[:row_atoms], seed.device)
+    cols = _linear_index(atoms[row_atoms:], seed.device)
+    return mix(mix(rows ^ key0).unsqueeze(1) ^ mix(cols + key1).unsqueeze(0))
+
+
+def _dim_bits(
+    seed: Tensor,
+    op_id: int,
+    sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    offsets: Sequence[int],
+) -> Tensor:
+    """int32 of the local shape; the columns are the last dim."""
+    atoms = tuple(zip(sizes, local_sizes, offsets, strict=True))
+    return hashed_bits(seed, op_id, atoms, max(len(atoms) - 1, 0)).reshape(list(local_sizes))
 
 
 def mix(x: Tensor) -> Tensor:
@@ -92,7 +180,7 @@ def _keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
     """int32[product of local sizes]: global linear index over atoms of (global, local, offset)."""
     index = torch.zeros(1, dtype=torch.int32, device=device)
-    stride = math.prod(size for size, _, _ in atoms)
+    stride = math.prod([size for size, _, _ in atoms])
     for size, local, offset in atoms:
         stride //= max(size, 1)
         steps = torch.arange(local, dtype=torch.int32, device=device) * _signed(stride)
@@ -118,6 +206,16 @@ def _dropout_fake(x: Tensor, *_args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _creation_fake(
+    seed: Tensor,
+    _op_id: int,
+    _sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    return seed.new_empty(list(local_sizes), dtype=rest[-1])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _x, seed, *ctx.constants = inputs
     ctx.save_for_backward(seed)
@@ -134,3 +232,10 @@ torch.library.register_fake("autopar::dropout", _dropout_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "autopar::dropout", _dropout_grad, setup_context=_setup_context, lib=LIBRARY
 )
+for _name, _body in (
+    ("uniform", counter_uniform),
+    ("normal", counter_normal),
+    ("randint", counter_randint),
+):
+    LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"autopar::{_name}", _creation_fake, lib=LIBRARY)

@@ -192,6 +192,5 @@ def _add_candidates(tree: Tree, plan: ParallelPlan) -> None:
 def _add_warnings(tree: Tree, plan: ParallelPlan) -> None:
     for note in plan.search.notes:
         tree.add(Text(f"Note: {note}", "yellow"))
-    if plan.fallbacks:
-        names = ", ".join(f"{name} ({n})" for name, n in plan.fallbacks.items())
-        tree.add(Text(f"Warning: no sharding rule, so replicated: {names}", "bold yellow"))
+    for sentence in plan.unwritten_rules():
+        tree.add(Text(f"Warning: {sentence}", "bold yellow"))

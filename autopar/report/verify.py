@@ -31,6 +31,8 @@ def verify_table(report: VerifyReport) -> RenderableType:
     done = f"one step, {report.dtype}, {dropout}, {report.num_gradients} gradients"
     verdict = ("agrees", "bold green") if report.ok else ("DISAGREES", "bold red")
     line = Text.assemble(verdict, f": {done}, in {seconds_text(report.seconds)}")
+    if report.eager_skipped:
+        line.append(f"\nNot compared with the eager model: {report.eager_skipped}.", "yellow")
     return Group(table, line)
 
 
@@ -46,6 +48,7 @@ def verify_record(report: VerifyReport) -> dict[str, object]:
         "eager_tolerance": report.eager_tolerance,
         "errors": _errors_record(report.errors),
         "eager": None if report.eager is None else _errors_record(report.eager),
+        "eager_skipped": report.eager_skipped,
     }
 
 

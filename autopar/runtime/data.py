@@ -54,6 +54,12 @@ class DataShard:
         leaves = self.graph.batch_spec.tensors(batch)
         inputs = self.graph.inputs_of(InputKind.BATCH)
         named = {i.name: leaf for i, leaf in zip(inputs, leaves, strict=True)}
+        without = [i.target for i in inputs if named[i.name].is_meta]
+        if without:
+            raise BatchError(
+                f"batch[{without[0]!r}] is on meta and has no data: a meta batch serves to plan;"
+                " pass one on the CPU or the GPU to train."
+            )
         wholes = {i.name: self._meta(i.name, i.meta, self.num_rows) for i in inputs}
         parts = {i.name: self._meta(i.name, i.meta, len(self.per_microbatch)) for i in inputs}
         if all(_fits(named[name], meta) for name, meta in wholes.items()):

@@ -1,20 +1,32 @@
 """The table of rules: operator overload -> rule function, merged from the families.
 
-The table is built once at import and never changes. An operator that is not in it is replicated,
-and `rule_for` says so in `Rule.fallback`, which the planner reports.
+The table is built once at import and never changes. An operator that is not in it has the rule that
+a user registered, or the one that is found by running it, or is replicated; `Rule.origin` says
+which, and the plan reports it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from autopar.errors import InternalError
+import torch
+
+from autopar.errors import InternalError, OptionError
 from autopar.graph.program import Graph, InputKind, Operator, Ref, TensorMeta, iter_refs, map_refs
 from autopar.layout import Dims, raw_dims, shape_of
-from autopar.sharding.rule import Call, Rule, Slot, replicate_rule
+from autopar.sharding.discover import discovered_rule
+from autopar.sharding.lettering import Lettering
+from autopar.sharding.registered import (
+    REGISTERED,
+    check_on_example,
+    fits_schema,
+    registered_rule,
+    resolve,
+)
+from autopar.sharding.rule import Call, Origin, Rule, Slot, replicate_rule
 
 RuleFn = Callable[[Call], Rule]
 
@@ -35,18 +47,64 @@ def rules() -> Mapping[object, RuleFn]:
 
 def rule_for(call: Call) -> Rule:
     """The rule of a call, checked against its operands and results. Pure: see RuleCache."""
-    function = rules().get(call.target)
-    if function is None:
-        rule = replicate_rule(call, fallback=True)
-    elif any(0 in dim for dims in call.operands for dim in dims):  # empty: nothing to share
+    rule = None
+    if any(0 in dim for dims in call.operands for dim in dims):  # empty: nothing to share
         rule = replicate_rule(call)
     else:
-        rule = function(call)
+        rule = registered_rule(call)
+    if rule is None:
+        function = rules().get(call.target)
+        rule = discovered_rule(call) if function is None else function(call)
     for dims, meta in zip(rule.results, call.results, strict=True):
         shapes = (None if dims is None else shape_of(dims), None if meta is None else meta.shape)
         if shapes[0] != shapes[1]:
             raise InternalError(f"rule of {call.target} gives dims {dims} to a result {meta}")
     return rule
+
+
+def register_rule(
+    op: str | torch._ops.OpOverload,
+    rule: str,
+    *,
+    reduction: str = "",
+    linear: Sequence[Sequence[int]] = (),
+    example: Sequence[Any] | None = None,
+    check: bool = True,
+    replace: bool = False,
+) -> None:
+    """Say how calls of an operator can be sharded, for the rest of the process and on every rank.
+
+    op:        "mylib::op", "mylib::op.overload" or an overload.
+    rule:      one word per dim of each tensor argument and result, "b i k, b k j -> b i j". A dim
+               of a letter is sharded in all tensors that name it. "." is a dim that stays whole,
+               "..." any number of dims that broadcast: "..., ... -> ...".
+    reduction: letters that are summed over: a result without them is a pending sum.
+    linear:    groups of operand numbers in which the call is jointly linear.
+    example:   arguments of a small call to check the rule on at once; made from the letters where
+               the operator needs nothing but tensors. Calls that a plan meets are checked as well.
+    check:     False trusts the rule: a wrong one then makes wrong gradients.
+    replace:   allows to put it in the place of a rule that is written or registered already.
+    RuleError with a counterexample for a rule that the operator does not obey, OptionError for an
+    unknown operator or a second rule.
+    """
+    target = resolve(op)
+    if target in rules() and not replace:
+        raise OptionError(
+            f"{target} has a rule already, in the family {family_of(target)!r}: pass replace=True"
+            " to use another one"
+        )
+    lettering = Lettering.parse(rule, reduction, linear)
+    fits_schema(target, lettering)
+    if check:
+        check_on_example(target, lettering, example)
+    REGISTERED.add(target, lettering, check, replace=replace)
+
+
+def family_of(target: object) -> str:
+    """Name of the family that has a row for an operator."""
+    from autopar.sharding.rules import FAMILIES
+
+    return next(name for name, family in FAMILIES.items() if target in family)
 
 
 def _frozen(tree: Any) -> Any:
@@ -62,7 +120,7 @@ class RuleTable:
     """Rules of one graph: the Call and Rule of every operator and the dims of every value.
 
     Built in one pass in execution order, memoised by signature. O(operators).
-    fallbacks: operator name -> overload for those that no rule covers.
+    fallbacks: operator name -> overload for those that are replicated for want of a rule.
     """
 
     def __init__(self, graph: Graph, input_dims: Mapping[str, Dims] | None = None) -> None:
@@ -92,11 +150,20 @@ class RuleTable:
                 rule = memo[key] = rule_for(call)
             self.calls[op.name] = call
             self.rules[op.name] = rule
-            if rule.fallback:
+            if rule.origin is Origin.REPLICATED:
                 self.fallbacks[op.name] = op.op_name
             for index, dims in enumerate(rule.results):
                 if dims is not None:
                     self.dims[Ref(op.name, index)] = dims
+
+    def unwritten(self) -> dict[str, str]:
+        """Overload -> origin and text of its rules, for those that no family has."""
+        notes: dict[str, set[str]] = {}
+        for name, rule in self.rules.items():
+            if rule.origin is not Origin.WRITTEN:
+                target = str(self.calls[name].target)
+                notes.setdefault(target, set()).add(f"{rule.origin}: {rule.note}")
+        return {target: " | ".join(sorted(notes[target])) for target in sorted(notes)}
 
 
 def make_call(

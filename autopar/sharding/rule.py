@@ -21,6 +21,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -91,13 +92,26 @@ class Factor:
     shares: str = ""
 
 
+class Origin(StrEnum):
+    """Where a rule comes from."""
+
+    WRITTEN = "written"  # a row of `sharding.rules`
+    REGISTERED = "registered"  # by `autopar.register_rule`
+    DISCOVERED = "discovered"  # found by running the operator
+    REPLICATED = "replicated"  # nobody wrote one and none was found
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """dims of each result (None where the result does not exist), and the factors."""
+    """dims of each result (None where the result does not exist), and the factors.
+
+    note: the text of a rule that is not written, or why there is none.
+    """
 
     results: tuple[Dims | None, ...]
     factors: tuple[Factor, ...]
-    fallback: bool = False  # nobody wrote a rule: replicated
+    origin: Origin = Origin.WRITTEN
+    note: str = ""
 
 
 class Piece(NamedTuple):
@@ -296,10 +310,9 @@ def linear_factors(call: Call, groups: Sequence[Sequence[int]]) -> list[Factor]:
     return factors
 
 
-def replicate_rule(call: Call, *, fallback: bool = False) -> Rule:
+def replicate_rule(call: Call) -> Rule:
     """No factor: every device does all the work."""
-    dims = tuple(None if m is None else raw_dims(m.shape) for m in call.results)
-    return Rule(dims, (), fallback)
+    return Rule(tuple(None if m is None else raw_dims(m.shape) for m in call.results), ())
 
 
 def regroup(call: Call, shape: Sequence[int], linear: bool = True) -> Rule:

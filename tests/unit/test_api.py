@@ -27,6 +27,7 @@ PUBLIC_NAMES = [
     "make_plan",
     "parallelize",
     "plan_model",
+    "register_rule",
     "simulate",
     "verify_plan",
 ]

@@ -12,6 +12,8 @@ from torch.nn import functional
 from autopar.api import plan_model
 from autopar.errors import OptionError, PlanError
 from autopar.options import SearchOptions
+from autopar.plan import Remat
+from autopar.report.verify import verify_record
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.simulated import VirtualRun
 from autopar.runtime.virtual import VirtualCollectives
@@ -111,6 +113,31 @@ def test_no_dropout_reaches_modules_and_functions() -> None:
         assert torch.equal(got, want)
         assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
     assert not torch.equal(functional.dropout(x, 0.5), x)
+
+
+class Denoiser(nn.Module):
+    """Noise of several kinds next to dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noisy = x + 0.1 * torch.randn_like(x)
+        kept = torch.bernoulli(torch.full((16,), 0.5))
+        hidden = functional.dropout(functional.rrelu(self.up(noisy), training=True), 0.1)
+        return ((self.down(hidden) - x) * kept).square().mean()
+
+
+def test_noise_is_alike_under_a_plan_and_on_one_device() -> None:
+    torch.manual_seed(0)
+    model, batch = Denoiser(), (torch.randn(16, 16),)
+    options = SearchOptions(num_stages=2, num_microbatches=2, remat=Remat.FULL)
+    plan, _ = plan_model(model, batch, FAST, options=options)
+    report = verify_plan(model, batch, plan)
+    assert report.ok and report.eager is None
+    assert "other random numbers than dropout" in report.eager_skipped
+    assert verify_record(report)["eager_skipped"] == report.eager_skipped
 
 
 def test_a_plan_of_another_model_is_refused() -> None:

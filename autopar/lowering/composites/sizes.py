@@ -80,6 +80,13 @@ def _dropout(site: Site) -> tuple[Ref, ...]:
     return site.call_with({4: list(flat_atoms(dims)), 5: local, 6: offsets, 7: rows})
 
 
+def _drawn(site: Site) -> tuple[Ref, ...]:
+    """Random numbers of this shard: (seed, op_id, sizes, local sizes, offsets, ..)."""
+    dims, layout = site.rule.results[0] or (), site.strategy.results[0]
+    offsets = [site.offset(dims, layout, dim) for dim in range(len(dims))]
+    return site.call_with({3: site.result_shape(), 4: offsets})
+
+
 LOWERINGS: Mapping[object, Lowering] = {
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
@@ -109,5 +116,8 @@ LOWERINGS: Mapping[object, Lowering] = {
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,
     torch.ops.autopar.dropout.default: _dropout,
+    torch.ops.autopar.uniform.default: _drawn,
+    torch.ops.autopar.normal.default: _drawn,
+    torch.ops.autopar.randint.default: _drawn,
     **dict.fromkeys(RESAMPLE_BACKWARD, _sized(2)),
 }

@@ -49,4 +49,7 @@ RULES: Mapping[object, RuleFn] = {
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,
     torch.ops.autopar.dropout.default: _dropout,
+    torch.ops.autopar.uniform.default: _create,
+    torch.ops.autopar.normal.default: _create,
+    torch.ops.autopar.randint.default: _create,
 }

@@ -418,6 +418,10 @@ def _creation() -> Iterator[Case]:
     sizes = ([4, 8], [4, 8], [0, 0], 1)
     yield Case(torch.ops.autopar.dropout.default, (x(4, 8), seed, 3, 0.5, *sizes))
     yield Case(torch.ops.autopar.dropout.default, (x(8), seed, 3, 0.5, [8], [8], [0], 0))
+    geometry = (seed, 3, [4, 8], [4, 8], [0, 0])
+    yield Case(torch.ops.autopar.uniform.default, (*geometry, torch.float32))
+    yield Case(torch.ops.autopar.normal.default, (*geometry, F64))
+    yield Case(torch.ops.autopar.randint.default, (*geometry, 2, 9, torch.int64))
 
 
 def all_cases() -> Sequence[Case]:

@@ -264,6 +264,11 @@ MUTATIONS = (
         Case(torch.ops.autopar.dropout.default, (A, SEED, 3, 0.5, [4, 8], [4, 8], [0, 0], 1)),
         lowering=_local_dropout,
     ),
+    Mutation(
+        "noise of a shard",
+        Case(torch.ops.autopar.normal.default, (SEED, 3, [4, 8], [4, 8], [0, 0], torch.float64)),
+        lowering=lambda site: site.call_with({3: site.result_shape()}),
+    ),
     Mutation("positions from 0", Case(aten.arange.default, (8,)), lowering=_arange_from_zero),
 )
 

@@ -13,7 +13,7 @@ from autopar.errors import InternalError
 from autopar.graph.program import TensorMeta
 from autopar.layout import PARTIAL, REPLICATE, Atoms, Dims, atom_offsets, local_atoms, shape_of
 from autopar.sharding.registry import rule_for
-from autopar.sharding.rule import Call, lettered, refine, regroup, strides_of
+from autopar.sharding.rule import Call, Origin, lettered, refine, regroup, strides_of
 
 aten = torch.ops.aten
 F64 = torch.float64
@@ -144,7 +144,7 @@ def test_an_unknown_operator_is_replicated_and_says_so() -> None:
     call = Call(aten.grid_sampler_2d.default, (), (), (((4,),),), (F64,),
                 (TensorMeta((4,), F64),), (0,))  # fmt: skip
     rule = rule_for(call)
-    assert rule.fallback and not rule.factors
+    assert rule.origin is Origin.REPLICATED and rule.note and not rule.factors
 
 
 def test_an_empty_tensor_is_replicated() -> None:
