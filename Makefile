@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
-MODEL ?= tests/zoo.py:gpt2
+MODEL ?= gpt2
 
 .PHONY: help venv demo test test-gpu lint format verify clean
 
@@ -41,7 +41,7 @@ format: venv ## Format, and fix what ruff can fix
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-verify: venv ## Compare the parallel step with the single-device one (MODEL=file.py:factory)
+verify: venv ## Compare the parallel step with the single-device one (MODEL=name or file.py:factory)
 	@$(BIN)/autopar verify $(MODEL)
 
 clean: ## Remove .venv, caches and build output

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autopar.api import parallelize, plan_model
     from autopar.errors import AutoparError, NoFeasiblePlan
     from autopar.graph.capture import capture_graph
+    from autopar.graph.precision import Precision
     from autopar.intraop.solver import Solver
     from autopar.options import SearchOptions
     from autopar.plan import ParallelPlan, Remat
@@ -35,6 +36,7 @@ _HOMES = {
     "NoFeasiblePlan": "autopar.errors",
     "ParallelModel": "autopar.runtime.module",
     "ParallelPlan": "autopar.plan",
+    "Precision": "autopar.graph.precision",
     "Remat": "autopar.plan",
     "ScheduleKind": "autopar.schedule",
     "SearchOptions": "autopar.options",
@@ -55,6 +57,7 @@ __all__ = [
     "NoFeasiblePlan",
     "ParallelModel",
     "ParallelPlan",
+    "Precision",
     "Remat",
     "ScheduleKind",
     "SearchOptions",

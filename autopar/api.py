@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from autopar.errors import NoFeasiblePlan, OptionError, PlanError
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn, capture_graph
 from autopar.graph.layers import cluster_layers
+from autopar.graph.precision import Precision
 from autopar.graph.program import Graph
 from autopar.options import SearchOptions, parse_bytes
 from autopar.plan import ParallelPlan
@@ -49,6 +51,7 @@ def plan_model(
     *,
     loss_fn: LossFn | None = None,
     memory_budget: str | float | None = None,
+    precision: Precision = Precision(),
     options: SearchOptions = SearchOptions(),
     progress: Progress = lambda _: None,
 ) -> tuple[ParallelPlan, Graph]:
@@ -64,7 +67,7 @@ def plan_model(
     while counts:
         count = counts.pop(0)
         progress(f"capture, {count} microbatch(es)")
-        graph = captured_graph(model, example_batch, count, loss_fn, options)
+        graph = captured_graph(model, example_batch, count, loss_fn, options, precision)
         try:
             plan = make_plan(
                 graph,
@@ -80,7 +83,7 @@ def plan_model(
                 counts = [n for n in more if n > count][:1]
             continue
         if best is None or plan.step_s < best[0].step_s:
-            best = plan, graph
+            best = replace(plan, precision=str(precision)), graph
     if best is None:
         raise failures[-1]
     return best
@@ -92,10 +95,11 @@ def captured_graph(
     num_microbatches: int,
     loss_fn: LossFn | None = None,
     options: SearchOptions = SearchOptions(),
+    precision: Precision = Precision(),
 ) -> Graph:
     """The layered graph of one microbatch of a global batch."""
     part = microbatch_of(example_batch, num_microbatches)
-    return cluster_layers(capture_graph(model, part, loss_fn), options.num_layers)
+    return cluster_layers(capture_graph(model, part, loss_fn, precision), options.num_layers)
 
 
 def microbatch_counts(
@@ -142,6 +146,7 @@ def parallelize(
     loss_fn: LossFn | None = None,
     cluster: Cluster | str | None = None,
     memory_budget: str | float | None = None,
+    precision: Precision = Precision(),
     plan: ParallelPlan | str | Path | None = None,
     options: SearchOptions = SearchOptions(),
     device: torch.device | str | None = None,
@@ -154,7 +159,10 @@ def parallelize(
                    meta: every rank then initialises its own shards, a module at a time, by `seed`.
     example_batch: a global batch: `train_step` takes such batches.
     loss_fn:       loss_fn(outputs, batch) -> scalar; without one the model returns its loss.
-    plan:          a plan or its file: no search runs. It must belong to this model and batch.
+    precision:     Precision.parse("bf16"): compute in bfloat16 with float32 parameters, gradients
+                   and optimizer states; as the model is built by default.
+    plan:          a plan or its file: no search runs. It must belong to this model and batch, and
+                   brings its own precision.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     world = torchrun_world()
@@ -174,6 +182,7 @@ def parallelize(
                     target,
                     loss_fn=loss_fn,
                     memory_budget=memory_budget,
+                    precision=precision,
                     options=options,
                     progress=progress,
                 )
@@ -196,7 +205,7 @@ def graph_of_plan(
 ) -> Graph:
     """The layered graph that a plan was made for. PlanError if model and batch give another one."""
     part = microbatch_of(example_batch, plan.num_microbatches)
-    captured = capture_graph(model, part, loss_fn)
+    captured = capture_graph(model, part, loss_fn, Precision.parse(plan.precision))
     graph = captured
     for num_layers in (None, len(plan.layer_names)):
         graph = cluster_layers(captured, num_layers)

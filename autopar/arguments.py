@@ -44,6 +44,10 @@ class Search:
         _option("Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file.", metavar="CLUSTER"),
     ] = None
     memory: Annotated[str | None, _option("Budget per device, such as 70GiB.")] = None
+    precision: Annotated[
+        str | None,
+        _option("model (as built), fp32, bf16, or bf16/bf16: compute / gradient reduction."),
+    ] = None
     microbatches: Annotated[int | None, _option("Of a batch; must divide its rows.")] = None
     stages: Annotated[int | None, _option("Number of pipeline stages.")] = None
     mesh: Annotated[str | None, _option("Mesh of every stage, such as 2x4.")] = None
@@ -110,6 +114,7 @@ def search_plan(
     options = search_options(search)
     from autopar.api import plan_model
     from autopar.errors import CaptureError
+    from autopar.graph.precision import Precision
     from autopar.models import load_model
     from autopar.report.console import SearchLine
 
@@ -123,6 +128,7 @@ def search_plan(
                     loaded.example_batch,
                     cluster,
                     memory_budget=search.memory,
+                    precision=Precision.parse(search.precision or "model"),
                     options=options,
                     progress=line,
                 )

@@ -81,8 +81,7 @@ def _root(
 
 
 @app.command(
-    epilog="Example: [bold]autopar plan tests/zoo.py:gpt2 --cluster h100:1x8 --memory 70GiB -o"
-    " plan.json[/bold]"
+    epilog="Example: [bold]autopar plan gpt2 --cluster h100:1x8 --memory 70GiB -o plan.json[/bold]"
 )
 @with_search
 def plan(
@@ -138,8 +137,7 @@ def show(
 
 
 @app.command(
-    epilog="Example: [bold]autopar verify tests/zoo.py:t5 --cluster cpu:1x4 --stages 2 --dtype"
-    " float64[/bold]"
+    epilog="Example: [bold]autopar verify t5 --cluster cpu:1x4 --stages 2 --dtype float64[/bold]"
 )
 @with_search
 def verify(
@@ -182,7 +180,7 @@ def verify(
 
 
 @app.command(
-    epilog="Examples: [bold]autopar run tests/zoo.py:gpt2 --cluster cpu:1x4 --steps 20[/bold], or"
+    epilog="Examples: [bold]autopar run gpt2 --cluster cpu:1x4 --steps 20[/bold], or"
     " [bold]torchrun --nproc-per-node 8 -m autopar.cli run MODEL --plan plan.json[/bold]"
 )
 @with_search
@@ -281,6 +279,7 @@ def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
     import torch
 
     from autopar.api import parallelize
+    from autopar.graph.precision import Precision
     from autopar.models import load_model
     from autopar.report.console import training_bar
 
@@ -291,6 +290,7 @@ def train(world: Any, job: Training, search: Search = Search()) -> list[float]:
         plan=job.plan,
         cluster=cluster_of(search.cluster),
         memory_budget=search.memory,
+        precision=Precision.parse(search.precision or "model"),
         options=search_options(search),
     )
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=job.lr)

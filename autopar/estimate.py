@@ -242,9 +242,13 @@ class MeshCosts:
 
     # ---- parameters and transfers
 
+    def copy_seconds(self, nbytes: float) -> float:
+        """Seconds to read and write so many bytes in all."""
+        return nbytes * self._copy_s_per_byte
+
     def optimizer_seconds(self, numel: float) -> float:
         """Seconds per step of the optimizer on the local elements."""
-        return numel * self.optimizer.moved_bytes_per_element * self._copy_s_per_byte
+        return self.copy_seconds(numel * self.optimizer.moved_bytes_per_element)
 
     def receive_seconds(self, nbytes: float) -> float:
         """Seconds to receive a local shard from another stage."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import logging
 import sys
 import traceback
@@ -31,6 +30,7 @@ from autopar.errors import OptionError
 
 _LOG = logging.getLogger(__name__)
 _BATCH_ROWS = 8  # of the registered benchmark models
+_ZOO_TABLES = ("ZOO", "SIZES")  # the tiny models, and published sizes of the same
 _FORMS = "MODEL is file.py:factory, package.module:factory, or a name that `autopar models` lists"
 
 Factory = Callable[[], tuple[nn.Module, Any]]
@@ -110,11 +110,13 @@ def find_factory(text: str) -> tuple[Factory, str]:
 
 
 def registered_models() -> dict[str, Factory]:
-    """Every registered name that can be imported here: the zoo's and the benchmark models'."""
+    """Every registered name that can be imported here: the zoo's, its published sizes, and the
+    benchmark models'."""
     factories: dict[str, Factory] = {}
     cases = _optional("benchmarks.models", "MODELS")
     factories.update((name, _benchmark_factory(case)) for name, case in cases.items())
-    factories.update(_optional("tests.zoo", "ZOO"))
+    for table in _ZOO_TABLES:
+        factories.update(_optional("tests.zoo", table))
     return factories
 
 
@@ -124,8 +126,9 @@ def model_sources() -> dict[str, str]:
     for name, case in _optional("benchmarks.models", "MODELS").items():
         count = f"{case.items_per_sample} {case.kind} per row"
         lines[name] = f"benchmarks.models, batch {_BATCH_ROWS}, {count}"
-    for name, factory in _optional("tests.zoo", "ZOO").items():
-        lines[name] = f"tests.zoo: {(inspect.getdoc(factory) or '').splitlines()[0]}"
+    for table in _ZOO_TABLES:
+        for name, model in _optional("tests.zoo", table).items():
+            lines[name] = f"tests.zoo: {model.summary}"
     return lines
 
 

@@ -21,7 +21,9 @@ from typing import Any
 from autopar.errors import PlanError
 from autopar.schedule import ScheduleKind
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+# Fields that plans of earlier versions lack, with the value that they imply.
+_ADDED_SINCE = {1: {"precision": "model"}}
 
 
 class Remat(StrEnum):
@@ -101,8 +103,8 @@ class ParallelPlan:
     """The answer, as data.
 
     graph: fingerprint of the captured graph. cluster: complete description (Cluster.to_dict).
-    bubble: share of device time idle in the schedule, predicted. fallbacks: operators that no rule
-    covers, replicated.
+    bubble: share of device time idle in the schedule, predicted. precision: text of the Precision
+    that the graph was captured in. fallbacks: operators that no rule covers, replicated.
     """
 
     graph: str
@@ -116,6 +118,7 @@ class ParallelPlan:
     step_s: float
     bubble: float
     budget_bytes: float
+    precision: str = "model"
     search: SearchRecord = field(default_factory=SearchRecord)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -148,13 +151,13 @@ class ParallelPlan:
         if not isinstance(record, Mapping) or record.get("format") != "autopar-plan":
             raise PlanError('not a plan: a plan is a JSON object with "format": "autopar-plan"')
         version = record.get("version")
-        if version != PLAN_VERSION:
+        if type(version) is not int or version not in (*_ADDED_SINCE, PLAN_VERSION):
             raise PlanError(
-                f"the plan has version {version!r}, this autopar reads version "
-                f"{PLAN_VERSION}: make the "
-                "plan again with `autopar plan`"
+                f"the plan has version {version!r}, this autopar reads versions up to "
+                f"{PLAN_VERSION}: make the plan again with `autopar plan`"
             )
         fields = {key: value for key, value in record.items() if key != "format"}
+        fields = {**_ADDED_SINCE.get(version, {}), **fields, "version": PLAN_VERSION}
         plan: ParallelPlan = _decode(cls, fields, "plan")
         return plan
 

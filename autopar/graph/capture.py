@@ -27,6 +27,7 @@ from autopar.graph.batch import BatchSpec, batch_spec, plain_mapping
 from autopar.graph.convert import Naming, convert
 from autopar.graph.normalize import normalize
 from autopar.graph.patches import capture_patches
+from autopar.graph.precision import Precision, kept_as_built, with_master_parameters
 from autopar.graph.program import Graph, check_graph
 from autopar.graph.provenance import error_source, recorded_provenance
 from autopar.graph.substitute import fake_like, fake_tensors, real_on_cpu
@@ -41,7 +42,12 @@ _DATA_DEPENDENT = (
 _MODEL_PREFIX = "model."
 
 
-def capture_graph(model: nn.Module, example_batch: Any, loss_fn: LossFn | None = None) -> Graph:
+def capture_graph(
+    model: nn.Module,
+    example_batch: Any,
+    loss_fn: LossFn | None = None,
+    precision: Precision = Precision(),
+) -> Graph:
     """The joint graph of one microbatch, at the shapes of the example batch, in the model's own
     mode.
 
@@ -51,21 +57,23 @@ def capture_graph(model: nn.Module, example_batch: Any, loss_fn: LossFn | None =
     loss_fn:       loss_fn(outputs, batch) -> scalar. Without one the model returns the scalar
     itself,
                    or an output with `.loss` or ["loss"].
+    precision:     of parameters and activations; as the model is built by default.
     Raises CaptureError with the line of source where the model cannot be traced.
     """
     spec = batch_spec(example_batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         arguments = tuple(fake_like(t) for t in spec.tensors(plain_mapping(example_batch)))
-    joint = _JointModule(model, spec, loss_fn)
-    named = model.named_parameters(remove_duplicate=False)
-    trainable = frozenset(name for name, parameter in named if parameter.requires_grad)
+    joint = _JointModule(model, spec, loss_fn, precision)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trainable = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
     naming = Naming(_MODEL_PREFIX, _owners(model), trainable, spec)
+    built = {name: parameter.dtype for name, parameter in named.items()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_errors_with_source())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of libraries that notice that they are being traced
-        stack.enter_context(fake_tensors(model, mode))
+        stack.enter_context(fake_tensors(model, mode, _dtypes(model, precision)))
         if isinstance(loss_fn, nn.Module):
             stack.enter_context(real_on_cpu(loss_fn))
         packed = any("position_ids" in path for path in spec.paths)
@@ -73,22 +81,41 @@ def capture_graph(model: nn.Module, example_batch: Any, loss_fn: LossFn | None =
         stack.enter_context(torch.enable_grad())
         module = _trace(joint, arguments, mode)
         graph = convert(module, naming)
-    return check_graph(normalize(graph))
+    return with_master_parameters(check_graph(normalize(graph)), built, precision)
+
+
+def _dtypes(model: nn.Module, precision: Precision) -> Callable[[Tensor], torch.dtype] | None:
+    """The type in which each parameter and buffer is captured."""
+    compute, kept = precision.compute, kept_as_built(model)
+    if compute is None:
+        return None
+
+    def dtype_of(tensor: Tensor) -> torch.dtype:
+        is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        return compute if is_parameter and id(tensor) not in kept else tensor.dtype
+
+    return dtype_of
 
 
 class _JointModule(nn.Module):
     """loss(model(batch)) as a module of the batch's tensors. The loss function is kept out of its
     submodules: whatever tensors it holds become constants."""
 
-    def __init__(self, model: nn.Module, spec: BatchSpec, loss_fn: LossFn | None) -> None:
+    def __init__(
+        self, model: nn.Module, spec: BatchSpec, loss_fn: LossFn | None, precision: Precision
+    ) -> None:
         super().__init__()
         self.model = model
-        self._call = (spec, loss_fn)
+        self._call = (spec, loss_fn, precision.compute)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        spec, loss_fn = self._call
+        spec, loss_fn, compute = self._call
         batch = spec.rebuild(tensors)
-        outputs = _call_model(self.model, batch)
+        inputs = batch
+        if compute is not None:
+            cast = (t.to(compute) if t.is_floating_point() else t for t in tensors)
+            inputs = spec.rebuild(tuple(cast))
+        outputs = _call_model(self.model, inputs)
         loss = outputs if loss_fn is None else loss_fn(outputs, batch)
         return _scalar_loss(loss, given=loss_fn is not None)
 

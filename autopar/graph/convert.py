@@ -8,9 +8,11 @@ Sums of gradients have a stale number and keep none.
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,9 @@ from autopar.graph.program import (
     TensorMeta,
 )
 from autopar.graph.provenance import MODULE_KEY, SOURCE_KEY
+
+aten = torch.ops.aten
+_STRIDED = {aten.as_strided.default: 1, aten.as_strided_scatter.default: 2}  # position of sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,8 @@ def _operator(
             " which is not a plain tensor operator. Control-flow and flex-attention operators are"
             " not supported: write the computation with ordinary operators."
         )
-    args = fx.node.map_arg(node.args, lambda n: values[n])
+    target, plain_args = _as_view(node) or (node.target, node.args)
+    args = fx.node.map_arg(plain_args, lambda n: values[n])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
     backward = _is_backward(node)
     partner = None
@@ -160,7 +166,7 @@ def _operator(
     origin = node if partner is None else partner
     return Operator(
         name=node.name,
-        target=node.target,
+        target=target,
         args=tuple(_plain(args)),
         kwargs=dict(_plain(kwargs)),
         results=_results(node.meta.get("val")),
@@ -169,6 +175,26 @@ def _operator(
         source=node.meta.get(SOURCE_KEY) or origin.meta.get(SOURCE_KEY, ""),
         forward="" if partner is None else partner.name,
     )
+
+
+def _as_view(node: fx.Node) -> tuple[torch._ops.OpOverload, tuple[Any, ...]] | None:
+    """Strides say where elements lie in memory, which shards do not keep. A strided view of a whole
+    contiguous tensor in its own order is `view`, and writing through one gives what was written."""
+    if node.target not in _STRIDED:
+        return None
+    args: tuple[Any, ...] = node.args
+    base, (size, strides, *offset) = args[0].meta["val"], args[_STRIDED[node.target] :]
+    whole = _is_contiguous(base.shape, base.stride()) and _is_contiguous(size, strides)
+    if not whole or math.prod(size) != base.numel() or offset not in ([], [0]):
+        return None
+    if len(node.all_input_nodes) == 1:
+        return aten.view.default, (args[0], list(size))
+    return aten.view.default, (args[1], list(base.shape))
+
+
+def _is_contiguous(size: Sequence[int], strides: Sequence[int]) -> bool:
+    wanted = list(itertools.accumulate(reversed(size), operator.mul, initial=1))[-2::-1]
+    return all(n == 1 or s == w for n, s, w in zip(size, strides, wanted, strict=True))
 
 
 def _plain(tree: Any) -> Any:

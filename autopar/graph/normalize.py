@@ -162,6 +162,22 @@ def split_mean_losses(graph: Graph) -> Graph:
     return rewrite_graph(graph, step)
 
 
+def wide_batch_statistics(graph: Graph) -> Graph:
+    """Batch norm of a narrow input with float32 running statistics returns float32 ones; torch's
+    shape function says that they are as narrow as the input."""
+    metas = graph.metas()
+
+    def step(op: Operator) -> Rewrite | None:
+        if op.target is not aten._native_batch_norm_legit_functional.default:
+            return None
+        dtype = metas[op.args[3]].dtype
+        out, *statistics = op.results
+        wide = tuple(None if m is None else TensorMeta(m.shape, dtype) for m in statistics)
+        return None if op.results[1:] == wide else Rewrite((replace(op, results=(out, *wide)),))
+
+    return rewrite_graph(graph, step)
+
+
 def seeded_dropout(graph: Graph) -> Graph:
     """native_dropout and its backward become autopar::dropout with one op_id per forward dropout,
     in trace order. Any other random operator is an error: its values would differ between plans."""
@@ -289,6 +305,7 @@ _PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fold_double_transposes,
     split_biased_matmuls,
     split_mean_losses,
+    wide_batch_statistics,
     seeded_dropout,
     merge_repeated_views,
     drop_dead,

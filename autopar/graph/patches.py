@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import autopar.ops  # noqa: F401  (registers autopar::sdpa)
+from autopar.graph.autocast import cuda_regions_on_cpu
 from autopar.graph.experts import experts_as_operators
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def capture_patches(model: nn.Module, *, packed_sequences: bool) -> Iterator[Non
         stack.enter_context(experts_as_operators())
         stack.enter_context(_no_activation_checkpointing())
         stack.enter_context(_no_key_value_cache(model))
-        stack.enter_context(_autocast_of_cuda_on_cpu())
+        stack.enter_context(cuda_regions_on_cpu())
         if not packed_sequences:
             stack.enter_context(_no_packed_sequence_detection())
         yield
@@ -91,28 +92,6 @@ def _no_key_value_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _autocast_of_cuda_on_cpu() -> Iterator[None]:
-    """Capture runs on fake CPU tensors, where a region of `autocast("cuda")` would do nothing. It
-    is read as `autocast("cpu")` with the same dtype; the two lists of operators differ in
-    details."""
-    autocast = torch.autocast
-    original = autocast.__init__
-
-    def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
-        if device_type == "cuda":
-            dtype = torch.get_autocast_dtype("cuda") if dtype is None else dtype
-            device_type = "cpu"
-        original(self, device_type, dtype, *args, **kwargs)
-
-    with replaced(autocast, "__init__", init):
-        if torch.is_autocast_enabled("cuda"):
-            with autocast("cuda"):
-                yield
-        else:
-            yield
-
-
-@contextlib.contextmanager
 def _no_packed_sequence_detection() -> Iterator[None]:
     """Without position ids in the batch no sequences are packed. transformers cannot see that while
     tracing and would turn every causal mask into an explicit one."""
@@ -140,6 +119,11 @@ def traced_sdpa(
 ) -> Tensor:
     """`F.scaled_dot_product_attention` as one `autopar::sdpa`, or as plain operators where that one
     cannot serve: dropout inside, a mask with gradient, or inputs that are not four-dimensional."""
+    if torch.is_autocast_enabled("cpu"):  # attention runs in the region's type
+        narrow = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(narrow)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     fits = query.ndim == key.ndim == value.ndim == 4 and key.shape[:2] == value.shape[:2]
     fits = fits and query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0

@@ -77,6 +77,8 @@ class GraphInput:
 
     owner: for a parameter or buffer the canonical name; tied uses share it while their targets
     differ. phase: when the value exists; BACKWARD only for a gradient RECEIVED from another stage.
+    rest, reduce: of a parameter under a Precision: dtype of the value that is kept and updated,
+    where it is not `meta.dtype`; dtype in which its gradient is reduced.
     """
 
     name: str
@@ -86,10 +88,17 @@ class GraphInput:
     owner: str = ""
     requires_grad: bool = False
     phase: Phase = Phase.FORWARD
+    rest: torch.dtype | None = None
+    reduce: torch.dtype | None = None
 
     @property
     def ref(self) -> Ref:
         return Ref(self.name)
+
+    @property
+    def rest_meta(self) -> TensorMeta:
+        """Of the value between steps."""
+        return self.meta if self.rest is None else TensorMeta(self.meta.shape, self.rest)
 
 
 class OutputKind(StrEnum):
@@ -202,7 +211,8 @@ class Graph:
         names."""
         digest = hashlib.sha256()
         for inp in self.inputs:
-            digest.update(f"{inp.kind} {inp.target} {inp.owner} {inp.meta}\n".encode())
+            digest.update(f"{inp.kind} {inp.target} {inp.owner} {inp.meta}".encode())
+            digest.update(f" {inp.rest} {inp.reduce}\n".encode() if inp.rest else b"\n")
         for op in self.operators:
             digest.update(f"{op} {op.args} {sorted(op.kwargs.items())} {op.phase}\n".encode())
         for out in self.outputs:

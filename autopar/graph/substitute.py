@@ -14,8 +14,11 @@ Convert = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def fake_tensors(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Parameters and buffers are fake CPU tensors of the same shape, strides, dtype and ties.
+def fake_tensors(
+    model: nn.Module, mode: FakeTensorMode, dtype_of: Callable[[Tensor], torch.dtype] | None = None
+) -> Iterator[None]:
+    """Parameters and buffers are fake CPU tensors of the same shape, strides and ties, and of the
+    same dtype, or of the one that `dtype_of` gives.
 
     Fake CPU, never meta: on meta autograd silently loses gradients. A plain tensor attribute keeps
     its data, since it becomes a constant of the graph.
@@ -23,7 +26,8 @@ def fake_tensors(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     def fake(tensor: Tensor) -> Tensor:
         with mode:
-            return fake_like(tensor)
+            copy = fake_like(tensor)
+            return copy if dtype_of is None else copy.to(dtype_of(tensor))
 
     def constant(tensor: Tensor) -> Tensor:
         return (

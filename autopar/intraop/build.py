@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from autopar.errors import OptionError
 from autopar.estimate import MeshCosts, local_bytes, local_numel
 from autopar.graph.hubs import is_save
+from autopar.graph.precision import reduced_after
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -37,7 +38,16 @@ from autopar.graph.program import (
     TensorMeta,
 )
 from autopar.intraop.problem import IntraOpProblem
-from autopar.layout import REPLICATE, Dims, Layout, coarsen, is_plain, layout_text, replicated
+from autopar.layout import (
+    PARTIAL,
+    REPLICATE,
+    Dims,
+    Layout,
+    coarsen,
+    is_plain,
+    layout_text,
+    replicated,
+)
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy, layouts, strategies
 
@@ -163,6 +173,7 @@ class _Builder:
         self.number: dict[Ref, int] = {}
         self.matrices: dict[Any, FloatArray] = {}
         self.columns: dict[tuple[int, str, int], tuple[Layout, ...]] = {}
+        self.reduced_after = reduced_after(graph)
 
     def add(
         self, node: Node, seconds: FloatArray, nbytes: FloatArray, part: Part, kind: str = ""
@@ -183,12 +194,17 @@ class _Builder:
         nbytes: float,
         part: Part,
         weight: float = 1.0,
+        *,
+        keeps_sums: bool = False,
     ) -> None:
-        """An edge for one value; values between the same two nodes add up."""
-        key = (sources, targets, nbytes * weight, weight)
+        """An edge for one value; values between the same two nodes add up. keeps_sums: what is
+        pending in the source is pending in the target."""
+        key = (sources, targets, nbytes * weight, weight, keeps_sums)
         matrix = self.matrices.get(key)
         if matrix is None:
             matrix = self.costs.reshard_seconds(sources, targets, nbytes) * weight
+            if keeps_sums:
+                matrix = np.where(_sums_kept(sources, targets), matrix, np.inf)
             self.matrices[key] = matrix
         old = self.edges.get((u, v))
         self.edges[u, v] = (matrix if old is None else old[0] + matrix, part)
@@ -223,9 +239,12 @@ class _Builder:
         seconds, nbytes = [], []
         for rest, step in choices:
             numel = local_numel(inp.meta, rest, self.sizes)
-            at_rest = local_bytes(inp.meta, rest, self.sizes)
+            at_rest = size = local_bytes(inp.rest_meta, rest, self.sizes)
             cost = self.costs.reshard(rest, step).seconds(inp.meta.nbytes)
-            size = at_rest if rest == step else at_rest + local_bytes(inp.meta, step, self.sizes)
+            if rest != step or inp.rest is not None:
+                size += local_bytes(inp.meta, step, self.sizes)
+            if inp.rest is not None:
+                cost += self.costs.copy_seconds(at_rest + local_bytes(inp.meta, rest, self.sizes))
             if owned and inp.requires_grad:
                 cost += self.costs.optimizer_seconds(numel)
                 size += numel * self.costs.optimizer.state_bytes_per_element
@@ -286,7 +305,13 @@ class _Builder:
             for index, ref in enumerate(op.operands):
                 source, columns = produced[ref]
                 self.connect(
-                    source, number, columns, operand_columns[index], self.metas[ref].nbytes, part
+                    source,
+                    number,
+                    columns,
+                    operand_columns[index],
+                    self.metas[ref].nbytes,
+                    part,
+                    keeps_sums=op.name in self.reduced_after,
                 )
             for index in range(len(rule.results)):
                 produced[Ref(op.name, index)] = (number, result_columns[index])
@@ -331,7 +356,8 @@ class _Builder:
         )
         coarse = tuple(coarsen(dims, c)[1] for c in choices)
         per_step = 1.0 / self.context.num_microbatches
-        matrix = self.costs.reshard_seconds(coarse, rests, meta.nbytes).T * per_step
+        nbytes_moved = meta.numel * (inp.reduce or meta.dtype).itemsize
+        matrix = self.costs.reshard_seconds(coarse, rests, nbytes_moved).T * per_step
         self.edges[parameter, number] = (np.ascontiguousarray(matrix), Part.STEP)
 
     def _phase_of(self, ref: Ref) -> Phase:
@@ -363,6 +389,15 @@ class _Builder:
             },
             dims=self.table.dims,
         )
+
+
+def _sums_kept(sources: Sequence[Layout], targets: Sequence[Layout]) -> NDArray[np.bool_]:
+    """[len(sources), len(targets)]: whether every axis that is PARTIAL in the source is so in the
+    target."""
+    pending = np.array(sources) == PARTIAL
+    kept = np.array(targets) == PARTIAL
+    both: NDArray[np.bool_] = np.all(~pending[:, None, :] | kept[None, :, :], axis=-1)
+    return both
 
 
 def _pinned(

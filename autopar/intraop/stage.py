@@ -239,11 +239,11 @@ def _held_parameters(graph: Graph) -> dict[str, GraphInput]:
 
 def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: MeshCosts) -> float:
     """Of the once-per-step reductions, beyond the accumulated gradients."""
-    held = _held_parameters(graph)
+    held, metas = _held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
     gradients = []
     for out in graph.outputs_of(OutputKind.GRADIENT):
         first = held[owner[out.target]]
         layout = coarsen(built.dims[out.ref], chosen.outputs[out.target])[1]
-        gradients.append((first.meta, layout, chosen.parameters[first.name].rest))
+        gradients.append((metas[out.ref], layout, chosen.parameters[first.name].rest))
     return reduce_bytes(gradients, costs.mesh.axis_sizes)

@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from autopar.errors import LayoutError, PlanError
 from autopar.graph.hubs import insert_hubs, is_save
 from autopar.graph.program import (
     Graph,
     GraphInput,
     InputKind,
+    Operator,
     OutputKind,
     Phase,
     Ref,
@@ -43,7 +46,7 @@ from autopar.lowering.transfer import Transfer, make_tiles
 from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan, Remat, StagePlan
 from autopar.schedule import Schedule, build_schedule
-from autopar.sharding.registry import RuleTable
+from autopar.sharding.registry import RuleTable, make_call, rule_for
 from autopar.sharding.strategy import Strategy, strategies
 
 LOSS = "loss"
@@ -66,6 +69,7 @@ class StageParameter:
     use of a tied weight in the same stage, the first one.
     owned: this stage keeps the value between steps; otherwise it comes from its owner's stage at
     each step, and its gradient goes back there.
+    meta, rest_meta: in the step and at rest. reduce_dtype: of its gradient, None as it is made.
     """
 
     name: str
@@ -75,6 +79,8 @@ class StageParameter:
     owned: bool
     requires_grad: bool
     meta: TensorMeta
+    rest_meta: TensorMeta
+    reduce_dtype: torch.dtype | None
     dims: Dims
     rest: Layout
     step: Layout
@@ -86,7 +92,8 @@ class LoweredStage:
     inputs and values; the loss is LOSS.
 
     gather: once per step, parameters from their layout at rest to the one held through the step.
-    reduce: once per step, accumulated gradients to the parameters' layout at rest.
+    reduce: once per step, accumulated gradients to the parameters' layout at rest. Under a
+    Precision both cast on the way, so that what crosses the network is narrow.
     batch, buffers: graph input name -> path in the batch, in the model. gradients: names of the
     parameter inputs whose gradient backward makes. saved: values that backward takes from forward.
     """
@@ -177,6 +184,8 @@ def _lower_stage(
             owned=owners[i.owner] == index,
             requires_grad=i.requires_grad,
             meta=i.meta,
+            rest_meta=i.rest_meta,
+            reduce_dtype=i.reduce,
             dims=table.dims[i.ref],
             rest=_parse(
                 plan.parameters[sources[i.owner]].rest,
@@ -314,29 +323,70 @@ def _phase_program(
     return replace(program, inputs=ports, constants=values)
 
 
-def _relayout_program(
-    inputs: Mapping[str, Port], outputs: Mapping[str, tuple[Ref, Layout]], mesh: LogicalMesh
-) -> LocalProgram:
-    """Takes values from one layout to another."""
-    ports = {port.ref: port for port in inputs.values()}
-    return lower_program(
-        [],
-        inputs=inputs,
-        outputs={k: (ref, ports[ref].meta, layout) for k, (ref, layout) in outputs.items()},
-        strategies={},
-        calls={},
-        rules={},
-        dims={ref: port.dims for ref, port in ports.items()},
-        mesh=mesh.axis_sizes,
-        verify=True,
-    )
+class _Relayout:
+    """Builds a program that casts values and takes them from one layout to another."""
+
+    def __init__(self, mesh: LogicalMesh) -> None:
+        self._mesh = mesh
+        self._inputs: dict[str, Port] = {}
+        self._values: dict[Ref, Port] = {}
+        self._casts: list[Operator] = []
+        self._outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
+
+    def take(self, name: str, meta: TensorMeta, dims: Dims, layout: Layout) -> Ref:
+        """An input of the program."""
+        ref = Ref(name)
+        self._inputs[name] = self._values[ref] = Port(ref, meta, dims, layout)
+        return ref
+
+    def cast(self, ref: Ref, dtype: torch.dtype | None, layout: Layout) -> Ref:
+        """The value, in this layout, in another type; the value itself where it has that type."""
+        source = self._values[ref]
+        if dtype is None or dtype == source.meta.dtype:
+            return ref
+        meta = TensorMeta(source.meta.shape, dtype)
+        name, kwargs = f"{ref.name}_{str(dtype).removeprefix('torch.')}", {"dtype": dtype}
+        target = torch.ops.aten._to_copy.default
+        self._casts.append(Operator(name, target, (ref,), kwargs, (meta,), Phase.FORWARD))
+        made = Ref(name)
+        self._values[made] = Port(made, meta, source.dims, layout)
+        return made
+
+    def give(self, name: str, ref: Ref, layout: Layout) -> None:
+        """An output of the program."""
+        self._outputs[name] = (ref, self._values[ref].meta, layout)
+
+    def program(self) -> LocalProgram:
+        dims = {ref: port.dims for ref, port in self._values.items()}
+        metas = {ref: port.meta for ref, port in self._values.items()}
+        calls = {op.name: make_call(op, dims, metas, set()) for op in self._casts}
+        made_in = {op.name: (self._values[Ref(op.name)].layout,) for op in self._casts}
+        nowhere = (None,) * self._mesh.num_axes
+        return lower_program(
+            self._casts,
+            inputs=self._inputs,
+            outputs=self._outputs,
+            strategies={n: Strategy(nowhere, where, where, 1) for n, where in made_in.items()},
+            calls=calls,
+            rules={name: rule_for(call) for name, call in calls.items()},
+            dims=dims,
+            mesh=self._mesh.axis_sizes,
+            verify=True,
+        )
 
 
 def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> LocalProgram:
-    inputs = {
-        p.name: Port(Ref(p.name), p.meta, p.dims, p.rest) for p in parameters if p.source == p.name
-    }
-    return _relayout_program(inputs, {p.name: (Ref(p.source), p.step) for p in parameters}, mesh)
+    """Casts first: what is gathered is narrow."""
+    build = _Relayout(mesh)
+    narrow = {}
+    for p in parameters:
+        if p.source == p.name:
+            narrow[p.name] = build.cast(
+                build.take(p.name, p.rest_meta, p.dims, p.rest), p.meta.dtype, p.rest
+            )
+    for p in parameters:
+        build.give(p.name, narrow[p.source], p.step)
+    return build.program()
 
 
 def _reduce_program(
@@ -345,15 +395,18 @@ def _reduce_program(
     gradients: Sequence[str],
     mesh: LogicalMesh,
 ) -> LocalProgram:
+    """Where a gradient changes its layout it does so in the type of its reduction."""
     by_name = {p.name: p for p in parameters}
-    inputs = {}
+    build = _Relayout(mesh)
     for name in gradients:
-        port = backward.outputs[name]
+        port, p = backward.outputs[name], by_name[name]
         dims, layout = coarsen(port.dims, port.layout)  # parameters have one atom per dim
-        inputs[name] = Port(Ref(name), port.meta, dims, layout)
-    return _relayout_program(
-        inputs, {name: (Ref(name), by_name[name].rest) for name in gradients}, mesh
-    )
+        gradient = build.take(name, port.meta, dims, layout)
+        if layout != p.rest:
+            gradient = build.cast(gradient, p.reduce_dtype, layout)
+            gradient = build.cast(gradient, port.meta.dtype, p.rest)
+        build.give(name, gradient, p.rest)
+    return build.program()
 
 
 def _value_transfers(
@@ -405,7 +458,7 @@ def _parameter_transfers(stages: Sequence[LoweredStage]) -> list[Transfer]:
                         (original.name, parameter.name),
                         (source, stage),
                         None,
-                        parameter.meta,
+                        parameter.rest_meta,
                         parameter.dims,
                         (original.rest, parameter.rest),
                     )

@@ -84,6 +84,9 @@ def _stage_graph(graph: Graph, operators: Sequence[Operator]) -> Graph:
             for ref in op.operands:
                 if ref.name in own:
                     outputs.append(GraphOutput(OutputKind.SENT, ref, str(ref)))
+    # a gradient summed over uses in other stages may be made where nothing reads the parameter
+    summed = {out.target for out in outputs if out.kind is OutputKind.GRADIENT}
+    used.update((ref, inp) for ref, inp in inputs.items() if inp.name in summed)
     ordered = [i for i in graph.inputs if i.ref in used]
     return check_graph(
         replace(

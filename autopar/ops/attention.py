@@ -1,14 +1,15 @@
 """`autopar::sdpa` and `autopar::sdpa_backward`: attention as one operator with its own backward.
 
-    s = scale * q k^T + bias (-inf above the diagonal if causal);  lse = log sum exp s
+    s = scale * q k^T + bias (-inf where a query must not see);    lse = log sum exp s
     p = exp(s - lse);  out = p v
     ds = p * (dout v^T - sum(dout * out));  dq = scale * ds k,  dk = scale * ds^T q,  dv = p^T dout
 
 Shapes: q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G (grouped queries),
 bias [B|1, H|1, S|1, T|1] without gradient; out [B, H, S, E], lse [B, H, S] in fp32 (fp64 for
-fp64). A row whose every score is -inf gives out = 0, lse = 0 and no gradient. The diagonal of a
-causal mask starts at the upper left, as in torch. Legend: B batch, H heads, G key heads, S queries,
-T keys, D head width, E value width.
+fp64). A row whose every score is -inf gives out = 0, lse = 0 and no gradient. If causal, query i
+sees the keys up to first_query + i: 0, a diagonal from the upper left, is torch's mask; a shard of
+the queries gets the number of its first one. Legend: B batch, H heads, G key heads, S queries, T
+keys, D head width, E value width.
 """
 
 from __future__ import annotations
@@ -28,21 +29,27 @@ from autopar.ops.library import LIBRARY, define
 aten = torch.ops.aten
 
 define(
-    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale)"
-    " -> (Tensor out, Tensor lse)"
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale,"
+    " SymInt first_query=0) -> (Tensor out, Tensor lse)"
 )
 define(
     "sdpa_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse,"
-    " bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+    " bool causal, float scale, SymInt first_query=0) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
 def sdpa_math(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    first_query: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Explicit attention in the accumulation dtype: any device, any widths. O(B H S T) memory."""
     groups = q.shape[1] // k.shape[1]
-    scores = _scores(q, _expand_heads(k, groups), bias, causal, scale)
+    scores = _scores(q, _expand_heads(k, groups), bias, causal, scale, first_query)
     lse = torch.logsumexp(scores, dim=-1)
     lse = lse.masked_fill(lse == float("-inf"), 0.0)  # [B, H, S]
     probs = torch.exp(scores - lse.unsqueeze(-1))
@@ -60,12 +67,14 @@ def sdpa_backward_math(
     lse: Tensor,
     causal: bool,
     scale: float,
+    first_query: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Explicit gradient of :func:`sdpa_math`."""
     groups = q.shape[1] // k.shape[1]
     acc = accumulation_dtype(q.dtype)
     k_wide, v_wide = (_expand_heads(t, groups).to(acc) for t in (k, v))
-    probs = torch.exp(_scores(q, k_wide, bias, causal, scale) - lse.unsqueeze(-1))
+    scores = _scores(q, k_wide, bias, causal, scale, first_query)
+    probs = torch.exp(scores - lse.unsqueeze(-1))
     dout = dout.to(acc)
     delta = (dout * out.to(acc)).sum(-1, keepdim=True)
     dscores = probs * (dout @ v_wide.mT - delta) * scale  # [B, H, S, T]
@@ -76,10 +85,16 @@ def sdpa_backward_math(
 
 
 def _sdpa_cpu(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    first_query: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    if not _has_cpu_flash(q, v):
-        return sdpa_math(q, k, v, bias, causal, scale)
+    if not _has_cpu_flash(q, v, causal, first_query):
+        return sdpa_math(q, k, v, bias, causal, scale, first_query)
     q, k, v = map(_with_dense_rows, (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
@@ -99,9 +114,10 @@ def _sdpa_backward_cpu(
     lse: Tensor,
     causal: bool,
     scale: float,
+    first_query: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_cpu_flash(q, v):
-        return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale)
+    if not _has_cpu_flash(q, v, causal, first_query):
+        return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale, first_query)
     q, k, v, out = map(_with_dense_rows, (q, k, v, out))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
@@ -115,9 +131,7 @@ def _sdpa_backward_cpu(
     )
 
 
-def _sdpa_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     if q.ndim != 4 or q.shape[1] % k.shape[1]:
         raise ValueError(
             "autopar::sdpa wants q [B, H, S, D], k [B, G, T, D] with H a multiple of G:"
@@ -139,13 +153,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, first_query: int
+) -> Tensor:
     acc = accumulation_dtype(q.dtype)
     scores = (q.to(acc) @ k.to(acc).mT) * scale  # [B, H, S, T]
     if bias is not None:
         scores = scores + bias.to(acc)
     if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(first_query)
         scores = scores.masked_fill(~seen, float("-inf"))
     return scores
 
@@ -159,9 +175,11 @@ def _sum_heads(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
 
 
-def _has_cpu_flash(q: Tensor, v: Tensor) -> bool:
-    """torch's CPU kernel has one width for keys and values, and no empty tensors."""
-    return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0
+def _has_cpu_flash(q: Tensor, v: Tensor, causal: bool, first_query: int) -> bool:
+    """torch's CPU kernel has one width for keys and values, no empty tensors, and its causal
+    diagonal starts at the upper left."""
+    plain = q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0
+    return plain and not (causal and first_query)
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
@@ -170,15 +188,15 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, ctx.causal, ctx.scale = inputs
+    q, k, v, bias, *ctx.constants = inputs
     ctx.save_for_backward(q, k, v, bias, *output)
 
 
 def _sdpa_grad(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     """lse is for backward only: its own gradient is not defined and not looked at."""
     q, k, v, bias, out, lse = ctx.saved_tensors
-    grads = torch.ops.autopar.sdpa_backward(dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale)
-    return (*grads, None, None, None)
+    grads = torch.ops.autopar.sdpa_backward(dout, q, k, v, bias, out, lse, *ctx.constants)
+    return (*grads, None, *(None for _ in ctx.constants))
 
 
 LIBRARY.impl("sdpa", _sdpa_cpu, "CPU")

@@ -69,6 +69,7 @@ def _step_line(plan: ParallelPlan) -> Text:
         f"schedule {plan.schedule}, {count} microbatch{'es' if count != 1 else ''}",
         f"bubble {percent_text(plan.bubble)}",
         f"remat {plan.remat}",
+        *([] if plan.precision == "model" else [f"precision {plan.precision}"]),
         f"budget {bytes_text(plan.budget_bytes)} per device",
     ]
     step = (f"{seconds_text(plan.step_s)} per step, predicted", "bold green")

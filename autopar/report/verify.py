@@ -23,7 +23,8 @@ def verify_table(report: VerifyReport) -> RenderableType:
     table = Table(title_justify="left", header_style="bold", caption_justify="left")
     for column in ("against", "what", "largest relative error", "where", "limit", ""):
         table.add_column(column, overflow="fold")
-    _add_rows(table, "captured graph, one device", report.errors, report.tolerance)
+    against = "captured graph, one device" + (", in float64" if report.narrow else "")
+    _add_rows(table, against, report.errors, report.tolerance)
     if report.eager is not None:
         _add_rows(table, "eager model, dropout off", report.eager, report.eager_tolerance)
     dropout = "with dropout" if report.dropout else "without dropout"

@@ -71,13 +71,13 @@ def kept_parameters(
         shape = tuple(value.shape)
         if owner in owned:
             p = owned.pop(owner)
-            placed = (p.name, p.dims, p.rest)
+            placed = (p.name, p.rest_meta.dtype, p.dims, p.rest)
         elif owner not in read and stage.index == 0:
-            placed = ("", raw_dims(shape), replicated(stage.mesh.num_axes))
+            placed = ("", value.dtype, raw_dims(shape), replicated(stage.mesh.num_axes))
         else:
             continue
         kept.append(
-            KeptParameter(names, placed[0], shape, value.dtype, value.requires_grad, *placed[1:])
+            KeptParameter(names, placed[0], shape, placed[1], value.requires_grad, *placed[2:])
         )
     if owned:
         raise PlanError(f"the plan places {sorted(owned)}, which the model does not have")

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from benchmarks.models import gpt, llama, moe, t5, unet, wide_resnet
+from benchmarks.models import dlrm, gpt, llama, moe, t5, unet, wide_resnet
 
 
 class ItemKind(StrEnum):
@@ -21,6 +21,7 @@ class ItemKind(StrEnum):
 
     TOKENS = "tokens"
     IMAGES = "images"
+    SAMPLES = "samples"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +70,26 @@ def _language_cases() -> list[ModelCase]:
     return cases
 
 
-def _image_cases() -> list[ModelCase]:
-    modules = ((wide_resnet, wide_resnet.WideResNet), (unet, unet.UNet))
+def _sample_cases() -> list[ModelCase]:
+    modules = (
+        (wide_resnet, wide_resnet.WideResNet, ItemKind.IMAGES),
+        (unet, unet.UNet, ItemKind.IMAGES),
+        (dlrm, dlrm.DLRM, ItemKind.SAMPLES),
+    )
     return [
         ModelCase(
             name=name,
             build=partial(factory, config),
             batch=partial(module.example_batch, config),
-            kind=ItemKind.IMAGES,
+            kind=kind,
             items_per_sample=1,
             model_flops_per_sample=partial(module.flops_per_sample, config),
         )
-        for module, factory in modules
+        for module, factory, kind in modules
         for name, config in module.CONFIGS.items()
     ]
 
 
 MODELS: Mapping[str, ModelCase] = MappingProxyType(
-    {case.name: case for case in (*_language_cases(), *_image_cases())}
+    {case.name: case for case in (*_language_cases(), *_sample_cases())}
 )

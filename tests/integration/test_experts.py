@@ -38,7 +38,7 @@ from autopar.verify import (
     verify_plan,
 )
 from benchmarks.models import moe
-from benchmarks.verify_zoo import FAST_LINKS, PLANS
+from benchmarks.zoo import FAST_LINKS, PLANS
 from cost_models import Cluster
 from tests.integration import exchange
 from tests.moe import BATCH, mixtral, qwen3_moe

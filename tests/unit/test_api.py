@@ -18,6 +18,7 @@ PUBLIC_NAMES = [
     "NoFeasiblePlan",
     "ParallelModel",
     "ParallelPlan",
+    "Precision",
     "Remat",
     "ScheduleKind",
     "SearchOptions",

@@ -98,7 +98,7 @@ MALFORMED = {
     "other format": (change("format", "something"), "not a plan"),
     "older version": (change("version", 0), "version 0"),
     "version as text": (change("version", "1"), "version '1'"),
-    "version true": (change("version", True), "plan.version"),
+    "version true": (change("version", True), "version True"),
     "no version": (change("version", ...), "version None"),
     "missing field": (change("step_s", ...), "step_s"),
     "unknown field": (change("extra", 1), "extra"),

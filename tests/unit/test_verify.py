@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from autopar.api import plan_model
 from autopar.errors import OptionError, PlanError
@@ -16,8 +17,8 @@ from autopar.runtime.simulated import VirtualRun
 from autopar.runtime.virtual import VirtualCollectives
 from autopar.verify import (
     FLOOR,
+    no_dropout,
     relative_errors,
-    turn_dropout_off,
     updated_buffers,
     verify_plan,
     without_dropout,
@@ -98,16 +99,18 @@ def test_dropout_is_compared_on_and_off() -> None:
     assert model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
 
 
-def test_turning_dropout_off_reaches_modules_and_numbers() -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = nn.Dropout(0.5)
-            self.attention_dropout = 0.1
-
-    layer = Layer()
-    turn_dropout_off(layer)
-    assert layer.drop.p == 0.0 and layer.attention_dropout == 0.0
+def test_no_dropout_reaches_modules_and_functions() -> None:
+    x, heads = torch.ones(64, 2, 8), torch.ones(2, 4, 16, 8)
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5)
+    with no_dropout():
+        assert torch.equal(nn.Dropout(0.5)(x), x)
+        assert torch.equal(functional.dropout(x, 0.5), x)
+        assert torch.equal(functional.dropout(x, training=True), x)
+        want = functional.scaled_dot_product_attention(heads, heads, heads)
+        got = functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5)
+        assert torch.equal(got, want)
+        assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+    assert not torch.equal(functional.dropout(x, 0.5), x)
 
 
 def test_a_plan_of_another_model_is_refused() -> None:

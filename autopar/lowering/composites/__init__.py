@@ -12,7 +12,14 @@ from types import MappingProxyType
 
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
-from autopar.lowering.composites import batch_norm, experts, means, sizes, vocabulary
+from autopar.lowering.composites import (
+    attention,
+    batch_norm,
+    experts,
+    means,
+    sizes,
+    vocabulary,
+)
 from autopar.lowering.composites.site import Lowering, Site
 
 __all__ = ["LOWERINGS", "Lowering", "Site", "lower_call"]
@@ -23,6 +30,7 @@ LOWERINGS: Mapping[object, Lowering] = MappingProxyType(
         **means.LOWERINGS,
         **vocabulary.LOWERINGS,
         **batch_norm.LOWERINGS,
+        **attention.LOWERINGS,
         **experts.LOWERINGS,
     }
 )

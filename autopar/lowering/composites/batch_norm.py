@@ -32,9 +32,10 @@ def _cast(emit: Emitter, value: Ref, source: torch.dtype, target: torch.dtype) -
 
 def _batch_norm(site: Site) -> tuple[Ref, ...]:
     """Two passes over the global batch: mean, then centred squares. The running variance uses
-    N / (N - 1) of the global N. Sums run in the dtype of the statistics."""
+    N / (N - 1) of the global N. Sums run in the dtype of the statistics; where that is wider than
+    the input's, torch's shape function does not know it, and the call is written out as well."""
     axes = site.strategy.axes("bn")
-    if not axes:
+    if not axes and site.call.result(1).dtype == site.call.dtypes[0]:
         return site.call_with({})
     emit = site.emit
     x, weight, bias, running_mean, running_var = site.args()[:5]

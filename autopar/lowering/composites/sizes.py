@@ -41,10 +41,21 @@ def _group_norm_backward(site: Site) -> tuple[Ref, ...]:
     return site.call_with({5: n, 6: c, 8: site.operand_shape(2)[1]})
 
 
+def _convolution(site: Site) -> tuple[Ref, ...]:
+    return site.call_with({8: _local_groups(site, 8, image=0)})
+
+
 def _convolution_backward(site: Site) -> tuple[Ref, ...]:
+    groups = {9: _local_groups(site, 9, image=1)}
     if site.call.args[3] is None:
-        return site.call_with({})
-    return site.call_with({3: [site.operand_shape(0)[1]]})
+        return site.call_with(groups)
+    return site.call_with({3: [site.operand_shape(0)[1]], **groups})
+
+
+def _local_groups(site: Site, position: int, image: int) -> int:
+    """Groups of the channels that are here. Without groups a share of the channels is one group."""
+    groups: int = site.call.args[position]
+    return groups * site.operand_shape(image)[1] // site.call.shape(image)[1] if groups > 1 else 1
 
 
 def _arange(site: Site) -> tuple[Ref, ...]:
@@ -92,6 +103,7 @@ LOWERINGS: Mapping[object, Lowering] = {
     aten.diagonal_backward.default: _sized(1),
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
+    aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     aten.arange.default: _arange,
     aten.arange.start: _arange,

@@ -1,66 +1,95 @@
-"""Scaled dot-product attention: batch and heads are parallel, sequence and head dims stay whole.
+"""Scaled dot-product attention: batch, heads and queries are parallel.
 
 With fewer key and value heads than query heads, h query heads are g groups: shards hold whole
-groups.
+groups. A shard of the queries attends to all keys and values, which are gathered (the context
+parallelism of Llama 3, arXiv 2407.21783, section 3.3.2); their gradients are pending sums. Sharding
+heads instead, from a sharded sequence and back by all-to-all (DeepSpeed Ulysses, arXiv 2309.14509),
+needs no factor of its own: it is factor h between two reshards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from autopar.layout import REPLICATE, Dims, raw_dims
+from autopar.layout import PARTIAL, REPLICATE, Dims, first_atom, raw_dims
 from autopar.sharding.registry import RuleFn
 from autopar.sharding.rule import Call, Factor, Rule, linear_factors
 
 
-def _attention_factors(
-    call: Call, tensors: list[int], bias: int | None, results: list[Dims | None]
-) -> list[Factor]:
-    """Factors b (dim 0) and h (dim 1) of every operand in `tensors`; a bias of size 1 is
-    replicated."""
-    factors = []
-    for name, dim in (("b", 0), ("h", 1)):
-        operands = [REPLICATE] * len(call.operands)
-        sizes = []
-        for i in tensors:
-            atoms = call.operands[i][dim]
-            if not atoms:
-                break
-            operands[i] = sum(map(len, call.operands[i][:dim]))
-            sizes.append(atoms[0])
-        else:
-            if bias is not None and call.operands[bias][dim]:
-                operands[bias] = sum(map(len, call.operands[bias][:dim]))
-                sizes.append(call.operands[bias][dim][0])
-            placed = [REPLICATE if dims is None else sum(map(len, dims[:dim])) for dims in results]
-            size = math.gcd(*sizes, *(dims[dim][0] for dims in results if dims is not None))
-            if size > 1:
-                factors.append(Factor(name, size, tuple(operands), tuple(placed)))
-    return factors
+def _factor(
+    call: Call,
+    name: str,
+    dim: int,
+    operands: Collection[int],
+    bias: int | None,
+    results: Sequence[Dims | None],
+    *,
+    partial: Collection[int] = (),
+    lowering: str = "",
+) -> Factor | None:
+    """The factor that shards `dim` of these operands and of every result that is not `partial`. A
+    bias of size 1 is replicated."""
+    placed = [REPLICATE] * len(call.operands)
+    sizes = []
+    for number in operands:
+        atom = first_atom(call.operands[number], dim)
+        if atom is None:
+            return None
+        placed[number] = atom
+        sizes.append(call.operands[number][dim][0])
+    if bias is not None and (atom := first_atom(call.operands[bias], dim)) is not None:
+        placed[bias] = atom
+        sizes.append(call.operands[bias][dim][0])
+    outcomes = [PARTIAL if index in partial else REPLICATE for index in range(len(results))]
+    for index, dims in enumerate(results):
+        if dims is not None and index not in partial:
+            atom = first_atom(dims, dim)
+            if atom is None:
+                return None
+            outcomes[index] = atom
+            sizes.append(dims[dim][0])
+    size = math.gcd(*sizes)
+    if size == 1:
+        return None
+    return Factor(name, size, tuple(placed), tuple(outcomes), lowering=lowering)
+
+
+def _raw_results(call: Call) -> list[Dims | None]:
+    return [raw_dims(m.shape) if m is not None else None for m in call.results]
 
 
 def _sdpa(call: Call) -> Rule:
     """(q [b h s d], k [b g t d], v [b g t d], bias?, causal, scale) -> (out [b h s d], lse [b h
     s])."""
-    results: list[Dims | None] = [
-        raw_dims(m.shape) if m is not None else None for m in call.results
-    ]
+    results = _raw_results(call)
     bias = 3 if len(call.operands) == 4 else None
-    return Rule(tuple(results), tuple(_attention_factors(call, [0, 1, 2], bias, results)))
+    causal = "causal" if call.args[4] else ""
+    factors = (
+        _factor(call, "b", 0, range(3), bias, results),
+        _factor(call, "h", 1, range(3), bias, results),
+        _factor(call, "s", 2, (0,), bias, results, lowering=causal),
+    )
+    return Rule(tuple(results), tuple(f for f in factors if f is not None))
 
 
 def _sdpa_backward(call: Call) -> Rule:
     """(dout, q, k, v, bias?, out, lse, causal, scale) -> (dq, dk, dv): linear in dout."""
-    results: list[Dims | None] = [
-        raw_dims(m.shape) if m is not None else None for m in call.results
-    ]
+    results = _raw_results(call)
     biased = len(call.operands) == 7
-    tensors = [0, 1, 2, 3, *([5, 6] if biased else [4, 5])]
-    factors = _attention_factors(call, tensors, 4 if biased else None, results)
-    return Rule(tuple(results), (*factors, *linear_factors(call, [(0,)])))
+    bias = 4 if biased else None
+    saved = (5, 6) if biased else (4, 5)
+    causal = "causal" if call.args[7] else ""
+    queries = (0, 1, *saved)
+    factors = (
+        _factor(call, "b", 0, (0, 1, 2, 3, *saved), bias, results),
+        _factor(call, "h", 1, (0, 1, 2, 3, *saved), bias, results),
+        _factor(call, "s", 2, queries, bias, results, partial=(1, 2), lowering=causal),
+    )
+    linear = linear_factors(call, [(0,)])
+    return Rule(tuple(results), (*(f for f in factors if f is not None), *linear))
 
 
 RULES: Mapping[object, RuleFn] = {

@@ -8,6 +8,7 @@ import torch
 
 from autopar.sharding.registry import RuleFn
 from autopar.sharding.rule import Call, Rule, letter_rule, lettered
+from autopar.sharding.rules.groups import with_groups
 
 aten = torch.ops.aten
 
@@ -39,7 +40,7 @@ def _dot(call: Call) -> Rule:
 
 
 def _convolution(call: Call) -> Rule:
-    """n c .., o c .. -> n o .. ; grouped convolutions keep their channels whole. A bias would be
+    """n c .., o c .. -> n o .. ; with groups, whole groups of channels instead (g). A bias would be
     added once per shard of c, so c is a reduction factor only without one."""
     transposed, groups = call.args[6], call.args[8]
     spatial = [f"s{i}" for i in range(len(call.operands[0]) - 2)]
@@ -52,20 +53,22 @@ def _convolution(call: Call) -> Rule:
     text += (", o" if channels else ", .") if bias else ""
     out = [f"t{i}" for i in range(len(spatial))]
     text += f" -> n {'o' if channels else '.'} {' '.join(out)}"
-    return lettered(
+    rule = lettered(
         call,
         text,
         reduction="" if bias else "c",
         blocked=" ".join([*spatial, *kernel, *(["c"] if bias else [])]),
         linear=[] if bias else [(0,), (1,)],
     )
+    return with_groups(call, rule, groups, (1, 0, 0)[: len(call.operands)], (1,), "g")
 
 
 def _convolution_backward(call: Call) -> Rule:
     """(dy, x, w) -> (dx, dw, db): three contractions in one call.
 
     n: dx n, dw and db pending; o: dx pending, dw o, db o; c: dx c, dw c (only where no db is made,
-    which has no c and would be computed by everyone: it is then replicated).
+    which has no c and would be computed by everyone: it is then replicated). With groups: n, and
+    whole groups of channels, which all three results have.
     """
     transposed, groups = call.args[7], call.args[9]
     dims = len(call.operands[0]) - 2
@@ -74,7 +77,8 @@ def _convolution_backward(call: Call) -> Rule:
     if transposed or groups != 1:
         text = f"n . {' '.join(t)}, n . {' '.join(s)}, . . {' '.join(k)}"
         text += f" -> n . {' '.join(s)}, . . {' '.join(k)}, ."
-        return lettered(call, text, reduction="n", blocked=" ".join(blocked), linear=[(0,)])
+        rule = lettered(call, text, reduction="n", blocked=" ".join(blocked), linear=[(0,)])
+        return with_groups(call, rule, groups, (1, 1, 0), (1, 0, 0), "g")
     text = f"n o {' '.join(t)}, n c {' '.join(s)}, o c {' '.join(k)}"
     text += f" -> n c {' '.join(s)}, o c {' '.join(k)}, o"
     if call.results[2] is not None:

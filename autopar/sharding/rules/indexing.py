@@ -3,7 +3,7 @@ composite "vocab". Accumulating forms add: shards of the index leave a pending s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -100,21 +100,28 @@ def _adds_to_first(call: Call, rule: Rule) -> Rule:
     return replace(rule, factors=factors)
 
 
-def _indexed(call: Call) -> tuple[list[str], list[str], list[str], set[str]] | None:
-    """(letters of x, of an index, of x[index], indexed letters) for x[.., i, j, ..] with
-    neighbouring integer indices of one shape; None for other forms."""
+def _indexed(call: Call) -> tuple[list[str], list[list[str]], list[str], set[str]] | None:
+    """(letters of x, of each index, of x[index], indexed letters) for x[.., i, j, ..] with
+    neighbouring integer indices, broadcast against each other; None for other forms."""
     indices = list(call.args[1])
     present = [i for i, index in enumerate(indices) if index is not None]
     numbers = [indices[i].index for i in present]
     if not present or any(call.dtypes[n] in (torch.bool, torch.uint8) for n in numbers):
         return None
-    shapes = {call.shape(n) for n in numbers}
-    if present != list(range(present[0], present[-1] + 1)) or len(shapes) != 1:
+    if present != list(range(present[0], present[-1] + 1)):
         return None
+    shape = torch.broadcast_shapes(*(call.shape(n) for n in numbers))
     letters = [f"d{i}" for i in range(len(call.operands[0]))]
-    index = [f"i{i}" for i in range(len(next(iter(shapes))))]
+    index = [f"i{i}" for i in range(len(shape))]
+    words = [_broadcast(index, shape, call.shape(n)) for n in numbers]
     result = [*letters[: present[0]], *index, *letters[present[-1] + 1 :]]
-    return letters, index, result, {letters[i] for i in present}
+    return letters, words, result, {letters[i] for i in present}
+
+
+def _broadcast(letters: Sequence[str], shape: Sequence[int], own: Sequence[int]) -> list[str]:
+    """The letters of an operand of shape `own` that broadcasts to `shape`."""
+    last = len(shape) - len(own)
+    return [c if n == m else "." for c, n, m in zip(letters[last:], shape[last:], own, strict=True)]
 
 
 def _index(call: Call) -> Rule:
@@ -122,9 +129,8 @@ def _index(call: Call) -> Rule:
     form = _indexed(call)
     if form is None:
         return replicate_rule(call)
-    letters, index, result, whole = form
-    words = [letters, *([index] * (len(call.operands) - 1))]
-    return letter_rule(call, words, [result], blocked=whole, linear=[(0,)])
+    letters, indices, result, whole = form
+    return letter_rule(call, [letters, *indices], [result], blocked=whole, linear=[(0,)])
 
 
 def _index_put(call: Call) -> Rule:
@@ -134,17 +140,17 @@ def _index_put(call: Call) -> Rule:
     form = _indexed(call)
     if form is None:
         return replicate_rule(call)
-    letters, index, written, whole = form
+    letters, indices, written, whole = form
     accumulate = bool(call.arg(3, "accumulate", False))
     last = len(call.operands) - 1
     values = written[len(written) - len(call.operands[last]) :]
-    words = [letters, *([index] * (last - 1)), values]
+    index = {c for c in written if c not in letters}
     rule = letter_rule(
         call,
-        words,
+        [letters, *indices, values],
         [letters],
-        reduction=set(index),
-        blocked=whole | (set() if accumulate else set(index)),
+        reduction=index,
+        blocked=whole | (set() if accumulate else index),
         linear=[(0, last)] if accumulate else [],
     )
     return _adds_to_first(call, rule)

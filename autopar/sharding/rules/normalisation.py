@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from autopar.layout import PARTIAL, REPLICATE, first_atom
+from autopar.layout import PARTIAL, REPLICATE
 from autopar.sharding.registry import RuleFn
 from autopar.sharding.rule import Call, Factor, Rule, letter_rule, lettered
+from autopar.sharding.rules.groups import with_groups
 
 aten = torch.ops.aten
 
@@ -106,7 +107,7 @@ def _group_norm(call: Call) -> Rule:
     text += f" -> n c {spatial}, n g, n g"
     blocked = f"c g {spatial}"
     rule = lettered(call, text, blocked=blocked, atoms={"g": _one(call.args[6])})
-    return _with_groups(call, rule, groups=call.args[6], channel_results=(1, 1, 1))
+    return with_groups(call, rule, call.args[6], _channel_dims(call), (1, 1, 1))
 
 
 def _group_norm_backward(call: Call) -> Rule:
@@ -118,35 +119,16 @@ def _group_norm_backward(call: Call) -> Rule:
     text += f" -> n c {spatial}, c, c"
     blocked = f"c g {spatial}"
     rule = lettered(call, text, blocked=blocked, reduction="n", linear=[(0,)])
-    return _with_groups(call, rule, groups=call.args[8], channel_results=(1, 0, 0))
+    return with_groups(call, rule, call.args[8], _channel_dims(call), (1, 0, 0))
 
 
 def _one(size: int) -> tuple[int, ...]:
     return (size,) if size != 1 else ()
 
 
-def _with_groups(call: Call, rule: Rule, groups: int, channel_results: tuple[int, ...]) -> Rule:
-    """Adds the factor that gives each device whole groups of channels."""
-    if groups == 1:
-        return rule
-    operands = []
-    for dims in call.operands:  # channels or groups are dim 1 of matrices and images, 0 of vectors
-        operands.append(first_atom(dims, 1 if len(dims) > 1 else 0))
-    results = []
-    for dims_, dim in zip(rule.results, channel_results, strict=True):
-        results.append(None if dims_ is None else first_atom(dims_, dim))
-    if None in operands or any(
-        r is None and d is not None for r, d in zip(results, rule.results, strict=True)
-    ):
-        return rule
-    sizes = [groups, *(d[1 if len(d) > 1 else 0][0] for d in call.operands)]
-    factor = Factor(
-        "c",
-        math.gcd(*sizes),
-        tuple(a for a in operands if a is not None),
-        tuple(REPLICATE if a is None else a for a in results),
-    )
-    return replace(rule, factors=(*rule.factors, factor)) if factor.size > 1 else rule
+def _channel_dims(call: Call) -> list[int]:
+    """Channels or groups are dim 1 of matrices and images, dim 0 of vectors."""
+    return [1 if len(dims) > 1 else 0 for dims in call.operands]
 
 
 def _batch_norm(call: Call) -> Rule:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import MODELS, gpt, llama, moe, t5
-from tests.zoo import ZOO
+from tests.zoo import FAMILIES, SIZES, ZOO
+from tests.zoo.rows import ROWS
 
 TINY = sorted(name for name in MODELS if name.endswith("-tiny"))
 # Published parameter counts, in millions, with their source.
@@ -27,6 +28,7 @@ PUBLISHED_MILLIONS = {
     "wresnet-250m": 250,  # Alpa, table 7
     "wresnet-1b": 1000,
     "t5-large": 737.7,  # the released checkpoint
+    "dlrm-criteo": 24035.4,  # 187,767,399 rows of 128, and the perceptrons
     "unet-860m": 859.5,  # Stable Diffusion 1.x
 }
 
@@ -47,7 +49,9 @@ def test_zoo_model_trains_and_is_deterministic(name: str) -> None:
     assert module.training
     assert loss.dim() == 0 and math.isfinite(loss)
     without_gradient = [
-        n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()
+        n
+        for n, p in module.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     assert without_gradient == []
     assert torch.equal(loss, _step(again, batch_again))
@@ -63,7 +67,7 @@ def test_zoo_factory_leaves_the_random_state(name: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - {"wide_resnet"}))
+@pytest.mark.parametrize("name", sorted(n for n, m in ZOO.items() if m.equal_rows))
 def test_mean_over_microbatches_is_the_loss_of_the_batch(name: str) -> None:
     module, batch = ZOO[name]()
     module.eval().double()
@@ -100,6 +104,16 @@ def test_named_size_has_the_published_parameters(name: str) -> None:
         module = MODELS[name].build()
     millions = sum(p.numel() for p in module.parameters()) / 1e6
     assert millions == pytest.approx(PUBLISHED_MILLIONS[name], rel=0.025)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_published_size_of_the_zoo(name: str) -> None:
+    with torch.device("meta"):
+        module, batch = SIZES[name]()
+    millions = sum(p.numel() for p in module.parameters()) / 1e6
+    published = next(row.sizes[name].millions for row in FAMILIES.values() if name in row.sizes)
+    assert millions == pytest.approx(published, rel=0.005)
+    assert all(len(t) == ROWS for t in batch.values() if isinstance(t, Tensor))
 
 
 def test_every_named_size_is_either_tiny_or_published() -> None:

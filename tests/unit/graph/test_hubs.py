@@ -12,7 +12,7 @@ from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages
 from autopar.plan import Remat
 from tests.unit.lowering.test_recompute import case_of, values_of
-from tests.zoo import ZOO
+from tests.zoo import CORE
 
 
 def check_hubs(graph: Graph) -> None:
@@ -42,7 +42,7 @@ def check_hubs(graph: Graph) -> None:
             assert count <= 1, f"{ref} has {count} readers in {where} and no hub"
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CORE)
 def test_invariants_and_values(name: str) -> None:
     case = case_of(name)
     graph = apply_recompute(case.graph, Remat.SELECTIVE)

@@ -15,7 +15,7 @@ from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Phase,
 from autopar.lowering.recompute import apply_recompute, may_recompute
 from autopar.plan import Remat
 from tests.unit.runtime.reference import Case, zoo_case
-from tests.zoo import ZOO
+from tests.zoo import CORE
 
 torch.set_num_threads(1)
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def saved_bytes(graph: Graph) -> int:
     return sum(metas[ref].nbytes for ref in saved_values(graph))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CORE)
 def test_values_stay_and_saved_bytes_fall(name: str) -> None:
     case = case_of(name)
     values = values_of(case)

@@ -18,7 +18,7 @@ from autopar.lowering.stages import (
 )
 from autopar.plan import Remat
 from tests.unit.lowering.test_recompute import case_of, values_of
-from tests.zoo import ZOO
+from tests.zoo import CORE
 
 
 def play(stages: tuple[Graph, ...], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def play(stages: tuple[Graph, ...], values: dict[str, torch.Tensor]) -> dict[str
     return outputs
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CORE)
 def test_every_boundary(name: str) -> None:
     case = case_of(name)
     graph = apply_recompute(case.graph, Remat.SELECTIVE)

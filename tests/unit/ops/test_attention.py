@@ -77,6 +77,35 @@ def test_shards_of_batch_and_heads_are_slices_of_the_whole() -> None:
     torch.testing.assert_close(shard, whole[1:, 2:], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("bias_kind", ["none", "masked"])
+def test_a_shard_of_the_queries_is_a_slice_of_the_whole(bias_kind: str) -> None:
+    q, k, v = (t.detach() for t in qkv(torch.float64))
+    bias = bias_of(bias_kind, torch.float64)
+    part = None if bias is None else bias[:, :, 3:]
+    out, lse = SDPA(q, k, v, bias, True, 0.3)
+    shard = SDPA(q[:, :, 3:], k, v, part, True, 0.3, first_query=3)
+    for got, want in zip(shard, (out, lse), strict=True):
+        torch.testing.assert_close(got, want[:, :, 3:], rtol=0, atol=1e-14)
+    dout = torch.randn_like(out)
+    backward = torch.ops.autopar.sdpa_backward
+    dq, dk, dv = backward(dout, q, k, v, bias, out, lse, True, 0.3)
+    parts = [
+        backward(*(t[:, :, s] for t in (dout, q)), k, v, b, *saved, True, 0.3, first_query=start)
+        for s, b, saved, start in (
+            (
+                slice(0, 3),
+                None if bias is None else bias[:, :, :3],
+                (out[:, :, :3], lse[:, :, :3]),
+                0,
+            ),
+            (slice(3, 5), part, (out[:, :, 3:], lse[:, :, 3:]), 3),
+        )
+    ]
+    torch.testing.assert_close(torch.cat([p[0] for p in parts], 2), dq, rtol=0, atol=1e-14)
+    torch.testing.assert_close(parts[0][1] + parts[1][1], dk, rtol=0, atol=1e-13)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], dv, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_registration(causal: bool) -> None:
     torch.library.opcheck(SDPA.default, (*qkv(torch.float32), None, causal, 0.3))

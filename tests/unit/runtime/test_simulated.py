@@ -16,7 +16,7 @@ from autopar.runtime.simulated import VirtualRun
 from autopar.schedule import Schedule, ScheduleKind
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, Expected, expected_step, worst_error, zoo_case
-from tests.zoo import ZOO
+from tests.zoo import CORE
 
 SEED, TOLERANCE = 7, 1e-8
 GPIPE, ONE_F_ONE_B = ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B
@@ -48,7 +48,7 @@ def _run(case: Case, lowered: LoweredPlan) -> VirtualRun:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", CORE)
 def test_step_equals_the_graph_on_every_microbatch(name: str, plan: str) -> None:
     case, want = _case(name)
     run = _run(case, _lowered(case, plan))

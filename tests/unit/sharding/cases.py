@@ -43,6 +43,11 @@ def _contraction() -> Iterator[Case]:
     yield Case(aten.convolution.default, (image, kernel, x(8, seed=2), *pads, False, [0, 0], 1))
     grouped = x(8, 2, 3, 3, seed=1)
     yield Case(aten.convolution.default, (image, grouped, None, *pads, False, [0, 0], 2))
+    yield Case(aten.convolution.default, (image, grouped, x(8, seed=2), *pads, False, [0, 0], 2))
+    depthwise, signals = x(8, 1, 3, seed=1), x(4, 8, 6)
+    steps = ([1], [2], [1])
+    yield Case(aten.convolution.default, (signals, depthwise, None, *steps, False, [0], 8))
+    yield Case(aten.convolution.default, (signals, x(8, 2, 3), None, *steps, True, [0], 4))
     transposed = x(4, 8, 3, 3, seed=1)
     yield Case(aten.convolution.default, (image, transposed, None, *pads, True, [0, 0], 1))
     dy = x(4, 8, 5, 5, seed=3)
@@ -52,6 +57,10 @@ def _contraction() -> Iterator[Case]:
     yield Case(backward, (dy, image, kernel, None, *tail, [True, True, False]))
     yield Case(backward, (dy, image, kernel, [8], *tail, [False, True, True]))
     yield Case(backward, (dy, image, grouped, [8], *pads, False, [0, 0], 2, [True, True, True]))
+    dx = (x(4, 8, 8, seed=3), signals, depthwise, [8], *steps, False, [0], 8, [True, True, True])
+    yield Case(backward, dx)
+    dx = (x(4, 8, 4, seed=3), signals, x(8, 2, 3), [8], *steps, True, [0], 4, [True, True, True])
+    yield Case(backward, dx)
     signal = (x(4, 8, 6, seed=3), x(4, 4, 6), x(8, 4, 3, seed=1))
     yield Case(backward, (*signal, [8], [1], [1], [1], False, [0], 1, [True, True, True]))
 
@@ -187,6 +196,11 @@ def _attention() -> Iterator[Case]:
         out, lse = sdpa(q, k, v, bias, False, 0.5)
         args = (x(2, 8, 4, 4, seed=4), q, k, v, bias, out, lse, False, 0.5)
         yield Case(backward, args)
+        if bias is None or bias.shape[0] == 2:
+            out, lse = sdpa(q, k, v, bias, True, 0.5)
+            yield Case(sdpa, (q, k, v, bias, True, 0.5))
+            args = (x(2, 8, 4, 4, seed=4), q, k, v, bias, out, lse, True, 0.5)
+            yield Case(backward, args)
     yield Case(sdpa, (q, q, q, None, True, 0.5))
 
 
@@ -225,6 +239,9 @@ def _indexing() -> Iterator[Case]:
             yield Case(target, (x(4, 2, 8), indices, x(4, rows, 8, seed=1), accumulate))
             yield Case(target, (x(4, 2, 8), indices, x(rows, 1, seed=1), accumulate))
             yield Case(target, (x(4, 2, 8), indices, x(seed=1), accumulate))
+        grid = [ints(4, 4, 1), ints(2, 8)]
+        yield Case(target, (x(4, 2, 8), grid, x(4, 8, 8, seed=1), True))
+        yield Case(target, (x(4, 2, 8), grid, x(8, 1, seed=1), True))
         both = [ints(4, 8), ints(2, 8)]
         yield Case(target, (x(4, 2, 8), both, x(8, 8, seed=1), True))
 
