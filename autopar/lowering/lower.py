@@ -174,16 +174,22 @@ def _check_rules(plan: ParallelPlan, prepared: Sequence[PreparedStage]) -> None:
     here: dict[str, set[str]] = {}
     for stage in prepared:
         for target, text in stage.table.unwritten().items():
-            here.setdefault(target, set()).update(text.split(" | "))
+            here.setdefault(target, set()).update(_rules_of(text))
     for target in sorted(here.keys() | plan.rules.keys()):
-        planned = plan.rules.get(target, "none")
-        found = " | ".join(sorted(here.get(target, {"none"})))
+        planned = _rules_of(plan.rules.get(target, "none"))
+        found = here.get(target, {"none"})
         if planned != found:
             raise PlanError(
                 f"the plan was made with another sharding rule of {target} than the one here:"
-                f" {planned!r} there, {found!r} here. Register the same rule on every machine"
-                " (autopar.register_rule), use the same version of the operator, or plan again"
+                f" {' | '.join(sorted(planned))} there, {' | '.join(sorted(found))} here. Register"
+                " the same rule on every machine (autopar.register_rule), use the same version of"
+                " the operator, or plan again"
             )
+
+
+def _rules_of(text: str) -> set[str]:
+    """The rules in a text of `RuleTable.unwritten`; why one is replicated does not count."""
+    return {"replicated" if t.startswith("replicated:") else t for t in text.split(" | ")}
 
 
 def _lower_stage(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from autopar.api import graph_of_plan, plan_model
 from autopar.errors import PlanError, RuleWarning
-from autopar.lowering.lower import lower_plan
+from autopar.lowering.lower import _check_rules, lower_plan
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
 from autopar.verify import verify_plan
@@ -71,3 +73,13 @@ def test_a_plan_of_other_rules_is_refused(planned: tuple[ParallelPlan, list[str]
     ):
         with pytest.raises(PlanError, match=r"another sharding rule of custom\.glow.*plan again"):
             lower_plan(graph, replace(plan, rules=rules))
+
+
+def test_reasons_for_replication_may_differ_between_machines() -> None:
+    prepared: Any = [
+        SimpleNamespace(table=SimpleNamespace(unwritten=lambda: {"x": "replicated: a"}))
+    ]
+    plan: Any = SimpleNamespace(rules={"x": "replicated: b"})
+    _check_rules(plan, prepared)
+    with pytest.raises(PlanError, match="replicated there, none here"):
+        _check_rules(plan, [])
