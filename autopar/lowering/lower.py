@@ -349,7 +349,8 @@ def _reduce_program(
     inputs = {}
     for name in gradients:
         port = backward.outputs[name]
-        dims, layout = coarsen(port.dims, port.layout)  # parameters have one atom per dim
+        # parameters have one atom per dim
+        dims, layout = coarsen(port.dims, port.layout, mesh.axis_sizes)
         inputs[name] = Port(Ref(name), port.meta, dims, layout)
     return _relayout_program(
         inputs, {name: (Ref(name), by_name[name].rest) for name in gradients}, mesh

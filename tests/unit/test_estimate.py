@@ -14,36 +14,36 @@ from cost_models import Cluster, CollectiveKind, collective_coefficients
 from tests.unit.intraop.stages import costs_of, stage_of
 
 PARTIAL, REPLICATE = -2, -1
-META = TensorMeta((8, 4), torch.float32)
+META, DIMS = TensorMeta((8, 4), torch.float32), ((8,), (4,))
 
 
 def test_local_sizes() -> None:
-    assert local_bytes(META, (0, REPLICATE), (2, 4)) == 64
-    assert local_bytes(META, (0, 0), (2, 4)) == 16
-    assert local_bytes(META, (PARTIAL, REPLICATE), (2, 4)) == 128
-    assert local_numel(META, (REPLICATE, 1), (2, 4)) == 8
+    assert local_bytes(META, DIMS, (0, REPLICATE), (2, 4)) == 64
+    assert local_bytes(META, DIMS, (0, 0), (2, 4)) == 16
+    assert local_bytes(META, DIMS, (PARTIAL, REPLICATE), (2, 4)) == 128
+    assert local_numel(META, DIMS, (REPLICATE, 1), (2, 4)) == 8
 
 
 def test_reshards() -> None:
     costs = costs_of((4,))
-    assert costs.reshard((0,), (0,)).seconds(1e9) == 0.0
+    assert costs.reshard((), (0,), (0,)).seconds(1e9) == 0.0
     link = costs.mesh.link(0, costs.cluster)
     gather = collective_coefficients(CollectiveKind.ALL_GATHER, 4, link)
-    assert costs.reshard((0,), (REPLICATE,)).seconds(1e9) == pytest.approx(gather.seconds(1e9))
+    assert costs.reshard((), (0,), (REPLICATE,)).seconds(1e9) == pytest.approx(gather.seconds(1e9))
     reduce = collective_coefficients(CollectiveKind.ALL_REDUCE, 4, link).seconds(1e9)
-    assert costs.reshard((PARTIAL,), (REPLICATE,)).seconds(1e9) == pytest.approx(reduce)
-    transposed = costs.reshard((1,), (REPLICATE,)).seconds(1e9)
-    assert transposed > costs.reshard((0,), (REPLICATE,)).seconds(1e9)
-    table = costs.reshard_seconds([(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
+    assert costs.reshard((), (PARTIAL,), (REPLICATE,)).seconds(1e9) == pytest.approx(reduce)
+    transposed = costs.reshard((), (1,), (REPLICATE,)).seconds(1e9)
+    assert transposed > costs.reshard((), (0,), (REPLICATE,)).seconds(1e9)
+    table = costs.reshard_seconds((), [(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
     assert table.shape == (2, 3) and table[0, 0] == table[0, 2] == 0.0
-    assert table[0, 1] == costs.reshard((0,), (1,)).seconds(1e6)
+    assert table[0, 1] == costs.reshard((), (0,), (1,)).seconds(1e6)
 
 
 def test_an_axis_across_nodes_is_slower() -> None:
     cluster = Cluster.parse("h100:2x2")
     costs = MeshCosts(cluster, LogicalMesh((2, 2), (True, False)))
-    slow = costs.reshard((PARTIAL, REPLICATE), (REPLICATE, REPLICATE)).seconds(1e8)
-    fast = costs.reshard((REPLICATE, PARTIAL), (REPLICATE, REPLICATE)).seconds(1e8)
+    slow = costs.reshard((), (PARTIAL, REPLICATE), (REPLICATE, REPLICATE)).seconds(1e8)
+    fast = costs.reshard((), (REPLICATE, PARTIAL), (REPLICATE, REPLICATE)).seconds(1e8)
     assert slow > 2 * fast
 
 
@@ -53,7 +53,7 @@ def test_operators_get_cheaper_when_shared() -> None:
     for op in stage.graph.operators:
         call, rule = stage.table.calls[op.name], stage.table.rules[op.name]
         choices = strategies(rule, call.operands, (2,))
-        seconds = costs.operator_seconds(op, call, choices, metas)
+        seconds = costs.operator_seconds(op, call, rule, choices, metas)
         assert (seconds >= 0).all() and seconds.shape == (len(choices),)
         whole = seconds[0]  # the replicated one comes first
         if is_view(op):

@@ -38,7 +38,8 @@ def _attention_factors(
             placed = [REPLICATE if dims is None else sum(map(len, dims[:dim])) for dims in results]
             size = math.gcd(*sizes, *(dims[dim][0] for dims in results if dims is not None))
             if size > 1:
-                factors.append(Factor(name, size, tuple(operands), tuple(placed)))
+                fill = (None,) * len(operands)
+                factors.append(Factor(name, size, tuple(operands), tuple(placed), fill=fill))
     return factors
 
 

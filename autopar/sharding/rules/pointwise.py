@@ -36,7 +36,7 @@ def pointwise(call: Call, linear: Groups = ()) -> Rule:
     for letters, meta in zip(results, call.results, strict=True):
         if meta is not None:
             atoms.update({c: (n,) for c, n in zip(letters, meta.shape, strict=True) if n != 1})
-    return letter_rule(call, operands, results, linear=linear, atoms=atoms)
+    return letter_rule(call, operands, results, linear=linear, atoms=atoms, zero_integers=False)
 
 
 def _rule(linear: Groups) -> RuleFn:
