@@ -72,7 +72,7 @@ def shard(
 
     generator: without one, padding is zero, and coordinate 0 of a PARTIAL axis keeps the value, the
     others hold zeros. With one, the value is split into random summands (integers, so that the
-    split is exact), and padding holds what nobody may read: NaN, or huge integers.
+    split is exact), and padding holds what nobody may read.
     """
     shards = []
     for rank in range(mesh.num_devices):
@@ -94,13 +94,15 @@ def shard(
 def _with_garbage(
     part: torch.Tensor, dims: Dims, layout: Layout, mesh: LogicalMesh, coords: tuple[int, ...]
 ) -> torch.Tensor:
-    """The shard with its padding overwritten."""
-    if part.dtype.is_floating_point or part.dtype.is_complex:
-        garbage: float = math.nan
-    else:
-        garbage = True if part.dtype == torch.bool else torch.iinfo(part.dtype).max - 7
+    """The shard with its padding overwritten: NaN, True, huge integers and zeros in turns."""
     atoms = local_atoms(dims, layout, mesh.axis_sizes)
-    whole = torch.full(atoms, garbage, dtype=part.dtype, device=part.device)
+    if part.dtype.is_floating_point or part.dtype.is_complex:
+        whole = torch.full(atoms, math.nan, dtype=part.dtype, device=part.device)
+    else:
+        whole = torch.ones(math.prod(atoms), dtype=part.dtype, device=part.device)
+        if part.dtype != torch.bool:
+            whole[0::2], whole[1::2] = torch.iinfo(part.dtype).max - 7, 0
+        whole = whole.reshape(atoms)
     inside, values = whole, part.reshape(atoms)
     for atom, (_, rows) in enumerate(atom_windows(dims, layout, mesh.axis_sizes, coords)):
         inside, values = inside.narrow(atom, 0, rows), values.narrow(atom, 0, rows)

@@ -166,6 +166,7 @@ LEAKS = (
     ),
     ("embedding", Case(aten.embedding.default, (x(8, 4), ints(8, 8))), "t0", (None, None)),
     ("embedding backward", Case(DENSE, (x(8, 4), ints(8, 8), 8, -1, False)), "t0", (None, 0)),
+    ("division", Case(aten.floor_divide.default, (ints(9, 7), ints(3, 7) + 1)), "d0", (None, None)),
     ("gather", Case(aten.gather.default, (A, 1, ints(8, 4, 2))), "d0", (None, None)),
 )
 

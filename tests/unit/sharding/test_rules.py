@@ -158,7 +158,7 @@ def _in_bf16(case: Case) -> tuple[list[Any], dict[str, Any]]:
     return args, {key: narrow(item) for key, item in case.kwargs.items()}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
     st.lists(st.integers(2, 7), min_size=4, max_size=4),
