@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from autopar.graph.hubs import is_hub
 from autopar.graph.program import Operator, Ref, TensorMeta
 from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
-from autopar.layout import Dims, Layout, has_uneven, local_share
+from autopar.layout import Dims, Layout, has_uneven, leaves_padding, local_share
 from autopar.mesh import LogicalMesh
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.rule import Call, Rule
@@ -225,11 +225,15 @@ class MeshCosts:
             copies = 0.0  # bytes read and written by local copies, per byte of the whole tensor
             if step.kind in _COLLECTIVE:
                 cost = self._collective(_COLLECTIVE[step.kind], step.axis)
-                moved = after if step.kind is StepKind.ALL_GATHER else before
+                moved = max(before, after)
+                if step.kind in (StepKind.ALL_GATHER, StepKind.REDUCE_SCATTER):
+                    moved = min(before, after) * sizes[step.axis]  # padding travels too
                 latency += cost.latency_s
                 per_byte += cost.seconds_per_byte * moved
                 copies += 2 * after if step.source > 0 else 0.0  # the result is transposed
-                copies += 2 * before if step.target > 0 else 0.0  # the operand is transposed
+                # the operand is transposed, or padded
+                padded = leaves_padding(dims, step.target, sizes[step.axis])
+                copies += 2 * before if step.target > 0 or padded else 0.0
             else:
                 copies += 2 * after
                 latency += self.device.launch_s

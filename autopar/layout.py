@@ -123,6 +123,11 @@ def is_uneven(dims: Dims, layout: Layout, mesh: MeshSizes) -> bool:
     return any(p >= 0 and atoms[p] % n for p, n in zip(layout, mesh, strict=True))
 
 
+def leaves_padding(dims: Dims, atom: int, size: int) -> bool:
+    """Whether an axis of this size shards the atom unevenly. No dims, no atom: it does not."""
+    return bool(dims) and atom >= 0 and flat_atoms(dims)[atom] % size != 0
+
+
 @lru_cache(maxsize=65536)
 def local_atoms(dims: Dims, layout: Layout, mesh: MeshSizes) -> Atoms:
     """Atom sizes of one shard, padding included: the same on all ranks."""

@@ -24,7 +24,7 @@ from autopar.estimate import local_bytes
 from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
-from autopar.layout import Dims, Layout, local_share
+from autopar.layout import Dims, Layout, leaves_padding, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
 
@@ -95,8 +95,8 @@ def reshard_extra_bytes(
 ) -> float:
     """The most that the steps of a reshard hold beside its source and its result.
 
-    Collectives work on dim 0: another dim is transposed before a reduce-scatter or all-to-all, and
-    after an all-gather or all-to-all.
+    Collectives work on dim 0: another dim is transposed, an uneven one padded, before a
+    reduce-scatter or all-to-all, and after an all-gather or all-to-all another one is transposed.
     """
     current = list(source)
     first = before = nbytes * local_share(dims, source, sizes)
@@ -106,7 +106,8 @@ def reshard_extra_bytes(
         current[step.axis] = target[step.axis] if step.kind is StepKind.TO_PARTIAL else step.target
         after = nbytes * local_share(dims, tuple(current), sizes)
         moments = [before + after]
-        if step.kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL) and step.target > 0:
+        split = step.kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
+        if split and (step.target > 0 or leaves_padding(dims, step.target, sizes[step.axis])):
             moments.append(2 * before + after)
         if step.kind in (StepKind.ALL_GATHER, StepKind.ALL_TO_ALL) and step.source > 0:
             moments.append(before + 2 * after)

@@ -68,3 +68,14 @@ def test_optimizers() -> None:
     adam, sgd = MeshCosts(cluster, mesh), MeshCosts(cluster, mesh, OptimizerModel(0.0, 12.0))
     assert adam.optimizer_seconds(1e6) == pytest.approx(28 / 12 * sgd.optimizer_seconds(1e6))
     assert adam.receive_seconds(2e8) > adam.receive_seconds(1e8) > 0
+
+
+def test_padding_is_counted() -> None:
+    """Five rows on four devices are two on each."""
+    dims, costs = ((5,),), costs_of((4,))
+    meta = TensorMeta((5,), torch.float32)
+    assert local_bytes(meta, dims, (0,), (4,)) == 8 and local_numel(meta, dims, (0,), (4,)) == 2
+    assert costs.uneven(dims) == dims and costs.uneven(((8,), (4,))) == ()
+    for source, target in (((0,), (REPLICATE,)), ((PARTIAL,), (0,))):
+        even, uneven = (costs.reshard(d, source, target).seconds(1e9) for d in ((), dims))
+        assert uneven > even
