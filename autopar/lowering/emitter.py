@@ -167,7 +167,7 @@ class Emitter:
             padded = [*parts[:atom], n * parts[atom], *parts[atom + 1 :]]
             view = self.compute(aten.reshape.default, view, padded)
             view = self.compute(aten.narrow.default, view, atom, 0, atoms[atom])
-            view = self.compute(aten.contiguous.default, view)  # some kernels take strides for that
+            view = self.compute(aten.contiguous.default, view)  # layer norm's kernel needs it
         return self.compute(aten.reshape.default, view, shape)
 
 

@@ -14,19 +14,17 @@ from autopar.sharding.rule import Call, Rule, letter_rule, replicate_rule
 
 aten = torch.ops.aten
 
-Fill = tuple[float | None, ...]
 
-
-def with_lowering(rule: Rule, letter: str, lowering: str, fill: Fill = ()) -> Rule:
+def with_lowering(rule: Rule, letter: str, lowering: str) -> Rule:
     """The factor of a letter becomes a composite. Only its first atom: a shard is one run of
-    rows. fill: of the padding of its operands, any content where it is missing."""
+    rows. Global indices never point into its padding, which may hold anything."""
     factors = []
     for factor in rule.factors:
         if factor.splits and factor.name.startswith(letter):
             if factor.name != letter:
                 continue
-            padding = fill or (None,) * len(factor.operands)
-            factor = replace(factor, lowering=lowering, fill=padding)
+            anything = (None,) * len(factor.operands)
+            factor = replace(factor, lowering=lowering, fill=anything)
         factors.append(factor)
     return replace(rule, factors=tuple(factors))
 
@@ -36,7 +34,6 @@ def _embedding(call: Call) -> Rule:
     pending."""
     tokens = [f"t{i}" for i in range(len(call.operands[1]))]
     rule = letter_rule(call, [["v", "d"], tokens], [[*tokens, "d"]], reduction={"v"}, linear=[(0,)])
-    # rows of padding are never looked up
     return with_lowering(rule, "v", "vocab")
 
 
