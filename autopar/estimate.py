@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from autopar.graph.hubs import is_hub
 from autopar.graph.program import Operator, Ref, TensorMeta
 from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
-from autopar.layout import Layout, num_shards
+from autopar.layout import Dims, Layout, has_uneven, leaves_padding, local_share
 from autopar.mesh import LogicalMesh
 from autopar.sharding.reshard import StepKind, reshard_steps
-from autopar.sharding.rule import Call
+from autopar.sharding.rule import Call, Rule
 from autopar.sharding.rules.experts import EXCHANGE
 from autopar.sharding.strategy import Strategy
 from cost_models import (
@@ -97,7 +97,7 @@ class MeshCosts:
         self.mesh = mesh
         self.optimizer = optimizer
         self.device = cluster.groups[0].device
-        self._reshards: dict[tuple[Layout, Layout], AffineCost] = {}
+        self._reshards: dict[tuple[Dims, Layout, Layout], AffineCost] = {}
         self._copy_s_per_byte = 1.0 / (
             self.device.memory_efficiency * self.device.memory_bandwidth_bytes_per_s
         )
@@ -108,25 +108,52 @@ class MeshCosts:
         self,
         op: Operator,
         call: Call,
+        rule: Rule,
         choices: Sequence[Strategy],
         metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
-        """Seconds of each strategy: local work and a composite's own collectives."""
+        """Seconds of each strategy: local work, filling its padding, a composite's own
+        collectives."""
         if is_view(op) or is_hub(op):
             return np.zeros(len(choices))
         splits = np.array([s.num_splits for s in choices], dtype=np.float64)
-        local_bytes = self._local_bytes(op, choices, metas)
+        nbytes = self._local_bytes(op, call, rule, choices, metas)
         if is_contraction(op):
             flops = operator_flops(op, metas) / splits * self._imbalance(op, choices)
             name = dtype_name(call.dtypes[0])
-            seconds = matmul_s(flops, local_bytes, name, self.device)
+            seconds = matmul_s(flops, nbytes, name, self.device)
         else:
             numel = sum(m.numel for m in op.results if m is not None) / splits
-            seconds = pointwise_s(numel, local_bytes * POINTWISE_FUSION, self.device)
-        return np.asarray(seconds) + self._composite_seconds(op, choices, metas)
+            seconds = pointwise_s(numel, nbytes * POINTWISE_FUSION, self.device)
+        seconds = np.asarray(seconds) + self._fill_seconds(op, call, choices, metas)
+        return seconds + self._composite_seconds(op, call, choices, metas)
+
+    def _fill_seconds(
+        self,
+        op: Operator,
+        call: Call,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
+    ) -> FloatArray:
+        """Padding is filled by a pointwise copy of the operand."""
+        out = np.zeros(len(choices))
+        for index, strategy in enumerate(choices):
+            for fill in strategy.fills:
+                dims, layout = call.operands[fill.operand], strategy.operands[fill.operand]
+                nbytes = local_bytes(
+                    metas[op.operands[fill.operand]], dims, layout, self.mesh.axis_sizes
+                )
+                out[index] += 2 * nbytes * POINTWISE_FUSION * self._copy_s_per_byte
+                out[index] += self.device.launch_s
+        return out
 
     def _local_bytes(
-        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+        self,
+        op: Operator,
+        call: Call,
+        rule: Rule,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
         sizes = self.mesh.axis_sizes
         whole = operator_bytes(op, metas)
@@ -137,11 +164,13 @@ class MeshCosts:
         out = np.empty(len(choices))
         for index, strategy in enumerate(choices):
             total = 0.0
-            for ref, layout in zip(op.operands, strategy.operands, strict=True):
-                total += metas[ref].nbytes / num_shards(layout, sizes)
-            for meta, layout in zip(op.results, strategy.results, strict=True):
-                if meta is not None:
-                    total += meta.nbytes / num_shards(layout, sizes)
+            for ref, dims, layout in zip(
+                op.operands, call.operands, strategy.operands, strict=True
+            ):
+                total += metas[ref].nbytes * local_share(dims, layout, sizes)
+            for meta, made, layout in zip(op.results, rule.results, strategy.results, strict=True):
+                if meta is not None and made is not None:
+                    total += meta.nbytes * local_share(made, layout, sizes)
             out[index] = total * scale
         return out
 
@@ -154,7 +183,11 @@ class MeshCosts:
         return np.where(sharded, EXPERT_IMBALANCE, 1.0)
 
     def _exchange_seconds(
-        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+        self,
+        op: Operator,
+        call: Call,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
         """Rows to their experts and back. A device sends one row per slot of its tokens, along each
         axis that exchanges; the counts before, and the routing weights beside, cost a latency."""
@@ -164,17 +197,22 @@ class MeshCosts:
         small = 2 * sent - 1  # counts; in backward also the weights, and their gradients
         out = np.zeros(len(choices))
         for number, strategy in enumerate(choices):
-            local = nbytes / num_shards(strategy.operands[x], self.mesh.axis_sizes)
+            layout = strategy.operands[x]
+            local = nbytes * local_share(call.operands[x], layout, self.mesh.axis_sizes)
             for axis in strategy.axes(EXCHANGE):
                 cost = self._collective(CollectiveKind.ALL_TO_ALL, axis)
                 out[number] += (sent + returned) * cost.seconds(local) + small * cost.seconds(0)
         return out
 
     def _composite_seconds(
-        self, op: Operator, choices: Sequence[Strategy], metas: Mapping[Ref, TensorMeta]
+        self,
+        op: Operator,
+        call: Call,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
         if op.target in _EXCHANGED:
-            return self._exchange_seconds(op, choices, metas)
+            return self._exchange_seconds(op, call, choices, metas)
         count = _COMPOSITE_REDUCES.get(op.target, 0)
         out = np.zeros(len(choices))
         if not count:
@@ -195,45 +233,56 @@ class MeshCosts:
 
     # ---- reshards
 
-    def reshard(self, source: Layout, target: Layout) -> AffineCost:
-        """Seconds as an affine function of the bytes of the whole tensor."""
-        cost = self._reshards.get((source, target))
+    def uneven(self, dims: Dims) -> Dims:
+        """The dims where costs depend on them, none where every axis divides every atom."""
+        return dims if has_uneven(dims, self.mesh.axis_sizes) else ()
+
+    def reshard(self, dims: Dims, source: Layout, target: Layout) -> AffineCost:
+        """Seconds as an affine function of the bytes of the whole tensor. dims: or `uneven` of
+        them."""
+        cost = self._reshards.get((dims, source, target))
         if cost is None:
-            cost = self._reshards[source, target] = self._reshard_cost(source, target)
+            cost = self._reshard_cost(dims, source, target)
+            self._reshards[dims, source, target] = cost
         return cost
 
     def reshard_seconds(
-        self, sources: Sequence[Layout], targets: Sequence[Layout], nbytes: float
+        self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout], nbytes: float
     ) -> FloatArray:
         """[len(sources), len(targets)] seconds for a tensor of nbytes bytes."""
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
         table = np.empty((len(rows), len(columns)))
+        dims = self.uneven(dims)
         for i, source in enumerate(rows):
             for j, target in enumerate(columns):
-                table[i, j] = self.reshard(source, target).seconds(nbytes)
+                table[i, j] = self.reshard(dims, source, target).seconds(nbytes)
         return table[np.ix_(row_of, column_of)]
 
     def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
         size = self.mesh.axis_sizes[axis]
         return collective_coefficients(kind, size, self.mesh.link(axis, self.cluster))
 
-    def _reshard_cost(self, source: Layout, target: Layout) -> AffineCost:
+    def _reshard_cost(self, dims: Dims, source: Layout, target: Layout) -> AffineCost:
         sizes = self.mesh.axis_sizes
         current = list(source)
         latency, per_byte = 0.0, 0.0
         for step in reshard_steps(source, target):
-            before = 1.0 / num_shards(tuple(current), sizes)
+            before = local_share(dims, tuple(current), sizes)
             current[step.axis] = -2 if step.kind is StepKind.TO_PARTIAL else step.target
-            after = 1.0 / num_shards(tuple(current), sizes)
+            after = local_share(dims, tuple(current), sizes)
             copies = 0.0  # bytes read and written by local copies, per byte of the whole tensor
             if step.kind in _COLLECTIVE:
                 cost = self._collective(_COLLECTIVE[step.kind], step.axis)
-                moved = after if step.kind is StepKind.ALL_GATHER else before
+                moved = max(before, after)
+                if step.kind in (StepKind.ALL_GATHER, StepKind.REDUCE_SCATTER):
+                    moved = min(before, after) * sizes[step.axis]  # padding travels too
                 latency += cost.latency_s
                 per_byte += cost.seconds_per_byte * moved
                 copies += 2 * after if step.source > 0 else 0.0  # the result is transposed
-                copies += 2 * before if step.target > 0 else 0.0  # the operand is transposed
+                # the operand is transposed, or padded
+                padded = leaves_padding(dims, step.target, sizes[step.axis])
+                copies += 2 * before if step.target > 0 or padded else 0.0
             else:
                 copies += 2 * after
                 latency += self.device.launch_s
@@ -267,10 +316,10 @@ def _unique(layouts: Sequence[Layout]) -> tuple[list[Layout], NDArray[np.intp]]:
     return list(numbers), np.array(index, dtype=np.intp)
 
 
-def local_bytes(meta: TensorMeta, layout: Layout, sizes: Sequence[int]) -> float:
-    """Bytes of one shard."""
-    return meta.nbytes / num_shards(layout, tuple(sizes))
+def local_bytes(meta: TensorMeta, dims: Dims, layout: Layout, sizes: tuple[int, ...]) -> float:
+    """Bytes of one shard, padding included."""
+    return meta.nbytes * local_share(dims, layout, sizes)
 
 
-def local_numel(meta: TensorMeta, layout: Layout, sizes: Sequence[int]) -> float:
-    return math.prod(meta.shape) / num_shards(layout, tuple(sizes))
+def local_numel(meta: TensorMeta, dims: Dims, layout: Layout, sizes: tuple[int, ...]) -> float:
+    return math.prod(meta.shape) * local_share(dims, layout, sizes)

@@ -94,7 +94,7 @@ def _random_stage(
     for out in graph.outputs:
         dims = table.dims[out.ref]
         if out.kind is OutputKind.GRADIENT:
-            plain = [x for x in layouts(dims, sizes, partial=True) if is_plain(dims, x)]
+            plain = [x for x in layouts(dims, sizes, partial=True) if is_plain(dims, x, sizes)]
             outputs[out.target] = layout_text(dims, rng.choice(plain))
         elif out.kind is OutputKind.SENT:
             outputs[out.target] = layout(dims)

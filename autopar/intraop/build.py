@@ -189,6 +189,7 @@ class _Builder:
         self,
         u: int,
         v: int,
+        dims: Dims,
         sources: tuple[Layout, ...],
         targets: tuple[Layout, ...],
         nbytes: float,
@@ -199,10 +200,10 @@ class _Builder:
     ) -> None:
         """An edge for one value; values between the same two nodes add up. keeps_sums: what is
         pending in the source is pending in the target."""
-        key = (sources, targets, nbytes * weight, weight, keeps_sums)
+        key = (self.costs.uneven(dims), sources, targets, nbytes * weight, weight, keeps_sums)
         matrix = self.matrices.get(key)
         if matrix is None:
-            matrix = self.costs.reshard_seconds(sources, targets, nbytes) * weight
+            matrix = self.costs.reshard_seconds(dims, sources, targets, nbytes) * weight
             if keeps_sums:
                 matrix = np.where(_sums_kept(sources, targets), matrix, np.inf)
             self.matrices[key] = matrix
@@ -221,7 +222,10 @@ class _Builder:
         seconds = np.zeros(len(choices))
         if inp.kind is InputKind.RECEIVED:
             seconds = np.array(
-                [self.costs.receive_seconds(local_bytes(inp.meta, c, self.sizes)) for c in choices]
+                [
+                    self.costs.receive_seconds(local_bytes(inp.meta, dims, c, self.sizes))
+                    for c in choices
+                ]
             )
         node = Node("input", inp.name, choices)
         self.number[inp.ref] = self.add(node, seconds, np.zeros(len(choices)), Part.TRANSFER)
@@ -238,13 +242,14 @@ class _Builder:
         owned = self.context.owned is None or inp.owner in self.context.owned
         seconds, nbytes = [], []
         for rest, step in choices:
-            numel = local_numel(inp.meta, rest, self.sizes)
-            at_rest = size = local_bytes(inp.rest_meta, rest, self.sizes)
-            cost = self.costs.reshard(rest, step).seconds(inp.meta.nbytes)
+            numel = local_numel(inp.meta, dims, rest, self.sizes)
+            at_rest = size = local_bytes(inp.rest_meta, dims, rest, self.sizes)
+            cost = self.costs.reshard(self.costs.uneven(dims), rest, step).seconds(inp.meta.nbytes)
             if rest != step or inp.rest is not None:
-                size += local_bytes(inp.meta, step, self.sizes)
+                size += local_bytes(inp.meta, dims, step, self.sizes)
             if inp.rest is not None:
-                cost += self.costs.copy_seconds(at_rest + local_bytes(inp.meta, rest, self.sizes))
+                narrow = local_bytes(inp.meta, dims, rest, self.sizes)
+                cost += self.costs.copy_seconds(at_rest + narrow)
             if owned and inp.requires_grad:
                 cost += self.costs.optimizer_seconds(numel)
                 size += numel * self.costs.optimizer.state_bytes_per_element
@@ -258,14 +263,14 @@ class _Builder:
     def _tied_parameter(self, inp: GraphInput, dims: Dims, first: int, per_step: float) -> int:
         """A second use in the same stage: made once per step from the first one's layout at
         rest."""
-        steps = tuple(c for c in layouts(dims, self.sizes) if is_plain(dims, c))
+        steps = tuple(c for c in layouts(dims, self.sizes) if is_plain(dims, c, self.sizes))
         choices = tuple(ParameterChoice(s, s) for s in steps)
-        nbytes = np.array([local_bytes(inp.meta, s, self.sizes) for s in steps])
+        nbytes = np.array([local_bytes(inp.meta, dims, s, self.sizes) for s in steps])
         number = self.add(
             Node("input", inp.name, choices), np.zeros(len(steps)), nbytes, Part.STEP, "parameter"
         )
         rests = tuple(c.rest for c in self.nodes[first].choices if isinstance(c, ParameterChoice))
-        self.connect(first, number, rests, steps, inp.meta.nbytes, Part.STEP, per_step)
+        self.connect(first, number, dims, rests, steps, inp.meta.nbytes, Part.STEP, per_step)
         return number
 
     # ---- operators
@@ -294,19 +299,20 @@ class _Builder:
             nbytes = np.zeros(len(choices))
             kind = ""
             if is_save(op):
-                meta = op.results[0]
+                meta, made = op.results[0], self.table.dims[Ref(op.name)]
                 assert meta is not None
                 kind = "saved"
                 nbytes = self.context.in_flight * np.array(
-                    [local_bytes(meta, s.results[0], self.sizes) for s in choices]
+                    [local_bytes(meta, made, s.results[0], self.sizes) for s in choices]
                 )
-            seconds = self.costs.operator_seconds(op, call, choices, self.metas)
+            seconds = self.costs.operator_seconds(op, call, rule, choices, self.metas)
             number = self.add(Node("operator", op.name, choices), seconds, nbytes, part, kind)
             for index, ref in enumerate(op.operands):
                 source, columns = produced[ref]
                 self.connect(
                     source,
                     number,
+                    call.operands[index],
                     columns,
                     operand_columns[index],
                     self.metas[ref].nbytes,
@@ -331,7 +337,7 @@ class _Builder:
         zeros = np.zeros(len(choices))
         name = out.target if out.target else out.kind.value
         number = self.add(Node("output", name, choices), zeros, zeros, phase)
-        self.connect(source, number, columns, choices, meta.nbytes, phase)
+        self.connect(source, number, dims, columns, choices, meta.nbytes, phase)
 
     def _gradient(
         self,
@@ -343,21 +349,24 @@ class _Builder:
     ) -> None:
         """Accumulates in a layout of its own; reduced once per step to the parameter's at rest."""
         partial = meta.dtype.is_floating_point
-        choices = tuple(c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c))
-        nbytes = np.array([local_bytes(meta, c, self.sizes) for c in choices])
+        choices = tuple(
+            c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c, self.sizes)
+        )
+        nbytes = np.array([local_bytes(meta, dims, c, self.sizes) for c in choices])
         node = Node("output", out.target, choices)
         number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
-        self.connect(source, number, columns, choices, meta.nbytes, Part.BACKWARD)
+        self.connect(source, number, dims, columns, choices, meta.nbytes, Part.BACKWARD)
         inp = next(i for i in self.graph.inputs if i.name == out.target)
         first = next(i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner)
         parameter = self.number[first.ref]
         rests = tuple(
             c.rest for c in self.nodes[parameter].choices if isinstance(c, ParameterChoice)
         )
-        coarse = tuple(coarsen(dims, c)[1] for c in choices)
+        coarse = tuple(coarsen(dims, c, self.sizes)[1] for c in choices)
         per_step = 1.0 / self.context.num_microbatches
         nbytes_moved = meta.numel * (inp.reduce or meta.dtype).itemsize
-        matrix = self.costs.reshard_seconds(coarse, rests, nbytes_moved).T * per_step
+        held = self.table.dims[first.ref]
+        matrix = self.costs.reshard_seconds(held, coarse, rests, nbytes_moved).T * per_step
         self.edges[parameter, number] = (np.ascontiguousarray(matrix), Part.STEP)
 
     def _phase_of(self, ref: Ref) -> Phase:
@@ -423,7 +432,7 @@ def parameter_choices(dims: Dims, sizes: Sequence[int]) -> tuple[ParameterChoice
     """
     found = []
     for rest in layouts(dims, tuple(sizes)):
-        if not is_plain(dims, rest):
+        if not is_plain(dims, rest, tuple(sizes)):
             continue
         sharded = [axis for axis, p in enumerate(rest) if p >= 0]
         for mask in range(1 << len(sharded)):

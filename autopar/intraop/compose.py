@@ -103,9 +103,10 @@ def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
                 continue
             columns = _boundary_layouts(built.nodes[source])
             targets = _boundary_layouts(node)
-            if len(columns) != len(targets):
+            if columns != targets:
                 continue
-            matrix = costs.reshard_seconds(targets, columns, meta.nbytes).T.copy()
+            dims = built.dims[Ref(name)]
+            matrix = costs.reshard_seconds(dims, targets, columns, meta.nbytes).T.copy()
             old = edges.get((source, number))
             edges[source, number] = matrix if old is None else old + matrix
             taken.add(source)
@@ -133,6 +134,7 @@ def _point(
         saved_bytes=nbytes["saved"] / context.in_flight,
         transient_bytes=transient_bytes(
             graph,
+            built.dims,
             chosen.strategies,
             chosen.inputs,
             costs.mesh.axis_sizes,

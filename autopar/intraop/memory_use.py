@@ -26,7 +26,7 @@ from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
 from autopar.intraop.workspace import workspace_bytes
-from autopar.layout import Layout, num_shards
+from autopar.layout import Dims, Layout, leaves_padding, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
 
@@ -40,6 +40,7 @@ class _Copy(NamedTuple):
 
 def transient_bytes(
     graph: Graph,
+    dims: Mapping[Ref, Dims],
     strategies: Mapping[str, Strategy],
     inputs: Mapping[str, Layout],
     sizes: tuple[int, ...],
@@ -50,63 +51,65 @@ def transient_bytes(
     """The larger of forward's and backward's transient bytes, at least 0.
 
     inputs, outputs: layouts in which graph inputs stand and outputs leave, by name and target; an
-    output that is missing leaves as it is made. sizes: of the mesh axes.
+    output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes.
     """
     metas = graph.metas()
     saved = sum(
-        local_bytes(metas[Ref(op.name)], strategies[op.name].results[0], sizes)
+        local_bytes(metas[Ref(op.name)], dims[Ref(op.name)], strategies[op.name].results[0], sizes)
         for op in graph.operators
         if is_save(op)
     )
     counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
     alive = {}
     for phase in Phase:
-        lives = _Lives(graph, strategies, inputs, sizes, phase)
+        lives = _Lives(graph, dims, strategies, inputs, sizes, phase)
         alive[phase] = lives.peak(outputs or {})
     if num_microbatches == 1:  # the gradients that backward makes are those that stand
         stand = 0.0
         for out in graph.outputs_of(OutputKind.GRADIENT):
             layout = (outputs or {}).get(out.target)
             if layout is not None:
-                stand += local_bytes(metas[out.ref], layout, sizes)
+                stand += local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
         counted[Phase.BACKWARD] += stand
     return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
 
 
 def reduce_bytes(
-    gradients: Iterable[tuple[TensorMeta, Layout, Layout]], sizes: tuple[int, ...]
+    gradients: Iterable[tuple[TensorMeta, Dims, Layout, Layout]], sizes: tuple[int, ...]
 ) -> float:
     """What reducing the accumulated gradients needs beyond them, one after the other.
 
-    gradients: meta, layout in which it accumulates, layout at rest.
+    gradients: meta, dims, layout in which it accumulates, layout at rest.
     """
     extra = peak = 0.0
-    for meta, source, target in gradients:
+    for meta, dims, source, target in gradients:
         if source == target:
             continue
-        new = local_bytes(meta, target, sizes)
-        peak = max(peak, extra + new + reshard_extra_bytes(meta.nbytes, source, target, sizes))
-        extra += new - local_bytes(meta, source, sizes)
+        new = local_bytes(meta, dims, target, sizes)
+        more = reshard_extra_bytes(meta.nbytes, dims, source, target, sizes)
+        peak = max(peak, extra + new + more)
+        extra += new - local_bytes(meta, dims, source, sizes)
     return max(peak, extra)
 
 
 def reshard_extra_bytes(
-    nbytes: float, source: Layout, target: Layout, sizes: tuple[int, ...]
+    nbytes: float, dims: Dims, source: Layout, target: Layout, sizes: tuple[int, ...]
 ) -> float:
     """The most that the steps of a reshard hold beside its source and its result.
 
-    Collectives work on dim 0: another dim is transposed before a reduce-scatter or all-to-all, and
-    after an all-gather or all-to-all.
+    Collectives work on dim 0: another dim is transposed, an uneven one padded, before a
+    reduce-scatter or all-to-all, and after an all-gather or all-to-all another one is transposed.
     """
     current = list(source)
-    first = before = nbytes / num_shards(source, sizes)
+    first = before = nbytes * local_share(dims, source, sizes)
     peak = 0.0
     steps = reshard_steps(source, target)
     for number, step in enumerate(steps):
         current[step.axis] = target[step.axis] if step.kind is StepKind.TO_PARTIAL else step.target
-        after = nbytes / num_shards(tuple(current), sizes)
+        after = nbytes * local_share(dims, tuple(current), sizes)
         moments = [before + after]
-        if step.kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL) and step.target > 0:
+        split = step.kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
+        if split and (step.target > 0 or leaves_padding(dims, step.target, sizes[step.axis])):
             moments.append(2 * before + after)
         if step.kind in (StepKind.ALL_GATHER, StepKind.ALL_TO_ALL) and step.source > 0:
             moments.append(before + 2 * after)
@@ -122,13 +125,14 @@ class _Lives:
     def __init__(
         self,
         graph: Graph,
+        dims: Mapping[Ref, Dims],
         strategies: Mapping[str, Strategy],
         inputs: Mapping[str, Layout],
         sizes: tuple[int, ...],
         phase: Phase,
     ) -> None:
         self._graph, self._strategies, self._sizes, self._phase = graph, strategies, sizes, phase
-        self._metas = graph.metas()
+        self._metas, self._dims = graph.metas(), dims
         self._held: dict[
             Ref, tuple[_Copy, Layout]
         ] = {}  # value -> memory, and its own layout there
@@ -160,7 +164,7 @@ class _Lives:
                 self._read(out.ref, outputs.get(out.target, layout))
         changes = dict.fromkeys(self._moments, 0.0)
         for copy, start in self._born.items():
-            size = local_bytes(self._metas[copy.ref], copy.layout, self._sizes)
+            size = self._bytes(copy.ref, copy.layout)
             stop = max(start, self._last.get(copy, start)) + 1
             changes[start] = changes.get(start, 0.0) + size
             changes[stop] = changes.get(stop, 0.0) - size
@@ -200,14 +204,17 @@ class _Lives:
                 self._define(ref, layout)
                 self._live(self._held[ref][0])
         if strategy.axes("vp") or strategy.axes("bn"):  # decomposed: one more value of its size
-            sizes = [self._result_bytes(op, strategy, ref) for ref in op.refs]
+            sizes = [self._bytes(ref, strategy.results[ref.index]) for ref in op.refs]
             self._at_once(max(sizes, default=0.0))
         self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
+        if strategy.fills:  # copies with their padding filled
+            filled = {fill.operand for fill in strategy.fills}
+            self._at_once(sum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
         if is_save(op):
             self._kept.add(read[0])
 
-    def _result_bytes(self, op: Operator, strategy: Strategy, ref: Ref) -> float:
-        return local_bytes(self._metas[ref], strategy.results[ref.index], self._sizes)
+    def _bytes(self, ref: Ref, layout: Layout) -> float:
+        return local_bytes(self._metas[ref], self._dims[ref], layout, self._sizes)
 
     def _read(self, ref: Ref, layout: Layout) -> _Copy:
         """The memory that a reader of the value in this layout reads."""
@@ -218,8 +225,8 @@ class _Lives:
             return memory
         copy = _Copy(ref, layout)
         if copy not in self._born:
-            nbytes = self._metas[ref].nbytes
-            self._at_once(reshard_extra_bytes(nbytes, own, layout, self._sizes))
+            nbytes, dims = self._metas[ref].nbytes, self._dims[ref]
+            self._at_once(reshard_extra_bytes(nbytes, dims, own, layout, self._sizes))
             self._born[copy] = self._time
         self._last[copy] = max(self._last.get(copy, 0), self._time)
         return copy

@@ -176,7 +176,9 @@ def _read(
         seconds=found.seconds,
         bound=found.bound,
         receive_s={
-            i.name: costs.receive_seconds(local_bytes(i.meta, chosen.inputs[i.name], sizes))
+            i.name: costs.receive_seconds(
+                local_bytes(i.meta, built.dims[i.ref], chosen.inputs[i.name], sizes)
+            )
             for i in graph.inputs_of(InputKind.RECEIVED)
         },
     )
@@ -192,10 +194,11 @@ def _predict(
 ) -> StagePrediction:
     seconds = built.part_seconds(choice)
     nbytes = built.kind_bytes(choice)
-    optimizer = _optimizer_bytes(graph, chosen, costs, context)
+    optimizer = _optimizer_bytes(graph, built, chosen, costs, context)
     sizes = costs.mesh.axis_sizes
     in_step = transient_bytes(
         graph,
+        built.dims,
         chosen.strategies,
         chosen.inputs,
         sizes,
@@ -217,14 +220,14 @@ def _predict(
 
 
 def _optimizer_bytes(
-    graph: Graph, chosen: Chosen, costs: MeshCosts, context: StageContext
+    graph: Graph, built: StageProblem, chosen: Chosen, costs: MeshCosts, context: StageContext
 ) -> float:
     """States of the parameters that this stage keeps, each once."""
     total = 0.0
     for inp in _held_parameters(graph).values():
         if inp.requires_grad and (context.owned is None or inp.owner in context.owned):
             rest = chosen.parameters[inp.name].rest
-            numel = local_numel(inp.meta, rest, costs.mesh.axis_sizes)
+            numel = local_numel(inp.meta, built.dims[inp.ref], rest, costs.mesh.axis_sizes)
             total += numel * costs.optimizer.state_bytes_per_element
     return total
 
@@ -241,9 +244,9 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
     """Of the once-per-step reductions, beyond the accumulated gradients."""
     held, metas = _held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
-    gradients = []
+    gradients, sizes = [], costs.mesh.axis_sizes
     for out in graph.outputs_of(OutputKind.GRADIENT):
         first = held[owner[out.target]]
-        layout = coarsen(built.dims[out.ref], chosen.outputs[out.target])[1]
-        gradients.append((metas[out.ref], layout, chosen.parameters[first.name].rest))
-    return reduce_bytes(gradients, costs.mesh.axis_sizes)
+        dims, layout = coarsen(built.dims[out.ref], chosen.outputs[out.target], sizes)
+        gradients.append((metas[out.ref], dims, layout, chosen.parameters[first.name].rest))
+    return reduce_bytes(gradients, sizes)

@@ -425,7 +425,8 @@ def _reduce_program(
     build = _Relayout(mesh)
     for name in gradients:
         port, p = backward.outputs[name], by_name[name]
-        dims, layout = coarsen(port.dims, port.layout)  # parameters have one atom per dim
+        # parameters have one atom per dim
+        dims, layout = coarsen(port.dims, port.layout, mesh.axis_sizes)
         gradient = build.take(name, port.meta, dims, layout)
         if layout != p.rest:
             gradient = build.cast(gradient, p.reduce_dtype, layout)

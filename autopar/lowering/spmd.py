@@ -56,13 +56,16 @@ def lower_program(
             local = emit.get(op.operands[0], layout)
             emit.define(Ref(op.name), dims[Ref(op.name)], layout, local)
             continue
-        locals_ = tuple(
+        locals_ = [
             emit.get(ref, layout)
             for ref, layout in zip(op.operands, strategy.operands, strict=True)
-        )
+        ]
         emit.origin = op.name
-        rule = rules[op.name]
-        site = Site(emit, op, calls[op.name], rule, strategy, locals_)
+        rule, call = rules[op.name], calls[op.name]
+        for number, axis, value in strategy.fills:
+            layout = strategy.operands[number]
+            locals_[number] = emit.fill(locals_[number], call.operands[number], layout, axis, value)
+        site = Site(emit, op, call, rule, strategy, tuple(locals_))
         results_ = lower_call(site)
         for index, result_dims in enumerate(rule.results):
             if result_dims is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from autopar.errors import InternalError
 from autopar.graph.program import Phase, TensorMeta
-from autopar.layout import PARTIAL, Dims, Layout, atom_offsets, local_atoms
+from autopar.layout import PARTIAL, Dims, Layout, atom_windows
 from autopar.mesh import LogicalMesh
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per atom
@@ -52,10 +52,9 @@ class Transfer:
 
 
 def _box(dims: Dims, layout: Layout, mesh: LogicalMesh, rank: int) -> Box:
-    lengths = local_atoms(dims, layout, mesh.axis_sizes)
-    starts = atom_offsets(dims, layout, mesh.axis_sizes)
-    coords = mesh.coordinates(rank)
-    return tuple((s.at(coords), s.at(coords) + n) for s, n in zip(starts, lengths, strict=True))
+    """Without padding, which nobody sends."""
+    windows = atom_windows(dims, layout, mesh.axis_sizes, mesh.coordinates(rank))
+    return tuple((start, start + rows) for start, rows in windows)
 
 
 def make_tiles(

@@ -16,9 +16,19 @@ from torch import Tensor
 from autopar.errors import BatchError
 from autopar.graph.batch import common_rows
 from autopar.graph.program import TensorMeta
-from autopar.layout import REPLICATE, Dims, Layout, atom_offsets, local_atoms, local_shape
+from autopar.layout import (
+    REPLICATE,
+    Dims,
+    Layout,
+    atom_windows,
+    dim_of_atom,
+    is_uneven,
+    local_atoms,
+    local_shape,
+)
 from autopar.lowering.program import Port
 from autopar.mesh import LogicalMesh
+from autopar.ops.padding import pad_rows
 from autopar.ops.random import mix_int
 
 _MICROBATCH_SALT = 0x9E3779B9  # golden ratio: any odd word separates the microbatches
@@ -35,18 +45,34 @@ def local_part(
     whole: Tensor, dims: Dims, layout: Layout, mesh: LogicalMesh, coords: tuple[int, ...]
 ) -> Tensor:
     """The shard of a whole tensor at these coordinates: a view where strides allow it, else a copy
-    of the part only. Pre: no pending sum in the layout."""
+    of the part only. Padding is zero. Pre: no pending sum in the layout."""
     sizes = mesh.axis_sizes
     lengths = local_atoms(dims, layout, sizes)
     flat = [atom for dim in dims for atom in dim]
     if list(lengths) == flat:
         return whole
     part = whole.reshape(flat)
-    offsets = atom_offsets(dims, layout, sizes)
-    for number, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-        if length != flat[number]:
-            part = part.narrow(number, offset.at(coords), length)
+    for atom, (start, rows) in enumerate(atom_windows(dims, layout, sizes, coords)):
+        if lengths[atom] != flat[atom]:
+            part = part.narrow(atom, start, rows)
+        if lengths[atom] != rows:
+            part = pad_rows(part, atom, lengths[atom])
     return part.reshape(local_shape(dims, layout, sizes))
+
+
+def valid_part(
+    local: Tensor, dims: Dims, layout: Layout, mesh: LogicalMesh, coords: tuple[int, ...]
+) -> Tensor:
+    """A view of a shard without its padding. Pre: the layout is plain."""
+    if not is_uneven(dims, layout, mesh.axis_sizes):
+        return local
+    windows = atom_windows(dims, layout, mesh.axis_sizes, coords)
+    for placement in layout:
+        if placement >= 0:
+            dim, part = dim_of_atom(dims, placement)
+            inner = math.prod(dims[dim][part + 1 :])
+            local = local.narrow(dim, 0, windows[placement][1] * inner)
+    return local
 
 
 def row_range(port: Port, mesh: LogicalMesh, coords: tuple[int, ...]) -> tuple[int, int]:
@@ -56,12 +82,11 @@ def row_range(port: Port, mesh: LogicalMesh, coords: tuple[int, ...]) -> tuple[i
     atoms = port.dims[0]
     if not atoms:
         return 0, port.meta.shape[0]
-    lengths = local_atoms(port.dims, port.layout, mesh.axis_sizes)
     if any(port.layout[axis] in range(1, len(atoms)) for axis in range(mesh.num_axes)):
         return 0, port.meta.shape[0]  # an inner part of dim 0 is sharded: rows are scattered
     inner = math.prod(atoms[1:])
-    start = atom_offsets(port.dims, port.layout, mesh.axis_sizes)[0].at(coords)
-    return start * inner, lengths[0] * inner
+    start, rows = atom_windows(port.dims, port.layout, mesh.axis_sizes, coords)[0]
+    return start * inner, rows * inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +115,12 @@ class BatchFeed:
         if self.rows is None:
             return local_part(part, port.dims, port.layout, mesh, coords)
         start, length = row_range(port, mesh, coords)
+        rows = part.narrow(0, self.rows.index(start) if length else 0, length)
         dims: Dims = ((length,) if length != 1 else (), *port.dims[1:])
         layout = _without_dim_0(port.dims, port.layout, len(dims[0]))
-        rows = part.narrow(0, self.rows.index(start), length)
-        return local_part(rows, dims, layout, mesh, coords)
+        mine = local_part(rows, dims, layout, mesh, coords)
+        padded = local_shape(port.dims, port.layout, mesh.axis_sizes)[0]
+        return mine if padded == length else pad_rows(mine, 0, padded)
 
 
 def whole_feed(

@@ -24,6 +24,7 @@ from autopar.plan import ParallelPlan
 from autopar.runtime.comm import StageComm, World, connect_stage
 from autopar.runtime.data import DataShard, data_shard
 from autopar.runtime.executor import Mode, StageExecutor, StageResult, StepInputs
+from autopar.runtime.inputs import valid_part
 from autopar.runtime.parameters import (
     Initialiser,
     KeptParameter,
@@ -80,6 +81,7 @@ class ParallelModel(nn.Module):
         self._known.update(name for name, _ in model.named_buffers(remove_duplicate=False))
         self._data = data_shard(graph, self._stage, self._rank, plan.num_microbatches)
         self._seed, self._steps = seed, 0
+        self._padded: dict[str, Tensor] = {}  # whole shards, of which parameters are views
         self._fill(model, model_values(model, initialiser, seed))
 
     @property
@@ -173,7 +175,8 @@ class ParallelModel(nn.Module):
         if isinstance(value, DTensor) or kept is None:
             target.copy_(value)
             return
-        _local(target).copy_(shard_of(kept, self._stage, self._rank, value, self._device))
+        shard = shard_of(kept, self._stage, self._rank, value, self._device)
+        _local(target).copy_(self._valid(kept, shard))
 
     def _fill(self, model: nn.Module, values: Initialiser) -> None:
         """Registers every kept parameter and buffer under all of its names."""
@@ -181,6 +184,7 @@ class ParallelModel(nn.Module):
             whole = values(kept.names[0], kept.shape)
             shard = shard_of(kept, self._stage, self._rank, whole, self._device)
             del whole
+            self._padded[kept.names[0]] = shard
             parameter = nn.Parameter(self._wrap(kept, shard), requires_grad=kept.requires_grad)
             for name in kept.names:
                 scope, leaf = _scope(self, name)
@@ -193,14 +197,28 @@ class ParallelModel(nn.Module):
             if not buffer.persistent:
                 scope._non_persistent_buffers_set.add(leaf)
 
+    def _valid(self, kept: KeptParameter, shard: Tensor) -> Tensor:
+        """A view of a shard at rest without its padding."""
+        mesh = self._stage.mesh
+        return valid_part(shard, kept.dims, kept.rest, mesh, mesh.coordinates(self._rank))
+
+    def _at_rest(self, kept: KeptParameter) -> Tensor:
+        """A parameter's shard with its padding. A parameter whose storage was replaced, by
+        `parameter.data = ..` say, is copied back into it."""
+        shard = self._padded[kept.names[0]]
+        local = _local(_parameter(self, kept.names[0])).detach()
+        if local.untyped_storage().data_ptr() != shard.untyped_storage().data_ptr():
+            self._valid(kept, shard).copy_(local)
+        return shard
+
     def _wrap(self, kept: KeptParameter, shard: Tensor) -> Tensor:
-        """A local tensor at rest as the DTensor that it is a part of."""
+        """A local tensor at rest as the DTensor that it is a part of, without its padding."""
         if self._comm is None:
             return shard
         return DTensor.from_local(
-            shard,
+            self._valid(kept, shard),
             self._comm.mesh,
-            to_placements(kept.dims, kept.rest),
+            to_placements(kept.dims, kept.rest, self._stage.mesh.axis_sizes),
             run_check=False,
             shape=torch.Size(kept.shape),
             stride=torch.empty(kept.shape, device="meta").stride(),
@@ -209,9 +227,7 @@ class ParallelModel(nn.Module):
     def _play(self, batch: Any, seed: int, mode: Mode, what: str) -> tuple[StageResult, Tensor]:
         feed = self._data.feed(batch)  # outside of the guard: a wrong batch breaks nothing
         inputs = StepInputs(
-            parameters={
-                k.key: [_local(_parameter(self, k.names[0])).detach()] for k in self._kept if k.key
-            },
+            parameters={k.key: [self._at_rest(k)] for k in self._kept if k.key},
             buffers={key: [_buffer(self, b.name)] for b in self._kept_buffers for key in b.keys},
             feed=feed,
             seed=seed,
@@ -240,7 +256,7 @@ class ParallelModel(nn.Module):
         if parameter.grad is None:
             parameter.grad = self._wrap(kept, gradient)
         else:
-            _local(parameter.grad).add_(gradient)
+            _local(parameter.grad).add_(self._valid(kept, gradient))
 
     def _local_gradient(self, kept: KeptParameter) -> Tensor | None:
         gradient = _parameter(self, kept.names[0]).grad

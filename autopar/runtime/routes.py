@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autopar.graph.program import Phase
-from autopar.layout import local_atoms, local_shape
+from autopar.layout import is_uneven, local_atoms, local_shape
 from autopar.lowering.lower import LoweredPlan, LoweredStage
 from autopar.lowering.transfer import Tile, Transfer, make_tiles
 from autopar.mesh import LogicalMesh
@@ -120,13 +120,16 @@ def join_tiles(
     tiles: Sequence[tuple[Tile, Tensor]],
     device: torch.device,
 ) -> Tensor:
-    """A receiver's shard from all of its tiles. A single tile is the shard."""
+    """A receiver's shard from all of its tiles; padding is zero. A single tile that covers it is
+    the shard."""
     sizes = mesh.axis_sizes
     shape = local_shape(transfer.dims, transfer.target_layout, sizes)
-    if len(tiles) == 1:
-        return tiles[0][1].reshape(shape)
     atoms = local_atoms(transfer.dims, transfer.target_layout, sizes)
-    whole = torch.empty(atoms, dtype=transfer.meta.dtype, device=device)
+    if len(tiles) == 1 and tile_shape(tiles[0][0]) == atoms:
+        return tiles[0][1].reshape(shape)
+    padded = is_uneven(transfer.dims, transfer.target_layout, sizes)
+    make = torch.zeros if padded else torch.empty
+    whole = make(atoms, dtype=transfer.meta.dtype, device=device)
     for tile, value in tiles:
         window = whole
         for atom, (start, length) in enumerate(tile.target_window):

@@ -18,7 +18,7 @@ from autopar.graph.program import Graph, InputKind
 from autopar.lowering.lower import LoweredPlan, LoweredStage, StageParameter
 from autopar.lowering.transfer import Transfer
 from autopar.runtime.executor import Mode, StageExecutor, StagePlayer, StageResult, StepInputs
-from autopar.runtime.inputs import local_part, whole_feed
+from autopar.runtime.inputs import local_part, valid_part, whole_feed
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, cut_tile, join_tiles
 from autopar.runtime.virtual import VirtualCollectives, unshard
@@ -92,7 +92,11 @@ class VirtualRun:
         self._device = device or torch.device("cpu")
         self._mail = Mailboxes(lowered.stages, self._device)
         self._executors = [self._executor(stage) for stage in lowered.stages]
-        self._shards = [self._place(stage, parameters) for stage in lowered.stages]
+        self._padded = [self._place(stage, parameters) for stage in lowered.stages]
+        self._shards = [
+            self._views(stage, padded)
+            for stage, padded in zip(lowered.stages, self._padded, strict=True)
+        ]
         self._buffers = [
             {
                 name: [_copy(buffers[path], self._device) for _ in stage.devices]
@@ -112,9 +116,11 @@ class VirtualRun:
                 if parameter.name not in result.gradients:
                     continue
                 local = result.gradients[parameter.name]
-                for shard, gradient in zip(shards[parameter.name], local, strict=True):
+                for rank, (shard, gradient) in enumerate(
+                    zip(shards[parameter.name], local, strict=True)
+                ):
                     if shard.requires_grad:
-                        shard.grad = gradient.clone()
+                        shard.grad = _valid(stage, parameter, rank, gradient).clone()
                 gradients[parameter.owner] = self._whole(stage, parameter, local)
         self._buffers = [dict(result.buffers) for result in results]
         return StepResult(self._loss(results), gradients, self.buffers())
@@ -126,8 +132,8 @@ class VirtualRun:
     def parameters(self) -> dict[str, Tensor]:
         """Whole tensors by owner name; InternalError where replicas differ."""
         return {
-            parameter.owner: self._whole(stage, parameter, list(shards[parameter.name]))
-            for stage, shards in zip(self._lowered.stages, self._shards, strict=True)
+            parameter.owner: self._whole(stage, parameter, padded[parameter.name])
+            for stage, padded in zip(self._lowered.stages, self._padded, strict=True)
             for parameter in owned(stage)
         }
 
@@ -173,21 +179,29 @@ class VirtualRun:
             device=self._device,
         )
 
-    def _place(
-        self, stage: LoweredStage, parameters: Mapping[str, Tensor]
-    ) -> dict[str, list[nn.Parameter]]:
+    def _place(self, stage: LoweredStage, parameters: Mapping[str, Tensor]) -> dict[str, Shards]:
+        """Every rank's shards, padding included."""
         placed = {}
         for p in owned(stage):
             whole = parameters[p.owner].detach()
             coordinates = map(stage.mesh.coordinates, range(stage.mesh.num_devices))
             placed[p.name] = [
-                nn.Parameter(
-                    _copy(local_part(whole, p.dims, p.rest, stage.mesh, coords), self._device),
-                    requires_grad=p.requires_grad,
-                )
+                _copy(local_part(whole, p.dims, p.rest, stage.mesh, coords), self._device)
                 for coords in coordinates
             ]
         return placed
+
+    def _views(
+        self, stage: LoweredStage, padded: Mapping[str, Shards]
+    ) -> dict[str, list[nn.Parameter]]:
+        """The shards as optimizers see them: without their padding."""
+        return {
+            p.name: [
+                nn.Parameter(_valid(stage, p, rank, shard), requires_grad=p.requires_grad)
+                for rank, shard in enumerate(padded[p.name])
+            ]
+            for p in owned(stage)
+        }
 
     def _play(self, leaves: Sequence[Tensor], seed: int, mode: Mode) -> list[StageResult]:
         batch = self._graph.inputs_of(InputKind.BATCH)
@@ -199,15 +213,15 @@ class VirtualRun:
         players = [
             executor.start(
                 StepInputs(
-                    {name: [s.detach() for s in values] for name, values in shards.items()},
+                    padded,
                     buffers,
                     feed,
                     seed,
                 ),
                 mode,
             )
-            for executor, shards, buffers in zip(
-                self._executors, self._shards, self._buffers, strict=True
+            for executor, padded, buffers in zip(
+                self._executors, self._padded, self._buffers, strict=True
             )
         ]
         self._take_turns(players)
@@ -241,13 +255,20 @@ class VirtualRun:
         for rank, shard in enumerate(shards):
             coords = stage.mesh.coordinates(rank)
             part = local_part(whole, parameter.dims, parameter.rest, stage.mesh, coords)
-            _check_equal(parameter.owner, part, shard)
+            valid = (_valid(stage, parameter, rank, t) for t in (part, shard))
+            _check_equal(parameter.owner, *valid)
         return whole
 
 
 def owned(stage: LoweredStage) -> tuple[StageParameter, ...]:
     """The parameters that a stage keeps between steps, each once."""
     return tuple(p for p in stage.parameters if p.owned and p.source == p.name)
+
+
+def _valid(stage: LoweredStage, parameter: StageParameter, rank: int, shard: Tensor) -> Tensor:
+    """A view of a shard at rest without its padding."""
+    mesh = stage.mesh
+    return valid_part(shard, parameter.dims, parameter.rest, mesh, mesh.coordinates(rank))
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,13 +13,15 @@ from autopar.layout import (
     REPLICATE,
     Dims,
     Layout,
-    atom_offsets,
+    atom_windows,
+    is_uneven,
     local_atoms,
     local_shape,
     shape_of,
 )
 from autopar.lowering.program import CollectiveOp
 from autopar.mesh import LogicalMesh
+from autopar.runtime.inputs import local_part
 from autopar.runtime.interpreter import Shards
 
 _REDUCE: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
@@ -85,28 +88,46 @@ def shard(
     mesh: LogicalMesh,
     generator: torch.Generator | None = None,
 ) -> Shards:
-    """One shard per rank. A PARTIAL axis splits the value into random summands if a generator is
-    given (integers, so that the split is exact), else coordinate 0 keeps it and the others hold
-    zero."""
-    sizes = mesh.axis_sizes
-    atoms = local_atoms(dims, layout, sizes)
-    offsets = atom_offsets(dims, layout, sizes)
-    shape = local_shape(dims, layout, sizes)
-    view = whole.reshape([a for dim in dims for a in dim])
+    """One shard per rank.
+
+    generator: without one, padding is zero, and coordinate 0 of a PARTIAL axis keeps the value, the
+    others hold zeros. With one, the value is split into random summands (integers, so that the
+    split is exact), and padding holds what nobody may read.
+    """
     shards = []
     for rank in range(mesh.num_devices):
-        part = view
-        for number, (offset, length) in enumerate(zip(offsets, atoms, strict=True)):
-            part = part.narrow(number, offset.at(mesh.coordinates(rank)), length)
-        shards.append(part.reshape(shape).clone())
+        coords = mesh.coordinates(rank)
+        part = local_part(whole, dims, layout, mesh, coords).clone()
+        if generator is not None and is_uneven(dims, layout, mesh.axis_sizes):
+            part = _with_garbage(part, dims, layout, mesh, coords)
+        shards.append(part)
     for axis, placement in enumerate(layout):
         if placement == PARTIAL:
             for group in mesh.groups(axis):
                 _split_sum(shards, group, generator)
     for rank in range(mesh.num_devices):  # replicas hold the same summand
-        coords = zip(mesh.coordinates(rank), layout, strict=True)
-        shards[rank] = shards[mesh.rank(tuple(0 if p == REPLICATE else c for c, p in coords))]
+        pairs = zip(mesh.coordinates(rank), layout, strict=True)
+        shards[rank] = shards[mesh.rank(tuple(0 if p == REPLICATE else c for c, p in pairs))]
     return shards
+
+
+def _with_garbage(
+    part: torch.Tensor, dims: Dims, layout: Layout, mesh: LogicalMesh, coords: tuple[int, ...]
+) -> torch.Tensor:
+    """The shard with its padding overwritten: NaN, True, huge integers and zeros in turns."""
+    atoms = local_atoms(dims, layout, mesh.axis_sizes)
+    if part.dtype.is_floating_point or part.dtype.is_complex:
+        whole = torch.full(atoms, math.nan, dtype=part.dtype, device=part.device)
+    else:
+        whole = torch.ones(math.prod(atoms), dtype=part.dtype, device=part.device)
+        if part.dtype != torch.bool:
+            whole[0::2], whole[1::2] = torch.iinfo(part.dtype).max - 7, 0
+        whole = whole.reshape(atoms)
+    inside, values = whole, part.reshape(atoms)
+    for atom, (_, rows) in enumerate(atom_windows(dims, layout, mesh.axis_sizes, coords)):
+        inside, values = inside.narrow(atom, 0, rows), values.narrow(atom, 0, rows)
+    inside.copy_(values)
+    return whole.reshape(part.shape)
 
 
 def _split_sum(shards: Shards, group: tuple[int, ...], generator: torch.Generator | None) -> None:
@@ -121,32 +142,29 @@ def _split_sum(shards: Shards, group: tuple[int, ...], generator: torch.Generato
 
 
 def unshard(shards: Shards, dims: Dims, layout: Layout, mesh: LogicalMesh) -> torch.Tensor:
-    """The whole tensor from all ranks' shards, pending sums done. VerificationError where replicas
-    differ or a shard has another shape than its layout says."""
+    """The whole tensor from all ranks' shards, pending sums done, padding dropped.
+    VerificationError where replicas differ or a shard has another shape than its layout says."""
     sizes = mesh.axis_sizes
     atoms = local_atoms(dims, layout, sizes)
-    offsets = atom_offsets(dims, layout, sizes)
     flat = [a for dim in dims for a in dim]
     whole = shards[0].new_zeros(flat)
     shape = local_shape(dims, layout, sizes)
-    first: dict[tuple[int, ...], torch.Tensor] = {}
+    first: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
     for rank, local in enumerate(shards):
         if local.shape != shape:
             raise VerificationError(f"rank {rank} holds {tuple(local.shape)} instead of {shape}")
         coords = mesh.coordinates(rank)
-        starts = tuple(o.at(coords) for o in offsets)
-        summand = tuple(c if p == PARTIAL else 0 for c, p in zip(coords, layout, strict=True))
-        twin = first.get((*starts, *summand))
-        if twin is not None:
-            if not torch.allclose(twin, local, equal_nan=True):
+        windows = atom_windows(dims, layout, sizes, coords)
+        part, place = local.reshape(atoms), whole
+        for atom, (start, rows) in enumerate(windows):
+            part, place = part.narrow(atom, 0, rows), place.narrow(atom, start, rows)
+        summand = tuple((c, 0) for c, p in zip(coords, layout, strict=True) if p == PARTIAL)
+        twin = first.setdefault((*windows, *summand), part)
+        if twin is not part:
+            if not torch.allclose(twin, part, equal_nan=True):
                 raise VerificationError(f"rank {rank} holds another value than its replicas")
-            continue
-        first[(*starts, *summand)] = local
-        window = whole
-        for number, (start, length) in enumerate(zip(starts, atoms, strict=True)):
-            window = window.narrow(number, start, length)
-        if PARTIAL in layout:
-            window += local.reshape(atoms)
+        elif PARTIAL in layout:
+            place += part
         else:
-            window.copy_(local.reshape(atoms))
+            place.copy_(part)
     return whole.reshape(shape_of(dims))

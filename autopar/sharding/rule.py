@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -76,11 +76,13 @@ class Call:
 class Factor:
     """One way for one mesh axis to share the work of a call.
 
-    size:      the number of shards must divide it; 0 = any number (linear factors).
+    size:      the number of shards divides it, or see `fill`; 0 = any number (linear factors).
     operands:  per operand an atom number, REPLICATE or PARTIAL; results likewise.
     splits:    the work is divided by the axis; False where every device does all of it.
     lowering:  name of the composite lowering, "" where local calls suffice.
     shares:    name of another factor with whose axes it may divide an atom, "" for none.
+    fill:      per operand what its padding must hold before the call, None for anything; None in
+               its place: shards must be even.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Factor:
     splits: bool = True
     lowering: str = ""
     shares: str = ""
+    fill: tuple[float | None, ...] | None = None
 
 
 class Origin(StrEnum):
@@ -164,13 +167,16 @@ def lettered(
     blocked: str = "",
     linear: Sequence[Sequence[int]] = (),
     atoms: Mapping[str, Atoms] | None = None,
+    zeros_add_nothing: bool = False,
 ) -> Rule:
     """The rule of an einsum-like text, such as "b i k, b k j -> b i j" with reduction="k".
 
     Each word is the letter of one dim; "." marks a dim without a factor (size 1 or replicated).
     reduction: letters summed over: a result without the letter is PARTIAL, where it is not in
     `blocked`, whose letters make no factor at all. linear: groups of operands that pass PARTIAL on
-    together. atoms: splits for letters that only results have (broadcast dims).
+    together. atoms: splits for letters that only results have (broadcast dims). zeros_add_nothing:
+    where all operands that have a letter of `reduction` hold zeros, nothing is added to the sum, so
+    that uneven shards are sound.
     """
     left, right = (side.split(",") for side in text.split("->"))
     return letter_rule(
@@ -181,6 +187,7 @@ def lettered(
         blocked=set(blocked.split()),
         linear=linear,
         atoms=atoms or {},
+        zeros_add_nothing=zeros_add_nothing,
     )
 
 
@@ -193,8 +200,13 @@ def letter_rule(
     blocked: set[str] = frozenset(),  # type: ignore[assignment]
     linear: Sequence[Sequence[int]] = (),
     atoms: Mapping[str, Atoms] | None = None,
+    zeros_add_nothing: bool = False,
+    zero_integers: bool = True,
 ) -> Rule:
-    """`lettered` on parsed words: one list of letters per operand and result."""
+    """`lettered` on parsed words: one list of letters per operand and result.
+
+    zero_integers: the padding of integers, which may be indices, is zeroed before the call.
+    """
     pieces: dict[str, tuple[Piece, ...]] = {}
     sites: dict[str, list[tuple[int, int]]] = {}  # letter -> [(operand, dim)]
     for number, letters in enumerate(operands):
@@ -225,10 +237,25 @@ def letter_rule(
             factor = _piece_factor(
                 call, letter, part, piece, sites.get(letter, []), results, result_dims, reduction
             )
+            if factor is not None and (zeros_add_nothing or PARTIAL not in factor.results):
+                factor = replace(factor, fill=_fill(call, factor, zero_integers=zero_integers))
             if factor is not None:
                 factors.append(factor)
     factors += linear_factors(call, linear)
     return Rule(result_dims, tuple(factors))
+
+
+def _fill(call: Call, factor: Factor, *, zero_integers: bool) -> tuple[float | None, ...]:
+    """Zeros in all that is summed over; else rows keep to themselves, but an index is read."""
+    summed = PARTIAL in factor.results
+    return tuple(
+        0 if atom >= 0 and (summed or (zero_integers and is_index(dtype))) else None
+        for atom, dtype in zip(factor.operands, call.dtypes, strict=True)
+    )
+
+
+def is_index(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 
 
 def _result_dims(
@@ -339,7 +366,7 @@ def regroup(call: Call, shape: Sequence[int], linear: bool = True) -> Rule:
         if atom is not None:
             limit = math.gcd(piece.size, source[atom])
             if limit > 1:
-                factors.append(Factor(f"v{number}", limit, (atom,), (number,)))
+                factors.append(Factor(f"v{number}", limit, (atom,), (number,), fill=(None,)))
     if linear:
         factors += linear_factors(call, [(0,)])
     return Rule((tuple(dims),), tuple(factors))

@@ -2,8 +2,9 @@
 
 A strategy gives each mesh axis to one factor of the operator's rule, or to none. It is valid where
 every atom is named by one factor only (or by two that may share it) and is divided by the axes on
-it, and no factor gets more shards than its size allows. Layouts of operands and results follow from
-the factors.
+it, and no factor gets more shards than its size allows. A factor may be shared unevenly where it
+says what its padding must hold and all of its atoms have its size. Layouts of operands and results
+follow from the factors.
 """
 
 from __future__ import annotations
@@ -13,21 +14,42 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from autopar.layout import PARTIAL, REPLICATE, Dims, Layout, MeshSizes, flat_atoms
+from autopar.layout import (
+    PARTIAL,
+    REPLICATE,
+    Dims,
+    Layout,
+    MeshSizes,
+    can_shard,
+    chunk_rows,
+    flat_atoms,
+    is_valid,
+)
 from autopar.sharding.rule import Factor, Rule
 
 NO_FACTOR = "-"
 
 
+class Fill(NamedTuple):
+    """The padding that an axis leaves in an operand must hold a value before the call."""
+
+    operand: int
+    axis: int
+    value: float
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """factors[axis]: the factor that the axis is given to, or None."""
+    """factors[axis]: the factor that the axis is given to, or None. num_splits: what the work is
+    divided by: the number of devices that share it, less with padding."""
 
     factors: tuple[Factor | None, ...]
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
-    num_splits: int  # devices among which the work is divided
+    num_splits: float
+    fills: tuple[Fill, ...] = ()
 
     @property
     def text(self) -> str:
@@ -49,13 +71,26 @@ def make_strategy(
     def column(pick: str, index: int) -> Layout:
         return tuple(REPLICATE if f is None else getattr(f, pick)[index] for f in factors)
 
-    splits = math.prod(n for n, f in zip(mesh, factors, strict=True) if f is not None and f.splits)
+    splits = 1.0
+    fills: list[Fill] = []
+    for axis, (size, factor) in enumerate(zip(mesh, factors, strict=True)):
+        if factor is None or not factor.splits:
+            continue
+        uneven = _is_uneven(factor, size)
+        splits *= factor.size / chunk_rows(factor.size, size) if uneven else size
+        if uneven and factor.fill is not None:
+            fills += [Fill(i, axis, v) for i, v in enumerate(factor.fill) if v is not None]
     return Strategy(
         factors=tuple(factors),
         operands=tuple(column("operands", i) for i in range(num_operands)),
         results=tuple(column("results", i) for i in range(len(rule.results))),
         num_splits=splits,
+        fills=tuple(fills),
     )
+
+
+def _is_uneven(factor: Factor, size: int) -> bool:
+    return factor.size % size != 0  # a size of 0 takes any number
 
 
 @lru_cache(maxsize=16384)
@@ -63,7 +98,7 @@ def strategies(rule: Rule, operands: tuple[Dims, ...], mesh: MeshSizes) -> tuple
     """Every valid strategy, the all-replicated one first. O(factors^axes)."""
     choices: list[list[Factor | None]] = []
     for size in mesh:
-        fits = [f for f in rule.factors if f.size == 0 or f.size % size == 0]
+        fits = [f for f in rule.factors if f.size == 0 or _fits(f, (size,))]
         choices.append([None, *(fits if size > 1 else [])])
     found = []
     for factors in itertools.product(*choices):
@@ -73,28 +108,32 @@ def strategies(rule: Rule, operands: tuple[Dims, ...], mesh: MeshSizes) -> tuple
     return tuple(found)
 
 
+def _fits(factor: Factor, axes: Sequence[int]) -> bool:
+    """Whether these axes can share the index."""
+    even = factor.size % math.prod(axes) == 0
+    return can_shard(factor.size, axes) and (even or factor.fill is not None)
+
+
 def _is_valid(rule: Rule, strategy: Strategy, operands: tuple[Dims, ...], mesh: MeshSizes) -> bool:
-    shards: dict[str, int] = {}
+    axes: dict[str, list[int]] = {}
     for size, factor in zip(mesh, strategy.factors, strict=True):
         if factor is not None and factor.size:
-            shards[factor.name] = shards.get(factor.name, 1) * size
-            if factor.size % shards[factor.name]:
+            axes.setdefault(factor.name, []).append(size)
+            if not _fits(factor, axes[factor.name]):
                 return False
-    for dims, layout in zip(operands, strategy.operands, strict=True):
-        if not _atoms_agree(dims, layout, strategy.factors, mesh):
-            return False
+    tensors = [*zip(operands, strategy.operands, strict=True)]
     for result, layout in zip(rule.results, strategy.results, strict=True):
-        if result is not None and not _atoms_agree(result, layout, strategy.factors, mesh):
-            return False
-    return True
+        if result is not None:
+            tensors.append((result, layout))
+    return all(_atoms_agree(dims, layout, strategy.factors, mesh) for dims, layout in tensors)
 
 
 def _atoms_agree(
     dims: Dims, layout: Layout, factors: Sequence[Factor | None], mesh: MeshSizes
 ) -> bool:
-    """Each atom is named by one factor only, or by two that may share it, and divided evenly."""
+    """Each atom is named by one factor only, or by two that may share it, and can be shared;
+    unevenly only as the factor is."""
     owner: dict[int, str] = {}
-    shards: dict[int, int] = {}
     atoms = flat_atoms(dims)
     for placement, factor, size in zip(layout, factors, mesh, strict=True):
         if placement < 0 or factor is None:
@@ -102,10 +141,9 @@ def _atoms_agree(
         name = factor.shares or factor.name
         if owner.setdefault(placement, name) != name:
             return False
-        shards[placement] = shards.get(placement, 1) * size
-        if atoms[placement] % shards[placement]:
+        if atoms[placement] != factor.size and _is_uneven(factor, size):
             return False
-    return True
+    return is_valid(dims, layout, mesh)
 
 
 @lru_cache(maxsize=16384)
@@ -114,14 +152,6 @@ def layouts(dims: Dims, mesh: MeshSizes, *, partial: bool = False) -> tuple[Layo
     atoms = flat_atoms(dims)
     per_axis = []
     for size in mesh:
-        fits = [a for a, n in enumerate(atoms) if n and n % size == 0] if size > 1 else []
+        fits = [a for a, n in enumerate(atoms) if n and can_shard(n, (size,))] if size > 1 else []
         per_axis.append([REPLICATE, *([PARTIAL] if partial and size > 1 else []), *fits])
-    found = []
-    for layout in itertools.product(*per_axis):
-        shards: dict[int, int] = {}
-        for placement, size in zip(layout, mesh, strict=True):
-            if placement >= 0:
-                shards[placement] = shards.get(placement, 1) * size
-        if all(atoms[a] % n == 0 for a, n in shards.items()):
-            found.append(layout)
-    return tuple(found)
+    return tuple(x for x in itertools.product(*per_axis) if is_valid(dims, x, mesh))

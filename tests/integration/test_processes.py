@@ -20,7 +20,7 @@ from autopar.runtime.simulated import VirtualRun
 from tests.integration import failing, workers
 from tests.unit.runtime.reference import worst_error
 
-MODELS = ("gpt2", "wide_resnet", "llama")
+MODELS = ("gpt2", "wide_resnet", "llama", "uneven gpt2")
 TIMEOUT = timedelta(seconds=60)
 
 

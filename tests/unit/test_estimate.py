@@ -16,36 +16,36 @@ from tests.oracles import make_sample
 from tests.unit.intraop.stages import costs_of, stage_of
 
 PARTIAL, REPLICATE = -2, -1
-META = TensorMeta((8, 4), torch.float32)
+META, DIMS = TensorMeta((8, 4), torch.float32), ((8,), (4,))
 
 
 def test_local_sizes() -> None:
-    assert local_bytes(META, (0, REPLICATE), (2, 4)) == 64
-    assert local_bytes(META, (0, 0), (2, 4)) == 16
-    assert local_bytes(META, (PARTIAL, REPLICATE), (2, 4)) == 128
-    assert local_numel(META, (REPLICATE, 1), (2, 4)) == 8
+    assert local_bytes(META, DIMS, (0, REPLICATE), (2, 4)) == 64
+    assert local_bytes(META, DIMS, (0, 0), (2, 4)) == 16
+    assert local_bytes(META, DIMS, (PARTIAL, REPLICATE), (2, 4)) == 128
+    assert local_numel(META, DIMS, (REPLICATE, 1), (2, 4)) == 8
 
 
 def test_reshards() -> None:
     costs = costs_of((4,))
-    assert costs.reshard((0,), (0,)).seconds(1e9) == 0.0
+    assert costs.reshard((), (0,), (0,)).seconds(1e9) == 0.0
     link = costs.mesh.link(0, costs.cluster)
     gather = collective_coefficients(CollectiveKind.ALL_GATHER, 4, link)
-    assert costs.reshard((0,), (REPLICATE,)).seconds(1e9) == pytest.approx(gather.seconds(1e9))
+    assert costs.reshard((), (0,), (REPLICATE,)).seconds(1e9) == pytest.approx(gather.seconds(1e9))
     reduce = collective_coefficients(CollectiveKind.ALL_REDUCE, 4, link).seconds(1e9)
-    assert costs.reshard((PARTIAL,), (REPLICATE,)).seconds(1e9) == pytest.approx(reduce)
-    transposed = costs.reshard((1,), (REPLICATE,)).seconds(1e9)
-    assert transposed > costs.reshard((0,), (REPLICATE,)).seconds(1e9)
-    table = costs.reshard_seconds([(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
+    assert costs.reshard((), (PARTIAL,), (REPLICATE,)).seconds(1e9) == pytest.approx(reduce)
+    transposed = costs.reshard((), (1,), (REPLICATE,)).seconds(1e9)
+    assert transposed > costs.reshard((), (0,), (REPLICATE,)).seconds(1e9)
+    table = costs.reshard_seconds((), [(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
     assert table.shape == (2, 3) and table[0, 0] == table[0, 2] == 0.0
-    assert table[0, 1] == costs.reshard((0,), (1,)).seconds(1e6)
+    assert table[0, 1] == costs.reshard((), (0,), (1,)).seconds(1e6)
 
 
 def test_an_axis_across_nodes_is_slower() -> None:
     cluster = Cluster.parse("h100:2x2")
     costs = MeshCosts(cluster, LogicalMesh((2, 2), (True, False)))
-    slow = costs.reshard((PARTIAL, REPLICATE), (REPLICATE, REPLICATE)).seconds(1e8)
-    fast = costs.reshard((REPLICATE, PARTIAL), (REPLICATE, REPLICATE)).seconds(1e8)
+    slow = costs.reshard((), (PARTIAL, REPLICATE), (REPLICATE, REPLICATE)).seconds(1e8)
+    fast = costs.reshard((), (REPLICATE, PARTIAL), (REPLICATE, REPLICATE)).seconds(1e8)
     assert slow > 2 * fast
 
 
@@ -55,7 +55,7 @@ def test_operators_get_cheaper_when_shared() -> None:
     for op in stage.graph.operators:
         call, rule = stage.table.calls[op.name], stage.table.rules[op.name]
         choices = strategies(rule, call.operands, (2,))
-        seconds = costs.operator_seconds(op, call, choices, metas)
+        seconds = costs.operator_seconds(op, call, rule, choices, metas)
         assert (seconds >= 0).all() and seconds.shape == (len(choices),)
         whole = seconds[0]  # the replicated one comes first
         if is_view(op):
@@ -82,11 +82,23 @@ def test_rows_that_go_to_their_experts_are_charged() -> None:
         for ref, t in zip(sample.op.operands, sample.operands, strict=True)
     }
     costs = costs_of((4,))
-    choices = strategies(rule_for(sample.call), sample.call.operands, (4,))
-    seconds = costs.operator_seconds(sample.op, sample.call, choices, metas)
+    rule = rule_for(sample.call)
+    choices = strategies(rule, sample.call.operands, (4,))
+    seconds = costs.operator_seconds(sample.op, sample.call, rule, choices, metas)
     by_name = dict(zip((s.text for s in choices), seconds, strict=True))
     link = costs.mesh.link(0, costs.cluster)
     exchange = collective_coefficients(CollectiveKind.ALL_TO_ALL, 4, link)
     moved = exchange.seconds(rows.nbytes / 4 * 2 * EXPERT_IMBALANCE)
     assert by_name["x"] > 2 * moved + exchange.seconds(0)
     assert by_name["-"] > by_name["e"] and by_name["x"] > by_name["t"]
+
+
+def test_padding_is_counted() -> None:
+    """Five rows on four devices are two on each."""
+    dims, costs = ((5,),), costs_of((4,))
+    meta = TensorMeta((5,), torch.float32)
+    assert local_bytes(meta, dims, (0,), (4,)) == 8 and local_numel(meta, dims, (0,), (4,)) == 2
+    assert costs.uneven(dims) == dims and costs.uneven(((8,), (4,))) == ()
+    for source, target in (((0,), (REPLICATE,)), ((PARTIAL,), (0,))):
+        even, uneven = (costs.reshard(d, source, target).seconds(1e9) for d in ((), dims))
+        assert uneven > even

@@ -46,6 +46,7 @@ def _batch_norm(site: Site) -> tuple[Ref, ...]:
     total = emit.all_reduce(emit.compute(aten.sum.dim_IntList, x, dims), axes)
     mean = emit.compute(aten.div.Scalar, total, count)
     centred = emit.compute(aten.sub.Tensor, x, _per_channel(emit, mean, rank))
+    centred = site.fill(centred, 0)  # zeros less the mean are no zeros
     square = emit.compute(aten.mul.Tensor, centred, centred)
     squares = emit.all_reduce(emit.compute(aten.sum.dim_IntList, square, dims), axes)
     var = emit.compute(aten.div.Scalar, squares, count)

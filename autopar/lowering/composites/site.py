@@ -59,6 +59,14 @@ class Site:
             args[position] = value
         return self.results(self.emit.compute(self.op.target, *args, **self.kwargs()))
 
+    def fill(self, local: Ref, operand: int) -> Ref:
+        """A value in the layout of an operand, its padding filled as that operand's was."""
+        dims, layout = self.call.operands[operand], self.strategy.operands[operand]
+        for number, axis, value in self.strategy.fills:
+            if number == operand:
+                local = self.emit.fill(local, dims, layout, axis, value)
+        return local
+
     def results(self, first: Ref) -> tuple[Ref, ...]:
         return tuple(Ref(first.name, i) for i in range(len(self.op.results)))
 

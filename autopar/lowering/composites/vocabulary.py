@@ -13,12 +13,11 @@ import torch
 from autopar.graph.program import Ref
 from autopar.layout import Offset
 from autopar.lowering.composites.site import Lowering, Site
-from autopar.lowering.emitter import Emitter
+from autopar.lowering.emitter import CPU, Emitter
 from autopar.ops.attention import accumulation_dtype
 from autopar.sharding.rules.loss import REDUCTION_MEAN, REDUCTION_NONE
 
 aten = torch.ops.aten
-CPU = torch.device("cpu")  # stands for the device that runs the program
 
 
 def _cast(emit: Emitter, value: Ref, source: torch.dtype, target: torch.dtype) -> Ref:

@@ -31,7 +31,7 @@ def _factor(
     lowering: str = "",
 ) -> Factor | None:
     """The factor that shards `dim` of these operands and of every result that is not `partial`. A
-    bias of size 1 is replicated."""
+    bias of size 1 is replicated. Padding adds zero to what is partial where it is zero."""
     placed = [REPLICATE] * len(call.operands)
     sizes = []
     for number in operands:
@@ -54,7 +54,8 @@ def _factor(
     size = math.gcd(*sizes)
     if size == 1:
         return None
-    return Factor(name, size, tuple(placed), tuple(outcomes), lowering=lowering)
+    fill = tuple(0.0 if partial and atom != REPLICATE else None for atom in placed)
+    return Factor(name, size, tuple(placed), tuple(outcomes), lowering=lowering, fill=fill)
 
 
 def _raw_results(call: Call) -> list[Dims | None]:

@@ -13,12 +13,17 @@ from autopar.sharding.rules.groups import with_groups
 aten = torch.ops.aten
 
 
+def _products(call: Call, text: str) -> Rule:
+    """Products of two operands summed over k."""
+    return lettered(call, text, reduction="k", linear=[(0,), (1,)], zeros_add_nothing=True)
+
+
 def _mm(call: Call) -> Rule:
-    return lettered(call, "i k, k j -> i j", reduction="k", linear=[(0,), (1,)])
+    return _products(call, "i k, k j -> i j")
 
 
 def _bmm(call: Call) -> Rule:
-    return lettered(call, "b i k, b k j -> b i j", reduction="k", linear=[(0,), (1,)])
+    return _products(call, "b i k, b k j -> b i j")
 
 
 def _addmm(call: Call) -> Rule:
@@ -32,11 +37,11 @@ def _addmm(call: Call) -> Rule:
 
 
 def _mv(call: Call) -> Rule:
-    return lettered(call, "i k, k -> i", reduction="k", linear=[(0,), (1,)])
+    return _products(call, "i k, k -> i")
 
 
 def _dot(call: Call) -> Rule:
-    return letter_rule(call, [["k"], ["k"]], [[]], reduction={"k"}, linear=[(0,), (1,)])
+    return _products(call, "k, k ->")
 
 
 def _convolution(call: Call) -> Rule:
@@ -59,6 +64,7 @@ def _convolution(call: Call) -> Rule:
         reduction="" if bias else "c",
         blocked=" ".join([*spatial, *kernel, *(["c"] if bias else [])]),
         linear=[] if bias else [(0,), (1,)],
+        zeros_add_nothing=True,
     )
     return with_groups(call, rule, groups, (1, 0, 0)[: len(call.operands)], (1,), "g")
 
@@ -77,13 +83,24 @@ def _convolution_backward(call: Call) -> Rule:
     if transposed or groups != 1:
         text = f"n . {' '.join(t)}, n . {' '.join(s)}, . . {' '.join(k)}"
         text += f" -> n . {' '.join(s)}, . . {' '.join(k)}, ."
-        rule = lettered(call, text, reduction="n", blocked=" ".join(blocked), linear=[(0,)])
+        rule = _backward(call, text, "n", blocked)
         return with_groups(call, rule, groups, (1, 1, 0), (1, 0, 0), "g")
     text = f"n o {' '.join(t)}, n c {' '.join(s)}, o c {' '.join(k)}"
     text += f" -> n c {' '.join(s)}, o c {' '.join(k)}, o"
     if call.results[2] is not None:
         blocked.add("c")
-    return lettered(call, text, reduction="n o", blocked=" ".join(blocked), linear=[(0,)])
+    return _backward(call, text, "n o", blocked)
+
+
+def _backward(call: Call, text: str, reduction: str, blocked: set[str]) -> Rule:
+    return lettered(
+        call,
+        text,
+        reduction=reduction,
+        blocked=" ".join(blocked),
+        linear=[(0,)],
+        zeros_add_nothing=True,
+    )
 
 
 RULES: Mapping[object, RuleFn] = {

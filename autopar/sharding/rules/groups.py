@@ -29,5 +29,7 @@ def with_groups(
     if groups == 1 or len(placed[0]) < len(operands) or len(placed[1]) < len(results):
         return rule
     firsts = [d[dim][0] for d, dim in zip(call.operands, operand_dims, strict=True)]
-    factor = Factor(name, math.gcd(groups, *firsts), tuple(placed[0]), tuple(placed[1]))
+    fill = (None,) * len(operands)
+    size = math.gcd(groups, *firsts)
+    factor = Factor(name, size, tuple(placed[0]), tuple(placed[1]), fill=fill)
     return replace(rule, factors=(*rule.factors, factor)) if factor.size > 1 else rule

@@ -17,13 +17,14 @@ aten = torch.ops.aten
 
 def with_lowering(rule: Rule, letter: str, lowering: str) -> Rule:
     """The factor of a letter becomes a composite. Only its first atom: a shard is one run of
-    rows."""
+    rows. Global indices never point into its padding, which may hold anything."""
     factors = []
     for factor in rule.factors:
         if factor.splits and factor.name.startswith(letter):
             if factor.name != letter:
                 continue
-            factor = replace(factor, lowering=lowering)
+            anything = (None,) * len(factor.operands)
+            factor = replace(factor, lowering=lowering, fill=anything)
         factors.append(factor)
     return replace(rule, factors=tuple(factors))
 
@@ -54,6 +55,7 @@ def _embedding_backward(call: Call) -> Rule:
         blocked=blocked,
         linear=[(0,)],
         atoms=atoms,
+        zeros_add_nothing=True,
     )
     return with_lowering(rule, "v", "vocab")
 
@@ -84,20 +86,23 @@ def _index_add(call: Call) -> Rule:
         reduction={"n"},
         blocked={letters[dim]},
         linear=[(0, 2)],
+        zeros_add_nothing=True,
     )
     return _adds_to_first(call, rule)
 
 
 def _adds_to_first(call: Call, rule: Rule) -> Rule:
     """Where shards of the index leave a pending sum, the value that they add to is pending too."""
-    factors = tuple(
-        replace(f, operands=(PARTIAL, *f.operands[1:]))
-        if f.splits and f.results[0] == PARTIAL
-        else f
-        for f in rule.factors
-        if not (f.splits and f.results[0] == PARTIAL and 0 in call.same[1:])
-    )
-    return replace(rule, factors=factors)
+    factors = []
+    for factor in rule.factors:
+        if factor.splits and factor.results[0] == PARTIAL:
+            if 0 in call.same[1:]:
+                continue
+            spread = factor.operands[-1] < 0  # one value for all rows: the padding would add it too
+            fill = None if spread else factor.fill
+            factor = replace(factor, operands=(PARTIAL, *factor.operands[1:]), fill=fill)
+        factors.append(factor)
+    return replace(rule, factors=tuple(factors))
 
 
 def _indexed(call: Call) -> tuple[list[str], list[list[str]], list[str], set[str]] | None:
@@ -152,6 +157,7 @@ def _index_put(call: Call) -> Rule:
         reduction=index,
         blocked=whole | (set() if accumulate else index),
         linear=[(0, last)] if accumulate else [],
+        zeros_add_nothing=True,
     )
     return _adds_to_first(call, rule)
 

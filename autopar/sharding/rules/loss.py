@@ -14,7 +14,7 @@ import torch
 
 from autopar.layout import REPLICATE, shape_of
 from autopar.sharding.registry import RuleFn
-from autopar.sharding.rule import Call, Rule, letter_rule, replicate_rule
+from autopar.sharding.rule import Call, Factor, Rule, letter_rule, replicate_rule
 from autopar.sharding.rules.indexing import with_lowering
 
 aten = torch.ops.aten
@@ -41,11 +41,20 @@ def _nll(call: Call) -> Rule:
     rule = letter_rule(call, words, [loss, []], reduction=set(target) | {"v"}, blocked=blocked)
     factors = []
     for factor in with_lowering(rule, "v", "vp").factors:
+        if not factor.lowering:
+            factor = replace(factor, fill=_ignored(factor, 1, call.args[4]))
         if factor.lowering or reduction == REDUCTION_NONE:
             # every device sees every target, or nobody counts: the weight is whole
             factor = replace(factor, results=(factor.results[0], REPLICATE))
         factors.append(factor)
     return replace(rule, factors=tuple(factors))
+
+
+def _ignored(factor: Factor, target: int, ignore_index: int) -> tuple[float | None, ...] | None:
+    """Targets in the padding are ignored ones: they give no loss and are not counted."""
+    if not factor.splits:
+        return None
+    return tuple(ignore_index if i == target else None for i in range(len(factor.operands)))
 
 
 def _nll_backward(call: Call) -> Rule:
@@ -57,7 +66,11 @@ def _nll_backward(call: Call) -> Rule:
     words = [grad, x, target, *([["w"]] if weighted else []), []]
     blocked = {"w"} | ({"v"} if weighted else set())
     rule = letter_rule(call, words, [x], blocked=blocked, linear=[(0,)])
-    return with_lowering(rule, "v", "vp")
+    factors = (
+        f if f.lowering else replace(f, fill=_ignored(f, 2, call.args[5]))
+        for f in with_lowering(rule, "v", "vp").factors
+    )
+    return replace(rule, factors=tuple(factors))
 
 
 def reduction_position(call: Call) -> int:
@@ -83,9 +96,15 @@ def _elementwise(call: Call) -> Rule:
         grad = letters if len(call.operands[0]) == len(letters) else []
         rule = letter_rule(call, [grad, *words], [letters], linear=[(0,)])
     elif reduction == REDUCTION_NONE:
-        return letter_rule(call, words, [letters])
+        rule = letter_rule(call, words, [letters])
+        if call.target is not aten.binary_cross_entropy.default:
+            return rule
+        # its kernel refuses what is not in [0, 1], in padding too
+        fill = (0,) * len(call.operands)
+        return replace(rule, factors=tuple(replace(f, fill=fill) for f in rule.factors))
     else:
-        rule = letter_rule(call, words, [[]], reduction=set(letters))
+        zeros = call.target in _ZERO_AT_ZERO
+        rule = letter_rule(call, words, [[]], reduction=set(letters), zeros_add_nothing=zeros)
     if reduction != REDUCTION_MEAN:
         return rule
     return replace(
@@ -105,6 +124,13 @@ ELEMENTWISE_LOSSES = (
     *(getattr(aten, name).default for name in _ELEMENTWISE),
     *(getattr(aten, f"{name}_backward").default for name in _ELEMENTWISE),
     aten.binary_cross_entropy_with_logits.default,
+)
+# f(0, 0) = 0; not so where f is a logarithm of 2
+_ZERO_AT_ZERO = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.binary_cross_entropy.default,
 )
 
 RULES: Mapping[object, RuleFn] = {

@@ -20,7 +20,13 @@ from autopar.sharding.rules.groups import with_groups
 aten = torch.ops.aten
 
 
-def _along(call: Call, dim: int, linear: list[tuple[int, ...]], class_lowering: str = "") -> Rule:
+def _along(
+    call: Call,
+    dim: int,
+    linear: list[tuple[int, ...]],
+    class_lowering: str = "",
+    class_fill: tuple[float | None, ...] | None = None,
+) -> Rule:
     """Every operand and result alike; `dim` is whole, or the composite `class_lowering`."""
     rank = len(call.operands[0])
     letters = [f"d{i}" for i in range(rank)]
@@ -32,7 +38,7 @@ def _along(call: Call, dim: int, linear: list[tuple[int, ...]], class_lowering: 
     if not class_lowering:
         return rule
     factors = tuple(
-        replace(f, lowering=class_lowering)
+        replace(f, lowering=class_lowering, fill=class_fill)
         if f.splits and f.name.startswith(letters[dim % rank])
         else f
         for f in rule.factors
@@ -49,11 +55,11 @@ def _softmax_backward(call: Call) -> Rule:
 
 
 def _log_softmax(call: Call) -> Rule:
-    return _along(call, call.args[1], [], "vp")
+    return _along(call, call.args[1], [], "vp", (-math.inf,))
 
 
 def _log_softmax_backward(call: Call) -> Rule:
-    return _along(call, call.args[2], [(0,)], "vp")
+    return _along(call, call.args[2], [(0,)], "vp", (0, None))
 
 
 def _norm_letters(
@@ -79,7 +85,13 @@ def _layer_norm_backward(call: Call) -> Rule:
     words = [full, full, stats, stats, *([inner] * (len(call.operands) - 4))]
     outer = set(full) - set(inner)
     return letter_rule(
-        call, words, [full, inner, inner], blocked=set(inner), reduction=outer, linear=[(0,)]
+        call,
+        words,
+        [full, inner, inner],
+        blocked=set(inner),
+        reduction=outer,
+        linear=[(0,)],
+        zeros_add_nothing=True,
     )
 
 
@@ -96,7 +108,13 @@ def _rms_norm_backward(call: Call) -> Rule:
     words = [full, full, stats, *([inner] * (len(call.operands) - 3))]
     outer = set(full) - set(inner)
     return letter_rule(
-        call, words, [full, inner], blocked=set(inner), reduction=outer, linear=[(0,)]
+        call,
+        words,
+        [full, inner],
+        blocked=set(inner),
+        reduction=outer,
+        linear=[(0,)],
+        zeros_add_nothing=True,
     )
 
 
@@ -118,7 +136,9 @@ def _group_norm_backward(call: Call) -> Rule:
     text += ", c" if len(call.operands) == 5 else ""
     text += f" -> n c {spatial}, c, c"
     blocked = f"c g {spatial}"
-    rule = lettered(call, text, blocked=blocked, reduction="n", linear=[(0,)])
+    rule = lettered(
+        call, text, blocked=blocked, reduction="n", linear=[(0,)], zeros_add_nothing=True
+    )
     return with_groups(call, rule, call.args[8], _channel_dims(call), (1, 0, 0))
 
 
@@ -145,7 +165,8 @@ def _batch_norm(call: Call) -> Rule:
     operands = (0, *([REPLICATE] * (len(call.operands) - 1)))
     results = (0, *([REPLICATE] * (len(call.results) - 1)))
     lowering = "bn" if call.args[5] else ""  # in eval mode statistics are given
-    factor = Factor("n", atom, operands, results, lowering=lowering)
+    fill = (0 if lowering else None, *([None] * (len(call.operands) - 1)))
+    factor = Factor("n", atom, operands, results, lowering=lowering, fill=fill)
     return replace(rule, factors=(*rule.factors, factor))
 
 
@@ -161,7 +182,9 @@ def _batch_norm_backward(call: Call) -> Rule:
     atom = math.gcd(call.operands[0][0][0], call.operands[1][0][0])
     operands = (0, 0, *([REPLICATE] * (len(call.operands) - 2)))
     results = (0, *(PARTIAL if m is not None else REPLICATE for m in call.results[1:]))
-    factor = Factor("n", atom, operands, results, lowering="bn" if call.args[7] else "")
+    lowering = "bn" if call.args[7] else ""
+    fill = (0, 0, *([None] * (len(call.operands) - 2)))
+    factor = Factor("n", atom, operands, results, lowering=lowering, fill=fill)
     return replace(rule, factors=(*rule.factors, factor))
 
 

@@ -7,11 +7,12 @@ listed here are pointwise: an unknown operator is replicated, never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from autopar.sharding.registry import RuleFn
-from autopar.sharding.rule import Call, Rule, letter_rule
+from autopar.sharding.rule import Call, Rule, is_index, letter_rule
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ def pointwise(call: Call, linear: Groups = ()) -> Rule:
     for letters, meta in zip(results, call.results, strict=True):
         if meta is not None:
             atoms.update({c: (n,) for c, n in zip(letters, meta.shape, strict=True) if n != 1})
-    return letter_rule(call, operands, results, linear=linear, atoms=atoms)
+    return letter_rule(call, operands, results, linear=linear, atoms=atoms, zero_integers=False)
 
 
 def _rule(linear: Groups) -> RuleFn:
@@ -66,6 +67,18 @@ def _masked_fill(call: Call) -> Rule:
 def _cast(call: Call) -> Rule:
     """A cast between float types passes a pending sum on."""
     return pointwise(call, [(0,)] if call.dtypes[0].is_floating_point else [])
+
+
+def _division(call: Call) -> Rule:
+    """Integers are not divided by what padding holds: zero would be an error."""
+    rule = pointwise(call)
+    if not all(is_index(dtype) for dtype in call.dtypes):
+        return rule
+    factors = (
+        replace(f, fill=(None, *(1 if atom >= 0 else None for atom in f.operands[1:])))
+        for f in rule.factors
+    )
+    return replace(rule, factors=tuple(factors))
 
 
 def _bucketize(call: Call) -> Rule:
@@ -141,6 +154,10 @@ def _table() -> Mapping[object, RuleFn]:
         aten.sub.Tensor: _sum_like,
         aten.rsub.Tensor: _sum_like,
         aten.bucketize.Tensor: _bucketize,
+        aten.floor_divide.default: _division,
+        aten.remainder.Tensor: _division,
+        aten.fmod.Tensor: _division,
+        aten.div.Tensor_mode: _division,
         aten.mul.Tensor: _product,
         aten.masked_fill.Scalar: _masked_fill,
         aten._to_copy.default: _cast,

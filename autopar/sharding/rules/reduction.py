@@ -37,7 +37,9 @@ def _sum(call: Call) -> Rule:
     dims = reduced_dims(call)
     letters, results = _letters(call, dims)
     reduced = {letters[d] for d in dims}
-    return letter_rule(call, [letters], results, reduction=reduced, linear=[(0,)])
+    return letter_rule(
+        call, [letters], results, reduction=reduced, linear=[(0,)], zeros_add_nothing=True
+    )
 
 
 def _mean(call: Call) -> Rule:

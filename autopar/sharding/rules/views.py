@@ -18,7 +18,9 @@ def _view(call: Call) -> Rule:
 
 def _permute(call: Call, order: list[int]) -> Rule:
     letters = [f"d{i}" for i in range(len(order))]
-    return letter_rule(call, [letters], [[letters[i] for i in order]], linear=[(0,)])
+    return letter_rule(
+        call, [letters], [[letters[i] for i in order]], linear=[(0,)], zero_integers=False
+    )
 
 
 def _t(call: Call) -> Rule:
@@ -47,7 +49,7 @@ def _expand(call: Call) -> Rule:
     operand = letters[rank - len(call.operands[0]) :]
     atoms = {c: (n,) for c, n in zip(letters, meta.shape, strict=True) if n != 1}
     # a pending sum stays one: every element of the result is one element of the operand
-    return letter_rule(call, [operand], [letters], linear=[(0,)], atoms=atoms)
+    return letter_rule(call, [operand], [letters], linear=[(0,)], atoms=atoms, zero_integers=False)
 
 
 RULES: Mapping[object, RuleFn] = {

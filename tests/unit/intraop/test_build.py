@@ -32,9 +32,13 @@ def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -
         for op in graph.operators:
             strategy = chosen.strategies[op.name]
             call = table.calls[op.name]
-            seconds += float(costs.operator_seconds(op, call, [strategy], metas)[0])
+            seconds += float(
+                costs.operator_seconds(op, call, table.rules[op.name], [strategy], metas)[0]
+            )
             for ref, wanted in zip(op.operands, strategy.operands, strict=True):
-                seconds += costs.reshard(made[ref], wanted).seconds(metas[ref].nbytes)
+                seconds += costs.reshard(table.dims[ref], made[ref], wanted).seconds(
+                    metas[ref].nbytes
+                )
             made.update((ref, strategy.results[ref.index]) for ref in op.refs)
             if is_save(op):
                 count = 1
@@ -51,23 +55,25 @@ def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -
                 shards["rest"] *= size if r >= 0 else 1
                 shards["step"] *= size if s >= 0 else 1
             if first == inp.name:
-                once += costs.reshard(rest, step).seconds(inp.meta.nbytes)
+                once += costs.reshard(table.dims[inp.ref], rest, step).seconds(inp.meta.nbytes)
                 once += costs.optimizer_seconds(inp.meta.numel / shards["rest"])
                 standing += 3 * inp.meta.nbytes / shards["rest"]
                 standing += 0 if rest == step else inp.meta.nbytes / shards["step"]
             else:
                 source = chosen.parameters[first].rest
-                once += costs.reshard(source, step).seconds(inp.meta.nbytes)
+                once += costs.reshard(table.dims[inp.ref], source, step).seconds(inp.meta.nbytes)
                 standing += inp.meta.nbytes / shards["step"]
         gradients = 0.0
         owners = {i.name: i.owner for i in graph.inputs}
         for out in graph.outputs:
             target = chosen.outputs[out.target or out.kind.value]
-            seconds += costs.reshard(made[out.ref], target).seconds(metas[out.ref].nbytes)
+            seconds += costs.reshard(table.dims[out.ref], made[out.ref], target).seconds(
+                metas[out.ref].nbytes
+            )
             if out.kind is OutputKind.GRADIENT:
                 rest = chosen.parameters[held[owners[out.target]]].rest
-                accumulated = coarsen(table.dims[out.ref], target)[1]
-                once += costs.reshard(accumulated, rest).seconds(metas[out.ref].nbytes)
+                dims, accumulated = coarsen(table.dims[out.ref], target, mesh)
+                once += costs.reshard(dims, accumulated, rest).seconds(metas[out.ref].nbytes)
                 shards_of = 1
                 for size, placement in zip(mesh, target, strict=True):
                     shards_of *= size if placement >= 0 else 1

@@ -94,14 +94,14 @@ def test_under_a_budget_too(name: str) -> None:
 def test_reshards_on_the_way(
     source: tuple[int, ...], target: tuple[int, ...], extra: float
 ) -> None:
-    assert reshard_extra_bytes(100.0, source, target, (4,)) == extra
+    assert reshard_extra_bytes(100.0, (), source, target, (4,)) == extra
 
 
 def test_gradients_are_reduced_one_after_the_other() -> None:
     meta = TensorMeta((4, 5), torch.float32)
-    data_parallel = [(meta, (PARTIAL,), (REPLICATE,))] * 3
+    data_parallel = [(meta, (), (PARTIAL,), (REPLICATE,))] * 3
     assert reduce_bytes(data_parallel, (2,)) == 80
-    assert reduce_bytes([(meta, (0,), (0,))] * 3, (2,)) == 0
-    assert reduce_bytes([(meta, (PARTIAL,), (0,))] * 3, (2,)) == 40
-    gathered = [(meta, (0,), (REPLICATE,))] * 3  # grows by half a gradient each
+    assert reduce_bytes([(meta, (), (0,), (0,))] * 3, (2,)) == 0
+    assert reduce_bytes([(meta, (), (PARTIAL,), (0,))] * 3, (2,)) == 40
+    gathered = [(meta, (), (0,), (REPLICATE,))] * 3  # grows by half a gradient each
     assert reduce_bytes(gathered, (2,)) == 80 + 40 + 40

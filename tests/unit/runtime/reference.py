@@ -17,12 +17,13 @@ from autopar.graph.layers import cluster_layers
 from autopar.graph.precision import in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.runtime.inputs import microbatch_seed
+from tests.uneven import UNEVEN
 from tests.zoo import ZOO
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the zoo: its graph at the shape of a microbatch, state and batch in one
+    """A model: its graph at the shape of a microbatch, state and batch in one
     precision."""
 
     graph: Graph
@@ -44,7 +45,7 @@ class Expected:
 
 
 def zoo_case(name: str, *, num_microbatches: int = 2, double: bool = True) -> Case:
-    model, batch = ZOO[name]()
+    model, batch = {**ZOO, **UNEVEN}[name]()
     part = pytree.tree_map(
         lambda t: t[: len(t) // num_microbatches] if isinstance(t, Tensor) else t, batch
     )

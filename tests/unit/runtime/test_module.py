@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from autopar.plan import ParallelPlan
 from autopar.runtime.module import ParallelModel
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, expected_step, worst_error, zoo_case
+from tests.zoo import VOCAB
 
 SEED = 3
 
@@ -69,6 +71,13 @@ def test_a_state_dict_of_the_whole_model_loads() -> None:
     with pytest.raises(OptionError, match=r"no\.such\.name"):
         model.load_state_dict(state)
     assert model.load_state_dict(state, strict=False).unexpected_keys == ["no.such.name"]
+
+
+def test_a_step_reads_a_parameter_whose_data_were_replaced() -> None:
+    case, model = _parallel("gpt2")
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert float(model.eval_step(case.batch)) == pytest.approx(math.log(VOCAB))
 
 
 @pytest.mark.parametrize(

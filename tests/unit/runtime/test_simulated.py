@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from autopar.plan import Remat
 from autopar.runtime.simulated import VirtualRun
 from autopar.schedule import Schedule, ScheduleKind
 from tests.plans import random_plan
+from tests.uneven import UNEVEN
 from tests.unit.runtime.reference import Case, Expected, expected_step, worst_error, zoo_case
 from tests.zoo import CORE
 
@@ -47,8 +49,7 @@ def _run(case: Case, lowered: LoweredPlan) -> VirtualRun:
     return VirtualRun(lowered, case.graph, case.parameters, case.buffers)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize(("name", "plan"), [*product(CORE, PLANS), *product(UNEVEN, ("2+2",))])
 def test_step_equals_the_graph_on_every_microbatch(name: str, plan: str) -> None:
     case, want = _case(name)
     run = _run(case, _lowered(case, plan))

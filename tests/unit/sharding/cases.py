@@ -1,6 +1,6 @@
 """One call by hand, or more, of every operator that has a rule: the samples of the rule oracle.
 
-Sizes are 2, 4 and 8, so that meshes of 2 and 4 divide them and one of 7 does not.
+Sizes are 2, 4 and 8, so that meshes of 2 and 4 divide them and one of 3 does not.
 """
 
 from __future__ import annotations

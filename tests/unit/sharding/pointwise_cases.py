@@ -109,6 +109,10 @@ def by_hand() -> Iterator[Case]:
     yield Case(aten.div.Tensor, (a, 2.0))
     yield Case(aten.div.Tensor, (a, a))
     yield Case(aten.div.Tensor, (ints(4, 4, 8), 2))
+    for target in (aten.floor_divide.default, aten.remainder.Tensor, aten.fmod.Tensor):
+        yield Case(target, (ints(9, 4, 8), ints(3, 4, 8) + 1))
+    floor = {"rounding_mode": "floor"}
+    yield Case(aten.div.Tensor_mode, (ints(9, 4, 8), ints(3, 8) + 1), floor)
     yield Case(aten.where.self, (mask, a, b))
     yield Case(aten.where.self, (mask, a, scalar))
     yield Case(aten.where.self, (bools(4, 1), ints(4, 4, 8), ints(4, 8)))

@@ -15,6 +15,7 @@ from autopar.layout import PARTIAL, REPLICATE, Offset
 from autopar.lowering import composites
 from autopar.lowering.composites import vocabulary
 from autopar.lowering.composites.site import Site
+from autopar.mesh import LogicalMesh
 from autopar.sharding.registry import rule_for
 from autopar.sharding.rule import Call, Factor, Rule
 from tests.oracles import MESHES, disagreements, make_sample
@@ -60,6 +61,28 @@ def _results(name: str, results: tuple[int, ...]) -> Mutate:
     def mutate(rule: Rule) -> Rule:
         assert any(f.name == name for f in rule.factors)
         factors = (replace(f, results=results) if f.name == name else f for f in rule.factors)
+        return replace(rule, factors=tuple(factors))
+
+    return mutate
+
+
+def _fill(name: str, fill: tuple[float | None, ...]) -> Mutate:
+    """The factor of this name leaves its padding otherwise."""
+
+    def mutate(rule: Rule) -> Rule:
+        assert any(f.name == name and f.fill is not None for f in rule.factors)
+        factors = (replace(f, fill=fill) if f.name == name else f for f in rule.factors)
+        return replace(rule, factors=tuple(factors))
+
+    return mutate
+
+
+def _uneven(name: str, fill: tuple[float | None, ...]) -> Mutate:
+    """A factor that takes even shards only takes uneven ones."""
+
+    def mutate(rule: Rule) -> Rule:
+        assert any(f.name == name and f.fill is None for f in rule.factors)
+        factors = (replace(f, fill=fill) if f.name == name else f for f in rule.factors)
         return replace(rule, factors=tuple(factors))
 
     return mutate
@@ -117,6 +140,40 @@ SEED = torch.tensor([5], dtype=torch.int32)
 UNARY = {
     name: _with((P,), (P,)) for name in ("tanh", "relu", "silu", "gelu", "sigmoid", "abs", "exp")
 }
+
+# Uneven shards: (operator, case, factor, what its padding holds wrongly).
+LEAKS = (
+    ("mm", Case(aten.mm.default, (A, x(8, 4))), "k", (0, None)),
+    ("sum", Case(aten.sum.default, (A,)), "d1", (None,)),
+    ("mean", Case(aten.mean.dim, (A, [1])), "d1", (1,)),
+    ("log_softmax", Case(aten._log_softmax.default, (A, 1, False)), "d1", (0,)),
+    (
+        "log_softmax backward",
+        Case(aten._log_softmax_backward_data.default, (A, LOGITS.log_softmax(1), 1, A.dtype)),
+        "d1",
+        (None, None),
+    ),
+    ("batch norm", Case(aten._native_batch_norm_legit_functional.default, NORM), "n", (1,) * 5),
+    (
+        "nll",
+        Case(aten.nll_loss_forward.default, (LOGITS, LABELS, None, 2, -100)),
+        "n",
+        (0, 0),
+    ),
+    (
+        "layer norm backward",
+        Case(
+            aten.native_layer_norm_backward.default,
+            (A, B, [8], x(4, 1), positive(4, 1), x(8), x(8), [True, True, True]),
+        ),
+        "d0",
+        (None, 0, 0, 0, None, None),
+    ),
+    ("embedding", Case(aten.embedding.default, (x(8, 4), ints(8, 8))), "t0", (None, None)),
+    ("embedding backward", Case(DENSE, (x(8, 4), ints(8, 8), 8, -1, False)), "t0", (None, 0)),
+    ("division", Case(aten.floor_divide.default, (ints(9, 7), ints(3, 7) + 1)), "d0", (None, None)),
+    ("gather", Case(aten.gather.default, (A, 1, ints(8, 4, 2))), "d0", (None, None)),
+)
 
 MUTATIONS = (
     *(
@@ -269,6 +326,25 @@ MUTATIONS = (
         Case(torch.ops.autopar.normal.default, (SEED, 3, [4, 8], [4, 8], [0, 0], torch.float64)),
         lowering=lambda site: site.call_with({3: site.result_shape()}),
     ),
+    *(
+        Mutation(f"{name}: padding is summed", case, _fill(factor, fill))
+        for name, case, factor, fill in LEAKS
+    ),
+    Mutation(
+        "zeros in a histogram",
+        Case(aten.histc.default, (x(8), 4, -2, 2)),
+        _uneven("d0", (0,)),
+    ),
+    Mutation(
+        "soft margin of zeros",
+        Case(aten.soft_margin_loss.default, (A, B, 2)),
+        _uneven("d0", (0, 0)),
+    ),
+    Mutation(
+        "padding adds the one value too",
+        Case(aten.index_put.default, (A, [ints(4, 8)], x(8), True)),
+        _uneven("i0", (None, 0, None)),
+    ),
     Mutation("positions from 0", Case(aten.arange.default, (8,)), lowering=_arange_from_zero),
 )
 
@@ -278,7 +354,7 @@ def _caught(mutation: Mutation, make_rule: Callable[[Call], Rule]) -> int:
     sample = make_sample(case.target, case.args, case.kwargs)
     generator = torch.Generator().manual_seed(0)
     found = 0
-    for mesh in MESHES:
+    for mesh in (*MESHES, LogicalMesh((3,))):
         _, wrong = disagreements(sample, mesh, make_rule=make_rule, generator=generator)
         found += len(wrong)
     return found

@@ -22,9 +22,11 @@ from autopar.lowering.composites import Site
 from autopar.mesh import LogicalMesh
 from autopar.sharding.registry import RuleTable
 from tests.oracles import Draw, relative_error, widened
+from tests.uneven import UNEVEN
 from tests.zoo import CORE
 
 MESHES = (LogicalMesh((2,)), LogicalMesh((2, 2)))
+MODELS = {**CORE, **UNEVEN}
 DRAWS = 3
 TOLERANCE = 1e-8
 FLOOR = 1e-4  # of the largest gradient: what is zero in exact arithmetic is rounding noise
@@ -32,7 +34,7 @@ FLOOR = 1e-4  # of the largest gradient: what is zero in exact arithmetic is rou
 
 @lru_cache(maxsize=1)
 def _model(name: str) -> tuple[Graph, RuleTable, dict[str, Tensor], list[Tensor]]:
-    module, batch = CORE[name]()
+    module, batch = MODELS[name]()
     graph = in_float64(capture_graph(module, batch))
     inputs = graph_inputs(graph, module.double(), widened(batch), seed=3)
     return graph, RuleTable(graph), inputs, run_graph(graph, inputs)
@@ -40,7 +42,7 @@ def _model(name: str) -> tuple[Graph, RuleTable, dict[str, Tensor], list[Tensor]
 
 @pytest.mark.parametrize("draw", range(DRAWS))
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", MODELS)
 def test_any_strategy_anywhere(name: str, mesh: LogicalMesh, draw: int) -> None:
     graph, table, inputs, want = _model(name)
     generator = torch.Generator().manual_seed(draw)

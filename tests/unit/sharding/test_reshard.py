@@ -19,11 +19,13 @@ from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import layouts
 
 ONE, TWO, THREE = ((8,),), ((8,), (4,)), ((8, 4), (2,))
+UNEVEN = ((5,), (), (3, 4))
 MESHES = {
     "2": LogicalMesh((2,)),
     "4": LogicalMesh((4,)),
     "2x2": LogicalMesh((2, 2)),
     "2x4": LogicalMesh((2, 4)),
+    "3x2": LogicalMesh((3, 2)),
 }
 FREE = (StepKind.SLICE, StepKind.TO_PARTIAL)
 
@@ -57,7 +59,7 @@ def _check(dims: Dims, source: Layout, target: Layout, mesh: LogicalMesh) -> Non
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("dims", [ONE, TWO, THREE], ids=["one", "two", "three"])
+@pytest.mark.parametrize("dims", [ONE, TWO, THREE, UNEVEN], ids=["one", "two", "three", "uneven"])
 def test_every_pair_of_layouts(dims: Dims, mesh: LogicalMesh) -> None:
     choices = layouts(dims, mesh.axis_sizes, partial=True)
     for source in choices:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from autopar.layout import PARTIAL, REPLICATE, is_valid
@@ -26,14 +28,33 @@ def test_matmul_on_one_axis() -> None:
     assert found["-"].num_splits == found["+0"].num_splits == 1 and found["i"].num_splits == 2
 
 
-def test_only_divisors_are_offered() -> None:
+def test_uneven_shares_count_their_padding() -> None:
+    rule, operands = _matmul(i=5, k=6, j=3)
+    found = {s.text: s for s in strategies(rule, operands, (4,))}
+    assert set(found) == {"-", "i", "k", "+0", "+1"}  # three rows are too few for four devices
+    assert found["i"].num_splits == 5 / 2 and not found["i"].fills
+    assert found["k"].num_splits == 6 / 2 and found["k"].fills == ((0, 0, 0), (1, 0, 0))
+
+
+def test_a_factor_that_cannot_fill_its_padding_takes_divisors_only() -> None:
     rule, operands = _matmul(i=6, k=5, j=8)
-    assert {s.text for s in strategies(rule, operands, (4,))} == {"-", "j", "+0", "+1"}
+    even = replace(rule, factors=tuple(replace(f, fill=None) for f in rule.factors))
+    assert {s.text for s in strategies(even, operands, (4,))} == {"-", "j", "+0", "+1"}
+
+
+def test_an_uneven_atom_is_as_large_as_its_factor() -> None:
+    """Two of three shards of 4 groups are no shards of 8 heads."""
+    q, k = torch.ones(2, 8, 4, 4), torch.ones(2, 4, 4, 4)
+    sample = make_sample(torch.ops.autopar.sdpa.default, (q, k, k, None, False, 0.5))
+    rule = rule_for(sample.call)
+    assert {s.text for s in strategies(rule, sample.call.operands, (2,))} == {"-", "b", "h"}
+    assert {s.text for s in strategies(rule, sample.call.operands, (3,))} == {"-"}
 
 
 def test_two_axes_on_one_factor_divide_it_together() -> None:
     rule, operands = _matmul(i=4, k=8, j=6)
     texts = {s.text for s in strategies(rule, operands, (2, 2))}
+    assert "j -" in texts and "- j" in texts
     assert "i i" in texts and "k k" in texts and "j j" not in texts and "i j" in texts
 
 
