@@ -40,9 +40,9 @@ from autopar.graph.patches import replaced
 from autopar.graph.precision import in_float64, widened
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.lowering.lower import lower_plan
+from autopar.ops.random import seed_tensor
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import World
-from autopar.runtime.inputs import microbatch_seed
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 from autopar.runtime.simulated import StepResult, VirtualRun
@@ -344,8 +344,7 @@ def single_gradients(
         part = microbatch_of(state.batch, num_microbatches, number)
         inputs = _graph_inputs(graph, state, buffers, part, num_microbatches)
         for inp in graph.inputs_of(InputKind.SEED):
-            word = microbatch_seed(seed, number)
-            inputs[inp.name] = torch.tensor([word], dtype=torch.int32)
+            inputs[inp.name] = seed_tensor(seed, number)
         for out, value in zip(graph.outputs, run_graph(graph, inputs), strict=True):
             if out.kind is OutputKind.LOSS:
                 losses.append(value)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import autopar.ops  # noqa: F401  (registers the operators that graphs call)
 from autopar.errors import BatchError, InternalError
 from autopar.graph.program import Graph, InputKind, Operator, Ref, map_refs
+from autopar.ops.random import seed_tensor
 
 aten = torch.ops.aten
 
@@ -53,12 +53,18 @@ def run_operator(op: Operator, values: Mapping[Ref, Tensor], device: torch.devic
 
 
 def graph_inputs(
-    graph: Graph, model: nn.Module, batch: Any, *, seed: int = 0, num_microbatches: int = 1
+    graph: Graph,
+    model: nn.Module,
+    batch: Any,
+    *,
+    seed: int = 0,
+    microbatch: int = 0,
+    num_microbatches: int = 1,
 ) -> dict[str, Tensor]:
     """The inputs of a graph from the real model that it was captured from, and one microbatch.
 
-    seed: of this step and microbatch. The gradient of the loss is 1 / num_microbatches. Everything
-    is on the device of the model's first parameter.
+    seed: of this step. The gradient of the loss is 1 / num_microbatches. Everything is on the
+    device of the model's first parameter.
     """
     state = dict(model.named_parameters(remove_duplicate=False))
     state.update(model.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
@@ -68,7 +74,7 @@ def graph_inputs(
     for inp in graph.inputs:
         match inp.kind:
             case InputKind.PARAMETER | InputKind.BUFFER:
-                tensor: Tensor = state[inp.target].detach()
+                tensor: Tensor = state[inp.target].detach().to(inp.meta.dtype)
             case InputKind.BATCH:
                 tensor = next(leaves)
                 if tuple(tensor.shape) != inp.meta.shape or tensor.dtype != inp.meta.dtype:
@@ -81,7 +87,7 @@ def graph_inputs(
             case InputKind.TANGENT:
                 tensor = torch.full(inp.meta.shape, 1.0 / num_microbatches, dtype=inp.meta.dtype)
             case InputKind.SEED:
-                tensor = torch.tensor([seed], dtype=torch.int32)
+                tensor = seed_tensor(seed, microbatch)
             case _:
                 raise InternalError(f"{inp.kind} input {inp.name!r} belongs to a stage graph")
         inputs[inp.name] = tensor.to(device)

@@ -67,7 +67,7 @@ class InputKind(StrEnum):
     BATCH = "batch"  # target: path of the leaf in the batch, e.g. "input_ids" or "0"
     CONSTANT = "constant"  # a tensor found by capture; its data is in Graph.constants
     TANGENT = "tangent"  # gradient of the loss: 1 / number of microbatches
-    SEED = "seed"  # int32[1]: seed of this step and microbatch, read by random operators
+    SEED = "seed"  # int32[2]: hash of the step's seed, number of the microbatch
     RECEIVED = "received"  # made by another stage (only in stage graphs)
 
 

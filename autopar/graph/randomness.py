@@ -20,7 +20,7 @@ from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Ref, T
 from autopar.graph.rewrite import Rewrite, derived, rewrite_graph
 
 aten, prims, own = torch.ops.aten, torch.ops.prims, torch.ops.autopar
-SEED = GraphInput("seed", InputKind.SEED, TensorMeta((1,), torch.int32), target="")
+SEED = GraphInput("seed", InputKind.SEED, TensorMeta((2,), torch.int32), target="")
 
 _DRAWN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WIDEST_RANGE = 1 << 31

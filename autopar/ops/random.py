@@ -2,9 +2,10 @@
 
 A number depends on (seed, op_id, global row, global column) and on nothing else, so that every
 sharding, every pipeline cut and every recomputation draws the same one, and nothing is saved for
-backward. The hash is two rounds of a 32-bit mixer (the "lowbias32" family, C. Wellons, "Prospecting
-for Hash Functions", 2018; constants from its low-bias search), written in int32 ATen operators that
-wrap alike in eager, C++ and Triton code:
+backward. Rows count on from one microbatch to the next: where dim 0 is the batch's, microbatches
+draw together what the whole batch would draw. The hash is two rounds of a 32-bit mixer (the
+"lowbias32" family, C. Wellons, "Prospecting for Hash Functions", 2018; constants from its low-bias
+search), written in int32 ATen operators that wrap alike in eager, C++ and Triton code:
 
     bits(row, col) = mix(mix(row ^ key0) ^ mix(col + key1))
 
@@ -47,6 +48,13 @@ define(f"normal({_GEOMETRY}, ScalarType dtype) -> Tensor")
 define(f"randint({_GEOMETRY}, int low, int high, ScalarType dtype) -> Tensor")
 
 
+def seed_tensor(seed: int, microbatch: int, device: torch.device | None = None) -> Tensor:
+    """int32[2]: what the random operators of one microbatch read. Every reference execution uses it
+    too. seed: of the step, any 64-bit integer."""
+    word = mix_int(mix_int(seed) + mix_int(seed >> 32))
+    return torch.tensor([_signed(word), microbatch], dtype=torch.int32, device=device)
+
+
 def counter_dropout(
     x: Tensor,
     seed: Tensor,
@@ -60,7 +68,7 @@ def counter_dropout(
     """Plain ATen body of `autopar::dropout`, also its decomposition for a compiler.
 
     x:           any shape; viewed as `local_sizes`, the atoms (factors) of its dims, major first.
-    seed:        int32[1].
+    seed:        int32[2]: of the step, and the number of the microbatch.
     sizes:       global size of every atom; offsets: global start of this shard in every atom.
     row_atoms:   row = linear global index over the first `row_atoms` atoms, column = over the rest.
     Rows and columns count modulo 2^32. Kept values are scaled by 1 / (1 - p). Linear in x, hence
@@ -137,6 +145,11 @@ def hashed_bits(
     key0, key1 = _keys(seed, op_id)
     rows = _linear_index(atoms[:row_atoms], seed.device)
     cols = _linear_index(atoms[row_atoms:], seed.device)
+    microbatch = seed.narrow(0, 1, 1)
+    if row_atoms:
+        rows = rows + microbatch * _signed(math.prod([size for size, _, _ in atoms[:row_atoms]]))
+    else:
+        cols = cols + microbatch * _signed(math.prod([size for size, _, _ in atoms]))
     return mix(mix(rows ^ key0).unsqueeze(1) ^ mix(cols + key1).unsqueeze(0))
 
 
@@ -174,7 +187,8 @@ def mix_int(x: int) -> int:
 def _keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
     """Two int32[1] words. They agree for two (seed, op_id) pairs only if both 32-bit hashes do."""
     first, second = (_signed(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
-    return mix(mix(seed) ^ first), mix(mix(seed + second) ^ first)
+    word = seed.narrow(0, 0, 1)
+    return mix(mix(word) ^ first), mix(mix(word + second) ^ first)
 
 
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:

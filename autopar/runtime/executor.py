@@ -12,7 +12,7 @@ stage in a real job and another all stages in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,8 +23,9 @@ from autopar.errors import InternalError, PlanError
 from autopar.graph.program import Graph, GraphInput, InputKind
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram
+from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies
-from autopar.runtime.inputs import BatchFeed, microbatch_seed
+from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import Collectives, InterpretedProgram, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
 from autopar.schedule import Action, ActionKind
@@ -294,15 +295,13 @@ class StagePlayer:
 
     def _scalar(self, known: GraphInput, microbatch: int) -> Tensor:
         """The gradient of the loss, or the seed."""
-        meta = known.meta
-        makers: Mapping[InputKind, Callable[[], float]] = {
-            InputKind.TANGENT: lambda: 1.0 / self._executor.num_microbatches,
-            InputKind.SEED: lambda: microbatch_seed(self._inputs.seed, microbatch),
-        }
-        if known.kind not in makers:
-            raise InternalError(f"input {known.name!r} of kind {known.kind} has no value")
-        value = makers[known.kind]()
-        return torch.full(meta.shape, value, dtype=meta.dtype, device=self._executor.device)
+        meta, device = known.meta, self._executor.device
+        if known.kind is InputKind.SEED:
+            return seed_tensor(self._inputs.seed, microbatch, device)
+        if known.kind is InputKind.TANGENT:
+            share = 1.0 / self._executor.num_microbatches
+            return torch.full(meta.shape, share, dtype=meta.dtype, device=device)
+        raise InternalError(f"input {known.name!r} of kind {known.kind} has no value")
 
 
 def _add(totals: dict[str, Shards], name: str, value: Shards) -> None:

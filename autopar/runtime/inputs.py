@@ -29,16 +29,6 @@ from autopar.layout import (
 from autopar.lowering.program import Port
 from autopar.mesh import LogicalMesh
 from autopar.ops.padding import pad_rows
-from autopar.ops.random import mix_int
-
-_MICROBATCH_SALT = 0x9E3779B9  # golden ratio: any odd word separates the microbatches
-
-
-def microbatch_seed(seed: int, microbatch: int) -> int:
-    """The seed that the random operators of one microbatch read, an int32: a hash of the step's
-    seed and the number of the microbatch. Every reference execution uses it too."""
-    word = mix_int(mix_int(seed) + mix_int(seed >> 32) + (microbatch + 1) * _MICROBATCH_SALT)
-    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def local_part(

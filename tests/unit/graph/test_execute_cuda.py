@@ -27,7 +27,7 @@ def test_cuda_equals_cpu(name: str) -> None:
 
 def test_dropout_masks_are_those_of_the_cpu() -> None:
     x = torch.randn(64, 32)
-    seed = torch.tensor([5], dtype=torch.int32)
+    seed = torch.tensor([5, 0], dtype=torch.int32)
     args = (3, 0.3, (64, 32), (64, 32), (0, 0), 1)
     want = torch.ops.autopar.dropout(x, seed, *args)
     got = torch.ops.autopar.dropout(x.cuda(), seed.cuda(), *args)

@@ -42,7 +42,7 @@ def values_of(case: Case) -> dict[str, torch.Tensor]:
             case InputKind.TANGENT:
                 values[inp.name] = torch.ones(inp.meta.shape, dtype=inp.meta.dtype)
             case _:
-                values[inp.name] = torch.tensor([7], dtype=torch.int32)
+                values[inp.name] = torch.tensor([7, 0], dtype=torch.int32)
     return values
 
 

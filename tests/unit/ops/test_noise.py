@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.ops.random import counter_normal, counter_randint, counter_uniform, hashed_bits
-from autopar.runtime.inputs import microbatch_seed
+from autopar.ops.random import (
+    counter_normal,
+    counter_randint,
+    counter_uniform,
+    hashed_bits,
+    seed_tensor,
+)
 
 SHAPE = (8, 128, 256)
 LIMIT = 4.5
@@ -25,18 +30,23 @@ F64 = torch.float64
 ops = torch.ops.autopar
 
 
-def seed_of(value: int) -> Tensor:
-    return torch.tensor([value], dtype=torch.int32)
+def seed_of(value: int, microbatch: int = 0) -> Tensor:
+    return torch.tensor([value, microbatch], dtype=torch.int32)
+
+
+FIRST = seed_of(1)
 
 
 def uniform(
-    seed: int = 1, op_id: int = 0, shape: Sequence[int] = SHAPE, dtype: Any = F64
+    seed: Tensor = FIRST, op_id: int = 0, shape: Sequence[int] = SHAPE, dtype: Any = F64
 ) -> Tensor:
-    return ops.uniform(seed_of(seed), op_id, shape, shape, [0] * len(shape), dtype)
+    return ops.uniform(seed, op_id, shape, shape, [0] * len(shape), dtype)
 
 
-def normal(seed: int = 1, op_id: int = 0, shape: Sequence[int] = SHAPE, dtype: Any = F64) -> Tensor:
-    return ops.normal(seed_of(seed), op_id, shape, shape, [0] * len(shape), dtype)
+def normal(
+    seed: Tensor = FIRST, op_id: int = 0, shape: Sequence[int] = SHAPE, dtype: Any = F64
+) -> Tensor:
+    return ops.normal(seed, op_id, shape, shape, [0] * len(shape), dtype)
 
 
 def randint(low: int, high: int, shape: Sequence[int] = SHAPE, dtype: Any = torch.int64) -> Tensor:
@@ -106,10 +116,21 @@ def test_neighbours_are_uncorrelated(draw: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("draw", [uniform, normal])
 def test_seeds_operators_and_microbatches_are_uncorrelated(draw: Callable[..., Tensor]) -> None:
-    seeds = [0, 1, -5, *(microbatch_seed(0, m) for m in range(3)), microbatch_seed(1, 0)]
+    steps = [(0, 0), (0, 1), (0, 2), (1, 0), (-5, 0), (1 << 40, 0)]
+    seeds = [*map(seed_of, (11, 12, -6)), *(seed_tensor(*step) for step in steps)]
     samples = [draw(seed, op_id, (64, 128)) for seed in seeds for op_id in (0, 1)]
     for a, b in itertools.combinations(samples, 2):
         assert correlation_z(a, b) < LIMIT
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 4), (8, 3, 5)])
+@pytest.mark.parametrize("draw", [uniform, normal])
+def test_microbatches_draw_what_the_whole_batch_draws(
+    draw: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
+    part = (shape[0] // 4, *shape[1:])
+    parts = [draw(seed_of(3, m), 2, part) for m in range(4)]
+    assert torch.equal(torch.cat(parts), draw(seed_of(3), 2, shape))
 
 
 @pytest.mark.parametrize(

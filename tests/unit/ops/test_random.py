@@ -14,8 +14,8 @@ from autopar.ops.random import mix, mix_int
 ROWS, COLS = 512, 1024
 
 
-def seed_of(value: int) -> Tensor:
-    return torch.tensor([value], dtype=torch.int32)
+def seed_of(value: int, microbatch: int = 0) -> Tensor:
+    return torch.tensor([value, microbatch], dtype=torch.int32)
 
 
 def dropped(x: Tensor, seed: int = 1, op_id: int = 0, p: float = 0.5) -> Tensor:

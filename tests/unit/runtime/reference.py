@@ -16,7 +16,7 @@ from autopar.graph.execute import run_graph
 from autopar.graph.layers import cluster_layers
 from autopar.graph.precision import in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
-from autopar.runtime.inputs import microbatch_seed
+from autopar.ops.random import seed_tensor
 from tests.uneven import UNEVEN
 from tests.zoo import ZOO
 
@@ -95,7 +95,7 @@ def expected_step(
                 values[inp.name] = torch.full(inp.meta.shape, tangent, dtype=inp.meta.dtype)
             else:
                 assert inp.kind is InputKind.SEED
-                values[inp.name] = torch.tensor([microbatch_seed(seed, m)], dtype=torch.int32)
+                values[inp.name] = seed_tensor(seed, m)
         for out, value in zip(graph.outputs, run_graph(graph, values), strict=True):
             if out.kind is OutputKind.LOSS:
                 losses.append(value)

@@ -13,7 +13,6 @@ from autopar.mesh import LogicalMesh
 from autopar.runtime.inputs import (
     BatchFeed,
     local_part,
-    microbatch_seed,
     row_range,
     whole_feed,
 )
@@ -24,13 +23,6 @@ MESH = LogicalMesh((2, 2))
 
 def _port(*layout: int) -> Port:
     return Port(Ref("x"), TensorMeta((8, 6), torch.float32), ((8,), (6,)), layout)
-
-
-def test_seeds_of_microbatches_and_steps_differ_and_are_int32() -> None:
-    seeds = {microbatch_seed(step, m) for step in range(50) for m in range(50)}
-    assert len(seeds) == 2500
-    assert all(-(1 << 31) <= s < 1 << 31 for s in seeds)
-    assert microbatch_seed(1 << 40, 0) != microbatch_seed(0, 0)
 
 
 @pytest.mark.parametrize("layout", [(0, 0), (0, 1), (1, 0), (REPLICATE, 1), (-1, -1)])

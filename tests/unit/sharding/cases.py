@@ -414,7 +414,7 @@ def _creation() -> Iterator[Case]:
     yield Case(aten.arange.start, (2, 10))
     yield Case(aten.arange.start_step, (1, 17, 2))
     yield Case(aten.arange.start_step, (8, 0, -1))
-    seed = torch.tensor([5], dtype=torch.int32)
+    seed = torch.tensor([5, 0], dtype=torch.int32)
     sizes = ([4, 8], [4, 8], [0, 0], 1)
     yield Case(torch.ops.autopar.dropout.default, (x(4, 8), seed, 3, 0.5, *sizes))
     yield Case(torch.ops.autopar.dropout.default, (x(8), seed, 3, 0.5, [8], [8], [0], 0))

@@ -35,7 +35,7 @@ def _pointwise(a: int, b: int, c: int, d: int) -> Iterator[Case]:
     yield Case(aten.view.default, (x(a, b * c), [a, b, c]))
     yield Case(aten.permute.default, (x(a, b, c, d), [2, 0, 3, 1]))
     yield Case(aten.expand.default, (x(a, 1, c), [a, b, c]))
-    seed, sizes = torch.tensor([5], dtype=torch.int32), [a, b]
+    seed, sizes = torch.tensor([5, 0], dtype=torch.int32), [a, b]
     dropout = torch.ops.autopar.dropout.default
     yield Case(dropout, (x(a, b), seed, 3, 0.5, sizes, sizes, [0, 0], 1))
 
