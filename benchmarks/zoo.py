@@ -51,6 +51,7 @@ PLANS = {
 MATRIX = tuple(PLANS)[:3]
 
 Cell = dict[str, Any]
+Report = Callable[[Cell], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def sharded_share(plan: ParallelPlan) -> float:
     return sum(any(f != "-" for f in t.split()) for t in texts) / max(1, len(texts))
 
 
-def run_model(request: Request, report: Callable[[Cell], None]) -> None:
+def run_model(request: Request, report: Report) -> None:
     """All cells of one model, each reported as it begins (without "ok") and as it ends. Errors of
     autopar are rows too; anything else ends the process."""
     warnings.filterwarnings("ignore")
@@ -142,16 +143,18 @@ def _verified(plan: ParallelPlan, report: VerifyReport) -> Cell:
     return row
 
 
-def _child(pipe: Connection, request: Request) -> None:
-    run_model(request, pipe.send)
+def _child(pipe: Connection, run: Callable[[Request, Report], None], request: Request) -> None:
+    run(request, pipe.send)
 
 
-def cells_of(request: Request, timeout_s: float) -> Iterator[Cell]:
+def cells_of(
+    request: Request, timeout_s: float, run: Callable[[Request, Report], None] = run_model
+) -> Iterator[Cell]:
     """The finished cells of a model, from a process of its own. One that dies, or says nothing for
     `timeout_s`, leaves a cell with the reason."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, request))
+    process = context.Process(target=_child, args=(theirs, run, request))
     process.start()
     theirs.close()
     begun: Cell = {"plan": "start"}
