@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -210,24 +211,27 @@ def run_matrix(
     timeout_s: float,
     save: Callable[[], None],
 ) -> None:
-    """Runs the requests, `jobs` at a time, merging each cell into the record as it comes."""
+    """Runs the requests, `jobs` at a time. Each cell is merged and saved as it comes, so that an
+    interrupted run goes on with `--resume`."""
+    lock = Lock()
 
-    def one(request: Request) -> tuple[str, list[Cell]]:
-        cells = []
+    def one(request: Request) -> tuple[str, list[bool]]:
+        good = []
         for cell in cells_of(request, timeout_s):
-            cells.append(cell)
-            print(f"{request.model}: {_line(cell)}", flush=True)
-        return request.model, cells
+            good.append(cell["ok"])
+            with lock:
+                merge(record, request.model, cell)
+                save()
+                print(f"{request.model}: {_line(cell)}", flush=True)
+        return request.model, good
 
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(one, request) for request in requests]
         for number, future in enumerate(as_completed(running), start=1):
-            model, cells = future.result()
-            for cell in cells:
-                merge(record, model, cell)
-            save()
-            agreed = sum(c["ok"] for c in cells)
-            print(f"[{number}/{len(requests)}] {model}: {agreed} of {len(cells)} good", flush=True)
+            model, good = future.result()
+            print(
+                f"[{number}/{len(requests)}] {model}: {sum(good)} of {len(good)} good", flush=True
+            )
 
 
 def _line(cell: Cell) -> str:
