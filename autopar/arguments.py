@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from autopar.models import LoadedModel
     from autopar.options import SearchOptions
 
+T = TypeVar("T")
+
 
 class SolverName(StrEnum):
     """Those of intraop.solver, which is slow to import."""
@@ -31,6 +33,9 @@ class SolverName(StrEnum):
     cp_sat = "cp_sat"
 
 
+CLUSTER_HELP = "Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file."
+
+
 def _option(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Search")
 
@@ -39,10 +44,7 @@ def _option(text: str, *names: str, metavar: str | None = None) -> Any:
 class Search:
     """The search options of `plan`, `verify` and `run`: one field per command line option."""
 
-    cluster: Annotated[
-        str | None,
-        _option("Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file.", metavar="CLUSTER"),
-    ] = None
+    cluster: Annotated[str | None, _option(CLUSTER_HELP, metavar="CLUSTER")] = None
     memory: Annotated[str | None, _option("Budget per device, such as 70GiB.")] = None
     precision: Annotated[
         str | None,
@@ -113,29 +115,39 @@ def search_plan(
         raise typer.BadParameter("name the cluster, such as --cluster h100:1x8")
     options = search_options(search)
     from autopar.api import plan_model
-    from autopar.errors import CaptureError
     from autopar.graph.precision import Precision
-    from autopar.models import load_model
     from autopar.report.console import SearchLine
 
     with SearchLine(f"planning {model}", quiet=quiet) as line:
-        for meta in (True, False):
-            line("building the model")
-            loaded = load_model(model, meta=meta)
-            try:
-                return plan_model(
-                    loaded.module,
-                    loaded.example_batch,
-                    cluster,
-                    memory_budget=search.memory,
-                    precision=Precision.parse(search.precision or "model"),
-                    options=options,
-                    progress=line,
-                )
-            except CaptureError:
-                if not loaded.on_meta:
-                    raise
-    raise AssertionError
+
+        def plan(loaded: LoadedModel) -> tuple[ParallelPlan, Graph]:
+            return plan_model(
+                loaded.module,
+                loaded.example_batch,
+                cluster,
+                memory_budget=search.memory,
+                precision=Precision.parse(search.precision or "model"),
+                options=options,
+                progress=line,
+            )
+
+        line("building the model")
+        return on_meta_first(model, plan)
+
+
+def on_meta_first(model: str, work: Callable[[LoadedModel], T]) -> T:
+    """`work` on the model without data, where it can be built and captured on meta, else with
+    it."""
+    from autopar.errors import CaptureError
+    from autopar.models import load_model
+
+    loaded = load_model(model, meta=True)
+    try:
+        return work(loaded)
+    except CaptureError:
+        if not loaded.on_meta:
+            raise
+    return work(load_model(model))
 
 
 def search_options(search: Search) -> SearchOptions:

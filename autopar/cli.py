@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopar.arguments import (
+    CLUSTER_HELP,
     Search,
     cluster_of,
+    on_meta_first,
     plan_for,
     search_options,
     search_plan,
@@ -134,6 +136,35 @@ def show(
         from autopar.report.text import plan_tree
 
         _print(plan_tree(found))
+
+
+@app.command(
+    epilog="Examples: [bold]autopar coverage mixtral[/bold],"
+    " [bold]autopar coverage llama-3-8b --cluster h100:1x8[/bold]"
+)
+def coverage(
+    model: ModelArgument,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="CLUSTER", help=f"Count its devices. {CLUSTER_HELP}")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what of a model can be sharded, and what is replicated and why.
+
+    Without --cluster by any number of devices.
+    """
+    found = cluster_of(cluster)
+    from autopar.graph.capture import capture_graph
+    from autopar.report.console import SearchLine
+    from autopar.report.coverage import coverage_of, coverage_record, coverage_report
+
+    with SearchLine(f"capturing {model}", quiet=as_json):
+        graph = on_meta_first(model, lambda m: capture_graph(m.module, m.example_batch))
+    report = coverage_of(model, graph, found)
+    if as_json:
+        _print_json(coverage_record(report))
+    else:
+        _print(coverage_report(report))
 
 
 @app.command(

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ PLANS = {
 MATRIX = tuple(PLANS)[:3]
 
 Cell = dict[str, Any]
+Report = Callable[[Cell], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def sharded_share(plan: ParallelPlan) -> float:
     return sum(any(f != "-" for f in t.split()) for t in texts) / max(1, len(texts))
 
 
-def run_model(request: Request, report: Callable[[Cell], None]) -> None:
+def run_model(request: Request, report: Report) -> None:
     """All cells of one model, each reported as it begins (without "ok") and as it ends. Errors of
     autopar are rows too; anything else ends the process."""
     warnings.filterwarnings("ignore")
@@ -142,16 +144,18 @@ def _verified(plan: ParallelPlan, report: VerifyReport) -> Cell:
     return row
 
 
-def _child(pipe: Connection, request: Request) -> None:
-    run_model(request, pipe.send)
+def _child(pipe: Connection, run: Callable[[Request, Report], None], request: Request) -> None:
+    run(request, pipe.send)
 
 
-def cells_of(request: Request, timeout_s: float) -> Iterator[Cell]:
+def cells_of(
+    request: Request, timeout_s: float, run: Callable[[Request, Report], None] = run_model
+) -> Iterator[Cell]:
     """The finished cells of a model, from a process of its own. One that dies, or says nothing for
     `timeout_s`, leaves a cell with the reason."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, request))
+    process = context.Process(target=_child, args=(theirs, run, request))
     process.start()
     theirs.close()
     begun: Cell = {"plan": "start"}
@@ -207,24 +211,27 @@ def run_matrix(
     timeout_s: float,
     save: Callable[[], None],
 ) -> None:
-    """Runs the requests, `jobs` at a time, merging each cell into the record as it comes."""
+    """Runs the requests, `jobs` at a time. Each cell is merged and saved as it comes, so that an
+    interrupted run goes on with `--resume`."""
+    lock = Lock()
 
-    def one(request: Request) -> tuple[str, list[Cell]]:
-        cells = []
+    def one(request: Request) -> tuple[str, list[bool]]:
+        good = []
         for cell in cells_of(request, timeout_s):
-            cells.append(cell)
-            print(f"{request.model}: {_line(cell)}", flush=True)
-        return request.model, cells
+            good.append(cell["ok"])
+            with lock:
+                merge(record, request.model, cell)
+                save()
+                print(f"{request.model}: {_line(cell)}", flush=True)
+        return request.model, good
 
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(one, request) for request in requests]
         for number, future in enumerate(as_completed(running), start=1):
-            model, cells = future.result()
-            for cell in cells:
-                merge(record, model, cell)
-            save()
-            agreed = sum(c["ok"] for c in cells)
-            print(f"[{number}/{len(requests)}] {model}: {agreed} of {len(cells)} good", flush=True)
+            model, good = future.result()
+            print(
+                f"[{number}/{len(requests)}] {model}: {sum(good)} of {len(good)} good", flush=True
+            )
 
 
 def _line(cell: Cell) -> str:

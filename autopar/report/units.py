@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_COUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -33,6 +34,14 @@ def bytes_text(nbytes: float) -> str:
         if nbytes >= 0.9995 * unit:
             return f"{number_text(nbytes / unit)} {name}"
     return f"{nbytes:.0f} B"
+
+
+def flops_text(flops: float) -> str:
+    """ "1.50 T": a count of operations, not a rate."""
+    for unit, name in _COUNTS:
+        if flops >= 0.9995 * unit:
+            return f"{number_text(flops / unit)} {name}"
+    return f"{flops:.0f}"
 
 
 def percent_text(fraction: float) -> str:

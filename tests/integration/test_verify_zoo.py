@@ -1,7 +1,7 @@
-"""The eight small models under four plans each on the virtual mesh.
+"""Eight models of the zoo under four plans each on the virtual mesh, some more under one.
 
 In float64, where a wrong program cannot hide behind rounding; the two-by-two plans in float32 too,
-and against the user's own model. `python -m benchmarks.zoo` does all in both.
+and against the user's own model. `python -m benchmarks.zoo` does all of the zoo in both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from autopar.api import plan_model
 from autopar.verify import verify_plan
 from benchmarks.zoo import FAST_LINKS, PLANS, sharded_share
 from cost_models import Cluster
-from tests.zoo import CORE
+from tests.zoo import CORE, ZOO
 
 
 @pytest.mark.parametrize("label", PLANS)
@@ -25,3 +25,13 @@ def test_plan_agrees_with_one_device(model: str, label: str) -> None:
     for dtype in ("float64", "float32") if label == "2 stages of 2" else ("float64",):
         report = verify_plan(module, batch, plan, dtype=dtype, eager=dtype == "float32")
         assert report.ok, report
+
+
+@pytest.mark.parametrize("model", ["dlrm", "mamba", "mixtral", "swin"])
+def test_two_stages_of_other_kinds_of_models_agree(model: str) -> None:
+    """Embedding tables, a scan, sparse experts, windows that shift."""
+    module, batch = ZOO[model]()
+    options = PLANS["2 stages of 2"]
+    plan, _ = plan_model(module, batch, Cluster.from_toml(str(FAST_LINKS)), options=options)
+    report = verify_plan(module, batch, plan, dtype="float64", eager=False)
+    assert report.ok, report

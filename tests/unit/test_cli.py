@@ -43,13 +43,22 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert time.monotonic() - started < 5  # 0.5 s on an idle machine
 
 
-@pytest.mark.parametrize("command", ["plan", "show", "verify", "run", "bench"])
+@pytest.mark.parametrize("command", ["plan", "show", "coverage", "verify", "run", "bench"])
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [command, "plan", "--help"] if command == "bench" else [command, "--help"]
     assert main(arguments) == 0
     assert "Example" in capsys.readouterr().out
+
+
+def test_coverage_of_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["coverage", "dlrm", "--cluster", "cpu:1x4"]) == 0
+    shown = capsys.readouterr().out
+    assert "contraction" in shown and "dlrm on cpu:1x4: 100.0 % of the FLOPs" in shown
+    assert main(["coverage", "dlrm", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["sharded_flops_share"] == 1.0 and record["cluster"] is None
 
 
 def test_show_prints_the_tree(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

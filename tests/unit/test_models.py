@@ -7,6 +7,8 @@ import torch
 
 from autopar.errors import OptionError
 from autopar.models import load_model, load_pair, model_sources, parse_dtype, registered_models
+from benchmarks.models import MODELS
+from tests.zoo import SIZES, ZOO
 
 SOURCE = """
 import torch
@@ -84,7 +86,8 @@ def test_a_file_that_cannot_be_imported_shows_its_own_traceback(tmp_path: Path) 
 def test_registered_names_are_the_zoo_and_the_benchmark_models() -> None:
     names = registered_models()
     assert {"gpt2", "llama", "bert", "vit", "t5", "wide_resnet", "unet", "gshard_moe"} <= set(names)
-    assert {"gpt-tiny", "gpt-1.3b"} <= set(names)
+    assert {"gpt-tiny", "gpt-1.3b", "opt-6.7b", "mixtral-8x7b"} <= set(names)
+    assert len(names) == len(MODELS) + len(ZOO) + len(SIZES), "one name, two models"
     assert set(model_sources()) == set(names)
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from types import MappingProxyType
 
 from tests.zoo.language import DECODERS, ENCODER_DECODERS, ENCODERS, EXPERTS
-from tests.zoo.rows import Family, ZooModel, build_case
+from tests.zoo.rows import ROWS, Family, ZooModel, build_case
 from tests.zoo.vision import VISION
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -46,9 +46,10 @@ def _models() -> Iterator[ZooModel]:
 
 def _sizes() -> Iterator[ZooModel]:
     for name, row in FAMILIES.items():
-        for size in row.sizes:
-            summary = f"{name} at its published size"
-            yield ZooModel(size, summary, partial(row.build, size), row.equal_rows)
+        for key, size in row.sizes.items():
+            rows = f", {ROWS} rows of {size.length} tokens" if size.length else f", {ROWS} images"
+            summary = f"{name} with {size.millions:,.0f} million parameters{rows}"
+            yield ZooModel(key, summary, partial(row.build, key), row.equal_rows)
 
 
 ZOO: Mapping[str, ZooModel] = MappingProxyType({model.name: model for model in _models()})

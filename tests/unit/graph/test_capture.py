@@ -255,6 +255,23 @@ def test_constants_keep_their_data() -> None:
         capture_graph(meta, torch.randn(3, 4))
 
 
+class Pooled(nn.Module):
+    """Pooling to one value goes through strided views, backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.linear(x).transpose(1, 2)
+        return nn.functional.adaptive_avg_pool1d(wide, 1).flatten(1).square().mean()
+
+
+def test_strided_views_of_whole_tensors_are_views() -> None:
+    graph = zoo.assert_equals_eager(Pooled().double(), torch.randn(2, 6, 4).double(), None, 1e-12)
+    assert not [op for op in graph.operators if "strided" in op.op_name]
+
+
 def test_loss_module_with_a_weight() -> None:
     model = nn.Linear(4, 6).double()
     loss = nn.CrossEntropyLoss(weight=torch.rand(6).double(), label_smoothing=0.1)

@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.report.units import bar_text, bytes_text, percent_text, range_text, seconds_text
+from autopar.report.units import (
+    bar_text,
+    bytes_text,
+    flops_text,
+    percent_text,
+    range_text,
+    seconds_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,13 @@ def test_seconds(seconds: float, text: str) -> None:
 )
 def test_bytes(nbytes: float, text: str) -> None:
     assert bytes_text(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"), [(0, "0"), (1234, "1.23 k"), (9.9996e8, "1.00 G"), (6.45e13, "64.5 T")]
+)
+def test_flops(flops: float, text: str) -> None:
+    assert flops_text(flops) == text
 
 
 def test_bars_show_any_use_and_never_overflow() -> None:
