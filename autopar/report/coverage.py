@@ -29,6 +29,8 @@ from autopar.sharding.strategy import strategies
 from cost_models import Cluster
 
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Operators of no family, by where their rule comes from.
+_UNWRITTEN = tuple(str(origin) for origin in Origin if origin is not Origin.WRITTEN)
 _MAX_LINES = 3  # of source, shown for one kind of operator
 
 
@@ -178,7 +180,7 @@ def coverage_report(coverage: Coverage) -> RenderableType:
     by_family.add_column("operators")
     for column in ("forward", "backward", "FLOPs", "sharded", "bytes", "sharded"):
         by_family.add_column(column, justify="right")
-    for family in [*FAMILIES, _NO_FAMILY]:
+    for family in (*FAMILIES, *_UNWRITTEN):
         members = [c for c in coverage.operators if c.family == family]
         if members:
             by_family.add_row(family, *_family_cells(members))
@@ -244,7 +246,7 @@ def _summary(coverage: Coverage) -> Text:
 def coverage_record(coverage: Coverage) -> dict[str, object]:
     """For --json."""
     families = {}
-    for family in [*FAMILIES, _NO_FAMILY]:
+    for family in (*FAMILIES, *_UNWRITTEN):
         members = [c for c in coverage.operators if c.family == family]
         if members:
             families[family] = {
