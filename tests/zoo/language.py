@@ -17,8 +17,7 @@ _REAL = {"use_cache": False}
 _WIDE = {**_IDS, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 16}
 _GROUPED = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 _EQUAL = {"num_hidden_layers": 4, "num_attention_heads": 4}
-# The grouped matmul of torch knows no float64.
-_BATCHED = {"experts_implementation": "batched_mm"}
+_BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 _ENCODER = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -336,11 +335,11 @@ DECODERS: Mapping[str, Family] = MappingProxyType(
 EXPERTS: Mapping[str, Family] = MappingProxyType(
     {
         "mixtral": Family(
-            "two of four experts for each token",
+            "two of four experts for each token, and a loss that balances them",
             "MixtralConfig",
             "MixtralForCausalLM",
             causal,
-            {**_WIDE, **_GROUPED, **_BATCHED, "num_hidden_layers": 2, "num_local_experts": 4},
+            {**_WIDE, **_GROUPED, **_BALANCED, "num_hidden_layers": 2, "num_local_experts": 4},
             {"mixtral-8x7b": Size(46702.8, 4096, _REAL)},
         ),
         "qwen3_moe": Family(
@@ -351,7 +350,7 @@ EXPERTS: Mapping[str, Family] = MappingProxyType(
             {
                 **_WIDE,
                 **_GROUPED,
-                **_BATCHED,
+                **_BALANCED,
                 "num_hidden_layers": 2,
                 "head_dim": 8,
                 "moe_intermediate_size": 32,
