@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.layout import Dims, is_plain, layout_text
@@ -58,6 +59,16 @@ def random_plan(
         bubble=0.0,
         budget_bytes=0.0,
     )
+
+
+def with_strategy(plan: ParallelPlan, operator: str, text: str) -> ParallelPlan:
+    """The plan with this strategy for every operator whose name begins so, but for its hubs."""
+
+    def changed(stage: StagePlan) -> StagePlan:
+        ours = [n for n in stage.strategies if n.startswith(operator) and "__" not in n]
+        return replace(stage, strategies={**stage.strategies, **dict.fromkeys(ours, text)})
+
+    return replace(plan, stages=tuple(map(changed, plan.stages)))
 
 
 def _random_stage(

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.zoo import Factory
+from autopar.models import Factory
 
 BATCH, SEQ, VOCAB = 14, 6, 131  # two microbatches of seven rows
 

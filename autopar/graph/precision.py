@@ -135,7 +135,7 @@ def with_master_parameters(
 def _cast(maker: Operator, ref: Ref, dtype: torch.dtype) -> Operator:
     meta = maker.results[ref.index]
     assert meta is not None
-    name = f"{maker.name}_{ref.index}_master"
+    name = f"master_{maker.name}_{ref.index}"
     cast = derived(maker, name, aten._to_copy.default, (ref,), TensorMeta(meta.shape, dtype))
     return replace(cast, kwargs={"dtype": dtype})
 

@@ -42,7 +42,7 @@ from benchmarks.zoo import FAST_LINKS, PLANS
 from cost_models import Cluster
 from tests.integration import exchange
 from tests.moe import BATCH, mixtral, qwen3_moe
-from tests.plans import random_plan
+from tests.plans import random_plan, with_strategy
 
 FAST = Cluster.from_toml(str(FAST_LINKS))
 FAST_8 = replace(FAST, groups=(replace(FAST.groups[0], devices_per_node=8),))
@@ -77,14 +77,6 @@ def reference() -> tuple[Graph, State, Step]:
     return graph, state, single_step(graph, state, 2, seed=0)
 
 
-def forced(graph: Graph, meshes: list[tuple[int, ...]], text: str) -> ParallelPlan:
-    """A random plan but for the experts, whose operators all have this strategy."""
-    plan = random_plan(graph, meshes, random.Random(0))
-    chosen = dict.fromkeys(of_experts(plan), text)
-    (stage,) = plan.stages
-    return replace(plan, stages=(replace(stage, strategies={**stage.strategies, **chosen}),))
-
-
 @pytest.mark.parametrize(
     ("mesh", "text"),
     [((4,), text) for text in "tefx"]
@@ -92,7 +84,8 @@ def forced(graph: Graph, meshes: list[tuple[int, ...]], text: str) -> ParallelPl
 )
 def test_every_strategy(mesh: tuple[int, ...], text: str) -> None:
     graph, state, single = reference()
-    parallel = parallel_step(graph, state, forced(graph, [mesh], text), seed=0)
+    plan = with_strategy(random_plan(graph, [mesh], random.Random(0)), "experts", text)
+    parallel = parallel_step(graph, state, plan, seed=0)
     torch.testing.assert_close(parallel.loss, single.loss, rtol=1e-12, atol=0)
     errors = relative_errors(parallel.gradients, single.gradients)
     assert max(errors.values()) < TOLERANCES["float64"], errors

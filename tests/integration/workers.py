@@ -11,10 +11,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.graph.precision import Precision
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import World
 from autopar.runtime.module import ParallelModel
-from tests.plans import random_plan
+from tests.plans import random_plan, with_strategy
 from tests.unit.runtime.reference import Case, zoo_case
 
 SEED, RATE, MAX_NORM = 11, 1e-3, 0.1
@@ -88,10 +89,25 @@ def _check_checkpoint(model: ParallelModel, folder: str) -> None:
         assert torch.equal(tensor, saved[key]), key
 
 
-def step_of(world: World, name: str, meshes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """One step under a random plan on these meshes; results on the CPU."""
-    case = zoo_case(name)
+def random_case(
+    name: str,
+    meshes: Sequence[tuple[int, ...]],
+    precision: str = "",
+    strategies: Mapping[str, str] | None = None,
+) -> tuple[Case, ParallelPlan]:
+    """A random plan on these meshes, but for the strategies of operators whose names begin so. In
+    float64, or in a precision."""
+    kind = Precision.parse(precision or "model")
+    case = zoo_case(name, double=not precision, precision=kind)
     plan = random_plan(case.graph, meshes, random.Random(0))
+    for operator, text in (strategies or {}).items():
+        plan = with_strategy(plan, operator, text)
+    return case, plan
+
+
+def step_of(world: World, *which: Any) -> dict[str, Any]:
+    """One step of a `random_case`; results on the CPU."""
+    case, plan = random_case(*which)
     model = ParallelModel(case.model, case.graph, plan, world=world)
     loss = model.train_step(case.batch, seed=SEED)
     return {"loss": loss.cpu(), "gradients": {n: g.cpu() for n, g in gradients(model).items()}}

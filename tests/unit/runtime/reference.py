@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from autopar.graph.capture import capture_graph
 from autopar.graph.execute import run_graph
 from autopar.graph.layers import cluster_layers
-from autopar.graph.precision import in_float64
+from autopar.graph.precision import Precision, in_float64
 from autopar.graph.program import Graph, InputKind, OutputKind
 from autopar.ops.random import seed_tensor
 from tests.uneven import UNEVEN
@@ -44,12 +44,18 @@ class Expected:
     buffers: Mapping[str, Tensor]
 
 
-def zoo_case(name: str, *, num_microbatches: int = 2, double: bool = True) -> Case:
+def zoo_case(
+    name: str,
+    *,
+    num_microbatches: int = 2,
+    double: bool = True,
+    precision: Precision = Precision(),
+) -> Case:
     model, batch = {**ZOO, **UNEVEN}[name]()
     part = pytree.tree_map(
         lambda t: t[: len(t) // num_microbatches] if isinstance(t, Tensor) else t, batch
     )
-    graph = cluster_layers(capture_graph(model, part))
+    graph = cluster_layers(capture_graph(model, part, precision=precision))
     if double:
         graph = in_float64(graph)
         model = model.double()
