@@ -385,9 +385,9 @@ def eager_step(
     for number in range(num_microbatches):
         part = microbatch_of(state.batch, num_microbatches, number)
         loops = experts_in_loops() if dtype == "float64" else contextlib.nullcontext()
-        with no_dropout(), loops:
+        with no_dropout(), loops:  # backward too: checkpointing runs forward again
             loss = _eager_loss(own, part, loss_fn)
-        (loss / num_microbatches).backward()
+            (loss / num_microbatches).backward()
         losses.append(loss.detach())
     gradients = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
     buffers = {n: b.detach() for n, b in own.named_buffers(remove_duplicate=False)}

@@ -43,6 +43,8 @@ def capture_patches(model: nn.Module, *, packed_sequences: bool) -> Iterator[Non
         stack.enter_context(_compiling())
         stack.enter_context(replaced(functional, "scaled_dot_product_attention", traced_sdpa))
         stack.enter_context(experts_as_operators())
+        stack.enter_context(replaced(torch, "bincount", traced_bincount))
+        stack.enter_context(replaced(torch, "rand", _no_layer_is_dropped(torch.rand)))
         stack.enter_context(_no_activation_checkpointing())
         # torch.distributions would look at the values of its parameters
         stack.enter_context(replaced(Distribution, "_validate_args", False))
@@ -108,6 +110,35 @@ def _no_packed_sequence_detection() -> Iterator[None]:
 
     with replaced(masking, "find_packed_sequence_indices", no_packed_sequences):
         yield
+
+
+_bincount = torch.bincount
+
+
+def traced_bincount(values: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """`torch.bincount` of values below minlength, which give a result of that size: what routers
+    (transformers 5.17) count. The size of any other depends on the values."""
+    if minlength == 0:
+        return _bincount(values, weights, minlength)
+    ones = torch.ones_like(values) if weights is None else weights
+    return ones.new_zeros(minlength).scatter_add(0, values, ones)
+
+
+def _no_layer_is_dropped(rand: Callable[..., Any]) -> Callable[..., Any]:
+    """A module that drops layers with probability `layerdrop` draws one number for each and
+    branches on it, which no trace can follow. At probability 0 (transformers 5.17 draws even so)
+    the outcome is known: the draw is 1."""
+
+    def drawn(*size: Any, **options: Any) -> Any:
+        caller = sys._getframe(1).f_locals.get("self")
+        one_number = size in ((), ([],), ((),)) and not options
+        return (
+            1.0
+            if one_number and getattr(caller, "layerdrop", None) == 0
+            else rand(*size, **options)
+        )
+
+    return drawn
 
 
 def traced_sdpa(

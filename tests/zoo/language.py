@@ -341,6 +341,7 @@ EXPERTS: Mapping[str, Family] = MappingProxyType(
             causal,
             {**_WIDE, **_GROUPED, **_BALANCED, "num_hidden_layers": 2, "num_local_experts": 4},
             {"mixtral-8x7b": Size(46702.8, 4096, _REAL)},
+            equal_rows=False,
         ),
         "qwen3_moe": Family(
             "two of eight small experts for each token, norms of queries and keys",
@@ -374,6 +375,7 @@ EXPERTS: Mapping[str, Family] = MappingProxyType(
                     },
                 )
             },
+            equal_rows=False,
         ),
     }
 )

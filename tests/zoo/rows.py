@@ -20,7 +20,8 @@ class ZooModel:
     """A factory: calling it gives (module, example batch).
 
     equal_rows:  the loss of a batch is the mean of those of its equal parts. Not so for a
-                 contrastive loss, and with BatchNorm only up to the statistics.
+                 contrastive loss or one that balances experts, and with BatchNorm only up to the
+                 statistics.
     """
 
     name: str

@@ -29,13 +29,15 @@ def _experts(call: Call) -> Rule:
     """(x [t h], index [t k], weight [t k], up [e g f h], down [e h f]) -> out [t h]: linear in
     weight, and in down."""
     text = "t ., t ., t ., e . f ., e . f -> t ."
-    return _with_exchange(call, lettered(call, text, reduction="e f", linear=[(2,), (4,)]))
+    rule = lettered(call, text, reduction="e f", linear=[(2,), (4,)], zeros_add_nothing=True)
+    return _with_exchange(call, rule)
 
 
 def _experts_backward(call: Call) -> Rule:
     """(dout, x, index, weight, up, down) -> (dx, dweight, dup, ddown): linear in dout."""
     text = "t ., t ., t ., t ., e . f ., e . f -> t ., t ., e . f ., e . f"
-    return _with_exchange(call, lettered(call, text, reduction="t e f", linear=[(0,)]))
+    rule = lettered(call, text, reduction="t e f", linear=[(0,)], zeros_add_nothing=True)
+    return _with_exchange(call, rule)
 
 
 def _with_exchange(call: Call, rule: Rule) -> Rule:

@@ -298,3 +298,31 @@ def test_tangent_carries_the_number_of_microbatches() -> None:
     half = run_graph(graph, graph_inputs(graph, model, x, num_microbatches=2))
     assert whole[0] == half[0]
     torch.testing.assert_close(half[1] * 2, whole[1])
+
+
+class Routed(nn.Module):
+    """Counts as routers do, and drops layers with probability `layerdrop`."""
+
+    def __init__(self, layerdrop: float) -> None:
+        super().__init__()
+        self.linear, self.layerdrop = nn.Linear(4, 6), layerdrop
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear(x)
+        counts = torch.bincount(logits.argmax(-1), minlength=6).float()
+        if torch.rand([]) < self.layerdrop:
+            return logits.sum()
+        return (logits * counts).mean()
+
+
+def test_counts_below_a_length_and_layers_that_never_drop() -> None:
+    torch.manual_seed(0)
+    model, x = Routed(0.0), torch.randn(8, 4)
+    graph = capture_graph(model, x)
+    loss, *_ = run_graph(graph, graph_inputs(graph, model, x))
+    torch.testing.assert_close(loss, model(x).detach())
+
+
+def test_a_layer_that_may_drop_is_refused() -> None:
+    with pytest.raises(CaptureError, match="layerdrop"):
+        capture_graph(Routed(0.5), torch.randn(8, 4))

@@ -64,6 +64,8 @@ EVEN_ONLY = {
     aten._unsafe_index_put.default: "as index_put",
     aten.soft_margin_loss.default: "the loss of zeros is log 2",
     aten.binary_cross_entropy_with_logits.default: "the loss of zeros is log 2",
+    torch.ops.autopar.experts.default: "an exchange gives every device as many experts",
+    torch.ops.autopar.experts_backward.default: "an exchange gives every device as many experts",
 }
 
 # In the accumulation of shards, and of pending sums of integers up to 4, several roundings.
