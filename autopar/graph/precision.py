@@ -175,7 +175,9 @@ def in_float64(graph: Graph) -> Graph:
         for i in graph.inputs
     )
     constants = {k: v.to(widened(v.dtype)) for k, v in graph.constants.items()}
-    return check_graph(replace(graph, inputs=inputs, operators=operators, constants=constants))
+    weights = {ref: meta.nbytes for ref, meta in graph.metas().items()} | dict(graph.weights)
+    twin = replace(graph, inputs=inputs, operators=operators, constants=constants, weights=weights)
+    return check_graph(twin)
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:

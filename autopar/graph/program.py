@@ -170,7 +170,9 @@ class Graph:
     """A joint graph at the shape of one microbatch. Operators are in execution order.
 
     batch_spec: torch.utils._pytree TreeSpec of the batch, whose leaves are the BATCH inputs in
-    order. layer_names: one human-readable name per layer once `graph.layers` has run.
+    order. layer_names: one human-readable name per layer once `graph.layers` has run. weights:
+    bytes of values where they count otherwise than they are: a float64 twin saves for backward what
+    the graph itself does.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -179,6 +181,7 @@ class Graph:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     batch_spec: Any = None
     layer_names: tuple[str, ...] = ()
+    weights: Mapping[Ref, int] = field(default_factory=dict)
 
     def inputs_of(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(i for i in self.inputs if i.kind is kind)

@@ -112,7 +112,7 @@ def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
             forward.setdefault(op.layer, []).append(op)
     made_by = {ref: op for op in graph.operators for ref in op.refs}
     near, far = _backward_reads(graph, made_by)
-    metas = graph.metas()
+    nbytes = {ref: meta.nbytes for ref, meta in graph.metas().items()} | dict(graph.weights)
     kept: set[Ref] = set()
     # later layers first: what their copies read from earlier layers is wanted there
     for layer in sorted(forward, reverse=True):
@@ -123,7 +123,7 @@ def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
                 ops,
                 targets,
                 partial(may_recompute, policy=allowed),
-                lambda ref: metas[ref].nbytes,
+                nbytes.__getitem__,
                 made_by,
             )
             kept |= cut

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
 
+from autopar.graph.precision import in_float64
 from autopar.lowering.lower import lower_plan
+from autopar.plan import ParallelPlan
 from autopar.runtime.launch import run_processes
 from autopar.runtime.simulated import VirtualRun
+from autopar.verify import NARROW_SLACK, computes_narrow
 from tests.integration import workers
-from tests.unit.runtime.reference import worst_error
+from tests.oracles import widened
+from tests.unit.runtime.reference import Case, worst_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,23 +35,43 @@ CASES = {
     "bfloat16": ("gpt2", [(2,)], "bf16"),
     "bfloat16, experts": ("mixtral", [(2,)], "bf16", {"experts": "x"}),
 }
-# bfloat16 on two kinds of device: eight bits, through a few layers.
-TOLERANCES = {"": (1e-10, 1e-8), "bf16": (2e-2, 0.25)}
+
+
+# In bfloat16 a router's choice flips at a near tie, and with it a token's whole contribution.
+ONLY_THE_LOSS = {"bfloat16, experts"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_the_virtual_run(name: str) -> None:
+    """In bfloat16 both differ from the float64 step by their rounding: the GPUs may not by more
+    than NARROW_SLACK times as much."""
     case, plan = workers.random_case(*CASES[name])
-    run = VirtualRun(lower_plan(case.graph, plan), case.graph, case.parameters, case.buffers)
-    want = run.step(case.leaves, workers.SEED)
     ranks = run_processes(
         workers.step_of, 2, *CASES[name], device_type="cuda", timeout=timedelta(seconds=120)
     )
-    precision = CASES[name][2] if len(CASES[name]) > 2 else ""
-    loss_tolerance, tolerance = TOLERANCES[precision]
-    merged: dict[str, torch.Tensor] = {}
+    merged: dict[str, torch.Tensor] = {"loss": ranks[0]["loss"]}
     for rank in ranks:
-        torch.testing.assert_close(rank["loss"], want.loss, rtol=loss_tolerance, atol=0)
+        assert torch.equal(rank["loss"], merged["loss"])
         merged.update(rank["gradients"])
-    error, worst = worst_error(merged, want.gradients)
-    assert error <= tolerance, worst
+    want = virtual_step(case, plan)
+    limit = 1e-8
+    if computes_narrow(case.graph):
+        graph = in_float64(case.graph)
+        exact = virtual_step(
+            replace(case, graph=graph, parameters=widened(case.parameters)),
+            replace(plan, graph=graph.fingerprint()),
+        )
+        limit = NARROW_SLACK * worst_error(want, exact)[0]
+        want = exact
+    if name in ONLY_THE_LOSS:
+        merged, want = ({"loss": values["loss"]} for values in (merged, want))
+        limit = torch.finfo(torch.bfloat16).eps
+    error, worst = worst_error(merged, want)
+    assert error <= limit, worst
+
+
+def virtual_step(case: Case, plan: ParallelPlan) -> dict[str, torch.Tensor]:
+    """Gradients by owner, and the loss."""
+    run = VirtualRun(lower_plan(case.graph, plan), case.graph, case.parameters, case.buffers)
+    result = run.step(case.leaves, workers.SEED)
+    return {"loss": result.loss, **result.gradients}
