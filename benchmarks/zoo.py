@@ -127,7 +127,8 @@ def _capture(model: str) -> Cell:
 def _verified(plan: ParallelPlan, report: VerifyReport) -> Cell:
     errors = report.errors
     row = {
-        "ok": report.ok,
+        "ok": report.agrees,
+        "eager_ok": report.agrees_with_eager,
         "meshes": "; ".join("x".join(map(str, s.axis_sizes)) for s in plan.stages),
         "microbatches": plan.num_microbatches,
         "sharded": sharded_share(plan),
@@ -236,7 +237,9 @@ def run_matrix(
 
 def _line(cell: Cell) -> str:
     errors = [f"{k} {cell[k]:.1e}" for k in ("loss", "gradient", "update", "buffer") if k in cell]
-    parts = [cell["plan"], cell.get("dtype", ""), "ok" if cell["ok"] else "FAILED", *errors]
+    word = "ok" if cell["ok"] else "FAILED"
+    word += "" if cell.get("eager_ok", True) else ", BUT NOT AGAINST EAGER"
+    parts = [cell["plan"], cell.get("dtype", ""), word, *errors]
     return " ".join([*filter(None, parts), cell.get("reason", "")[:400]])
 
 

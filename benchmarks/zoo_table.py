@@ -29,6 +29,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The whole file: what it says and where it was measured, the table, what fails, the models."""
     models: Mapping[str, Sequence[Cell]] = record["models"]
     good = [name for name, cells in models.items() if all(c["ok"] for c in cells)]
+    checked = [c for cells in models.values() for c in cells if c.get("eager") is not None]
+    like_eager = sum(c.get("eager_ok", True) for c in checked)
     lines = [
         "# Models",
         "",
@@ -37,7 +39,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         "the search's pick, one stage on all devices, two stages of two; each in float32 and",
         "float64. `autopar coverage MODEL` shows what of a model can be sharded.",
         "",
-        f"- **{len(good)} of {len(models)} verify** under every plan that was run",
+        f"- **{len(good)} of {len(models)} verify** under every plan that was run;"
+        f" {like_eager} of {len(checked)} steps also agree with the user's own model in eager mode",
         f"- command: `{record['command']}` (rows merge: a model may be from an earlier run)",
         f"- commit: {', '.join(sorted({c['commit'] for cells in models.values() for c in cells}))}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in record['versions'].items())}",
@@ -50,14 +53,15 @@ def markdown(record: Mapping[str, Any]) -> str:
         "|---" * len(_HEADER) + "|",
         *(_row(_cells(name, cells)) for name, cells in models.items()),
     ]
-    failed = [
-        f"- **{name}**, {cell['plan']} {cell.get('dtype', '')}: {cell.get('reason', '')}"
-        for name, cells in models.items()
-        for cell in cells
-        if not cell["ok"]
-    ]
-    if failed:
-        lines += ["", "## What fails", "", *failed]
+    for title, key in (("What fails", "ok"), ("What differs from eager", "eager_ok")):
+        failed = [
+            f"- **{name}**, {cell['plan']} {cell.get('dtype', '')}: {cell.get('reason', '')}"
+            for name, cells in models.items()
+            for cell in cells
+            if not cell.get(key, True)
+        ]
+        if failed:
+            lines += ["", f"## {title}", "", *failed]
     lines += ["", "## The models", ""]
     lines += [f"- `{model.name}`: {model.summary}{_rows_note(model)}" for model in ZOO.values()]
     return "\n".join(lines) + "\n"

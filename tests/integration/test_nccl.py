@@ -58,7 +58,12 @@ def test_a_step_equals_the_virtual_run(name: str) -> None:
     if computes_narrow(case.graph):
         graph = in_float64(case.graph)
         exact = virtual_step(
-            replace(case, graph=graph, parameters=widened(case.parameters)),
+            replace(
+                case,
+                graph=graph,
+                parameters=widened(case.parameters),
+                buffers=widened(case.buffers),
+            ),
             replace(plan, graph=graph.fingerprint()),
         )
         limit = NARROW_SLACK * worst_error(want, exact)[0]
