@@ -23,7 +23,6 @@ from autopar.graph.program import (
     Graph,
     GraphInput,
     InputKind,
-    Operator,
     OutputKind,
     Phase,
     Ref,
@@ -40,13 +39,14 @@ from autopar.layout import (
 )
 from autopar.lowering.program import LocalProgram, Port
 from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.relayout import Relayout
 from autopar.lowering.spmd import lower_program
 from autopar.lowering.stages import cut_stages, parameter_owners, parameter_sources
 from autopar.lowering.transfer import Transfer, make_tiles
 from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan, Remat, StagePlan
 from autopar.schedule import Schedule, build_schedule
-from autopar.sharding.registry import RuleTable, make_call, rule_for
+from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy, strategies
 
 LOSS = "loss"
@@ -348,61 +348,9 @@ def _phase_program(
     return replace(program, inputs=ports, constants=values)
 
 
-class _Relayout:
-    """Builds a program that casts values and takes them from one layout to another."""
-
-    def __init__(self, mesh: LogicalMesh) -> None:
-        self._mesh = mesh
-        self._inputs: dict[str, Port] = {}
-        self._values: dict[Ref, Port] = {}
-        self._casts: list[Operator] = []
-        self._outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
-
-    def take(self, name: str, meta: TensorMeta, dims: Dims, layout: Layout) -> Ref:
-        """An input of the program."""
-        ref = Ref(name)
-        self._inputs[name] = self._values[ref] = Port(ref, meta, dims, layout)
-        return ref
-
-    def cast(self, ref: Ref, dtype: torch.dtype | None, layout: Layout) -> Ref:
-        """The value, in this layout, in another type; the value itself where it has that type."""
-        source = self._values[ref]
-        if dtype is None or dtype == source.meta.dtype:
-            return ref
-        meta = TensorMeta(source.meta.shape, dtype)
-        name, kwargs = f"{ref.name}_{str(dtype).removeprefix('torch.')}", {"dtype": dtype}
-        target = torch.ops.aten._to_copy.default
-        self._casts.append(Operator(name, target, (ref,), kwargs, (meta,), Phase.FORWARD))
-        made = Ref(name)
-        self._values[made] = Port(made, meta, source.dims, layout)
-        return made
-
-    def give(self, name: str, ref: Ref, layout: Layout) -> None:
-        """An output of the program."""
-        self._outputs[name] = (ref, self._values[ref].meta, layout)
-
-    def program(self) -> LocalProgram:
-        dims = {ref: port.dims for ref, port in self._values.items()}
-        metas = {ref: port.meta for ref, port in self._values.items()}
-        calls = {op.name: make_call(op, dims, metas, set()) for op in self._casts}
-        made_in = {op.name: (self._values[Ref(op.name)].layout,) for op in self._casts}
-        nowhere = (None,) * self._mesh.num_axes
-        return lower_program(
-            self._casts,
-            inputs=self._inputs,
-            outputs=self._outputs,
-            strategies={n: Strategy(nowhere, where, where, 1) for n, where in made_in.items()},
-            calls=calls,
-            rules={name: rule_for(call) for name, call in calls.items()},
-            dims=dims,
-            mesh=self._mesh.axis_sizes,
-            verify=True,
-        )
-
-
 def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> LocalProgram:
     """Casts first: what is gathered is narrow."""
-    build = _Relayout(mesh)
+    build = Relayout(mesh)
     narrow = {}
     for p in parameters:
         if p.source == p.name:
@@ -422,7 +370,7 @@ def _reduce_program(
 ) -> LocalProgram:
     """Where a gradient changes its layout it does so in the type of its reduction."""
     by_name = {p.name: p for p in parameters}
-    build = _Relayout(mesh)
+    build = Relayout(mesh)
     for name in gradients:
         port, p = backward.outputs[name], by_name[name]
         # parameters have one atom per dim
