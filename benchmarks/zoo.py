@@ -34,7 +34,7 @@ from autopar.graph.capture import capture_graph
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
 from autopar.sharding.registry import RuleTable
-from autopar.verify import TOLERANCES, VerifyReport, verify_plan
+from autopar.verify import TOLERANCES, Errors, VerifyReport, verify_plan
 from benchmarks import environment
 from benchmarks.zoo_table import markdown
 from cost_models import Cluster
@@ -139,10 +139,20 @@ def _verified(plan: ParallelPlan, report: VerifyReport) -> Cell:
         "eager": None if report.eager is None else report.eager.largest,
         "dropout": report.dropout,
     }
-    if not report.ok:
-        own = "" if report.eager is None else f"; against the user's own model {report.eager}"
-        row["reason"] = f"{errors}{own}"
+    too_large = _too_large("one device", errors, report.tolerance)
+    if report.eager is not None:
+        too_large += _too_large("eager", report.eager, report.eager_tolerance)
+    if too_large:
+        row["reason"] = "; ".join(too_large)
     return row
+
+
+def _too_large(against: str, errors: Errors, limit: float) -> list[str]:
+    return [
+        f"{kind} {value:.2e} against {against}, in {errors.worst.get(kind) or 'the loss'}"
+        for kind in ("loss", "gradient", "update", "buffer")
+        if (value := getattr(errors, kind)) > limit
+    ]
 
 
 def _child(pipe: Connection, run: Callable[[Request, Report], None], request: Request) -> None:
