@@ -1,7 +1,7 @@
 """The search: from a captured graph and a cluster to a plan.
 
     layers      graph.layers, unless the graph has them
-    recompute   the policies in order of cost, until one fits
+    recompute   the policies in order of cost, until one fits with memory to spare
     points      per distinct layer and mesh view: solutions from fast to small (intraop.compose)
     stage cut   inter-op dynamic program over layers x submeshes, per number of stages
     exact       the best few cuts: every stage's whole integer program under the budget
@@ -31,7 +31,7 @@ from autopar.candidate import (
     simulate_stages,
     stage_plan,
 )
-from autopar.errors import AutoparError, NoFeasiblePlan, OptionError
+from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.layers import cluster_layers, layer_classes
 from autopar.graph.program import Graph, InputKind
@@ -69,12 +69,18 @@ Progress = Callable[[str], None]
 
 @dataclass(slots=True)
 class _Clock:
-    """Seconds by pass, and the deadline."""
+    """Seconds by pass, and the deadline: of the search, and of the part of it that goes on."""
 
     limit_s: float
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    part_ends: float = math.inf
+
+    def begin_part(self, num_left: int) -> None:
+        """The time left, shared evenly with the parts that are still to come."""
+        self.part_ends = math.inf
+        self.part_ends = time.monotonic() + self.left_s / num_left
 
     @contextmanager
     def passes(self, name: str, detail: str = "") -> Iterator[None]:
@@ -88,7 +94,8 @@ class _Clock:
 
     @property
     def left_s(self) -> float:
-        return max(0.05, self.limit_s - (time.monotonic() - self.started))
+        ends = min(self.started + self.limit_s, self.part_ends)
+        return max(0.05, ends - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,16 +135,26 @@ def make_plan(
     _check_pins(graph, cluster, options)
     search = _Search(graph, cluster, num_microbatches, budget_bytes, options, clock)
     policies = _REMAT_ORDER if options.remat is None else (options.remat,)
+    outcomes: list[tuple[_Recomputed, list[Candidate]]] = []
     failures: list[NoFeasiblePlan] = []
-    for remat in policies:
+    notes: list[str] = []
+    for number, remat in enumerate(policies):
+        clock.begin_part(len(policies) - number)
         try:
-            recomputed, candidates = search.run(remat)
+            outcomes.append(search.run(remat))
         except NoFeasiblePlan as error:
             _LOG.info("remat %s: %s", remat, error)
             failures.append(error)
+            notes.append(f"remat {remat} did not fit: {error}")
             continue
-        return search.plan(fingerprint, recomputed, candidates, failures)
-    raise failures[-1]
+        best = outcomes[-1][1][0]
+        notes.append(f"remat {remat}: {best.step_s * 1e3:.2f} ms per step")
+        if not any(stage.tight for stage in best.stages):
+            break  # memory costs nothing here: to recompute more would
+    if not outcomes:
+        raise failures[-1]
+    recomputed, candidates = min(outcomes, key=lambda outcome: outcome[1][0].step_s)
+    return search.plan(fingerprint, recomputed, candidates, notes if len(notes) > 1 else ())
 
 
 def _check_pins(graph: Graph, cluster: Cluster, options: SearchOptions) -> None:
@@ -427,7 +444,7 @@ class _Search:
         fingerprint: str,
         recomputed: _Recomputed,
         candidates: Sequence[Candidate],
-        failures: Sequence[AutoparError],
+        notes: Sequence[str],
     ) -> ParallelPlan:
         best = candidates[0]
         graphs = cut_stages(recomputed.graph, best.cut.first_layers)
@@ -442,12 +459,11 @@ class _Search:
             )
             for i, (graph, solution) in enumerate(zip(graphs, best.stages, strict=True))
         )
-        notes = tuple(f"remat {_REMAT_ORDER[i]} did not fit: {e}" for i, e in enumerate(failures))
         record = SearchRecord(
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
             objective_s=sum(s.seconds for s in best.stages),
             bound_s=sum(s.bound for s in best.stages),
-            notes=notes,
+            notes=tuple(notes),
             candidates=tuple(describe(c) for c in candidates),
         )
         return ParallelPlan(

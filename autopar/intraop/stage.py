@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes, local_numel
@@ -49,7 +49,8 @@ class SolverOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageSolution:
-    """The chosen strategies and layouts of a stage. seconds and bound: objective per microbatch."""
+    """The chosen strategies and layouts of a stage. seconds and bound: objective per microbatch.
+    tight: without the budget it would have been another one."""
 
     mesh: LogicalMesh
     strategies: Mapping[str, Strategy]
@@ -60,6 +61,7 @@ class StageSolution:
     seconds: float
     bound: float
     receive_s: Mapping[str, float]  # per received value
+    tight: bool = False
 
     @property
     def gap(self) -> float:
@@ -93,11 +95,11 @@ def solve_stage(
     if budget_bytes is None or solution.prediction.peak_bytes <= budget_bytes:
         return solution
     best, limit = _solve_tight(solve_within, solution, budget_bytes, deadline)
-    if best.gap <= options.target_gap or not options.fallback or time.monotonic() > deadline:
-        return best
-    proven = solve_within(limit, True)
-    fits = proven.prediction.peak_bytes <= budget_bytes
-    return proven if fits and proven.seconds <= best.seconds else best
+    if best.gap > options.target_gap and options.fallback and time.monotonic() <= deadline:
+        proven = solve_within(limit, True)
+        fits = proven.prediction.peak_bytes <= budget_bytes
+        best = proven if fits and proven.seconds <= best.seconds else best
+    return replace(best, tight=True)
 
 
 def _solve_tight(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -157,8 +158,25 @@ def test_remat_escalates_when_memory_is_tight() -> None:
     assert budget < free.stages[0].prediction.peak_bytes
     tight = planned(num_stages=1, microbatches=1, budget_bytes=budget, time_limit_s=6.0)
     assert tight.stages[0].prediction.peak_bytes <= budget
-    if tight.remat is not Remat.NONE:
-        assert tight.search.notes and "none did not fit" in tight.search.notes[0]
+    assert tight.remat is not Remat.NONE and tight.search.notes
+
+
+def test_tight_memory_takes_the_fastest_policy() -> None:
+    """Not the first that fits: to recompute may cost less than to shard what is saved."""
+
+    def at(remat: Remat | None, budget: float | None = None) -> ParallelPlan:
+        pins = {"num_stages": 1, "mesh_shape": (4,), "remat": remat, "time_limit_s": 10.0}
+        return planned(microbatches=1, budget_bytes=budget, **pins)
+
+    free, full = (at(r).stages[0].prediction.peak_bytes for r in (Remat.NONE, Remat.FULL))
+    budget = (free + full) / 2
+    seconds = {}
+    for remat in Remat:
+        with contextlib.suppress(NoFeasiblePlan):
+            seconds[remat] = at(remat, budget).step_s
+    joint = at(None, budget)
+    assert joint.step_s == pytest.approx(min(seconds.values()))
+    assert joint.remat is min(seconds, key=seconds.__getitem__)
 
 
 def test_stages_lie_inside_nodes() -> None:
