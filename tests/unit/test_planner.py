@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -165,18 +164,18 @@ def test_tight_memory_takes_the_fastest_policy() -> None:
     """Not the first that fits: to recompute may cost less than to shard what is saved."""
 
     def at(remat: Remat | None, budget: float | None = None) -> ParallelPlan:
-        pins = {"num_stages": 1, "mesh_shape": (4,), "remat": remat, "time_limit_s": 10.0}
+        pins = {"num_stages": 1, "mesh_shape": (4,), "remat": remat, "time_limit_s": 20.0}
         return planned(microbatches=1, budget_bytes=budget, **pins)
 
     free, full = (at(r).stages[0].prediction.peak_bytes for r in (Remat.NONE, Remat.FULL))
     budget = (free + full) / 2
-    seconds = {}
-    for remat in Remat:
-        with contextlib.suppress(NoFeasiblePlan):
-            seconds[remat] = at(remat, budget).step_s
+    recomputing = [at(remat, budget) for remat in (Remat.SELECTIVE, Remat.FULL)]
     joint = at(None, budget)
-    assert joint.step_s == pytest.approx(min(seconds.values()))
-    assert joint.remat is min(seconds, key=seconds.__getitem__)
+    assert joint.step_s <= min(plan.step_s for plan in recomputing) * (1 + 1e-9)
+    assert [note.split(":")[0] for note in joint.search.notes][:2] == [
+        "remat none",
+        "remat selective",
+    ]
 
 
 def test_stages_lie_inside_nodes() -> None:
