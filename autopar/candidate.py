@@ -1,21 +1,23 @@
 """A candidate of the search: a stage cut, its solved stages, and its simulated step.
 
-What the planner does with a candidate once its stages are solved: play the schedule with the
-predicted costs, place the stages on the cluster's devices, write the solution down as a plan.
+What stages may run on; and what the planner does with a candidate once its stages are solved: play
+the schedule with the predicted costs, place the stages on the cluster's devices, write the solution
+down as a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.errors import MeshError
+from autopar.errors import MeshError, OptionError
 from autopar.graph.program import Graph, InputKind, Phase
 from autopar.intraop.stage import StageSolution
 from autopar.layout import layout_text
 from autopar.lowering.lower import PreparedStage
 from autopar.lowering.stages import parameter_sources
-from autopar.mesh import LogicalMesh, Submesh
+from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParameterPlacement, StagePlan
 from autopar.schedule import ActionKind, build_schedule
@@ -143,3 +145,32 @@ def stage_plan(
         outputs=outputs,
         prediction=solution.prediction,
     )
+
+
+def allowed_views(
+    cluster: Cluster, options: SearchOptions
+) -> tuple[tuple[Submesh, ...], Mapping[Submesh, tuple[LogicalMesh, ...]]]:
+    """Submeshes and their views, within the pins."""
+    found: dict[Submesh, tuple[LogicalMesh, ...]] = {}
+    for submesh in submeshes(cluster):
+        views = logical_meshes(submesh, options.max_axes)
+        if options.mesh_shape is not None:
+            views = ()
+            if math.prod(options.mesh_shape) == submesh.num_devices:
+                views = (_pinned_view(options.mesh_shape, submesh),)
+        if views:
+            found[submesh] = views
+    if not found:
+        raise OptionError(
+            f"mesh_shape {options.mesh_shape} is no submesh of {cluster}: submeshes have "
+            f"{', '.join(str(s.num_devices) for s in submeshes(cluster))} devices"
+        )
+    return tuple(found), found
+
+
+def _pinned_view(shape: tuple[int, ...], submesh: Submesh) -> LogicalMesh:
+    """An axis crosses nodes if its groups reach beyond one node."""
+    reach = [math.prod(shape[axis:]) for axis in range(len(shape))]
+    per_node = submesh.devices_per_node
+    crosses = tuple(size > 1 and r > per_node for size, r in zip(shape, reach, strict=True))
+    return LogicalMesh(shape, crosses)

@@ -26,6 +26,7 @@ import numpy as np
 from autopar.candidate import (
     Candidate,
     Cut,
+    allowed_views,
     describe,
     place_stages,
     simulate_stages,
@@ -43,7 +44,7 @@ from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners, stage_graph
-from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
+from autopar.mesh import LogicalMesh, Submesh
 from autopar.options import SearchOptions
 from autopar.plan import (
     ParallelPlan,
@@ -190,7 +191,7 @@ class _Search:
         self.graph, self.cluster = graph, cluster
         self.num_microbatches, self.budget_bytes = num_microbatches, budget_bytes
         self.options, self.clock = options, clock
-        self.submeshes, self.views = _allowed_views(cluster, options)
+        self.submeshes, self.views = allowed_views(cluster, options)
         self.costs: dict[LogicalMesh, MeshCosts] = {}
 
     def mesh_costs(self, mesh: LogicalMesh) -> MeshCosts:
@@ -482,32 +483,3 @@ class _Search:
             fallbacks=dict(sorted(Counter(recomputed.table.fallbacks.values()).items())),
             rules=recomputed.table.unwritten(),
         )
-
-
-def _allowed_views(
-    cluster: Cluster, options: SearchOptions
-) -> tuple[tuple[Submesh, ...], Mapping[Submesh, tuple[LogicalMesh, ...]]]:
-    """Submeshes and their views, within the pins."""
-    found: dict[Submesh, tuple[LogicalMesh, ...]] = {}
-    for submesh in submeshes(cluster):
-        views = logical_meshes(submesh, options.max_axes)
-        if options.mesh_shape is not None:
-            views = ()
-            if math.prod(options.mesh_shape) == submesh.num_devices:
-                views = (_pinned_view(options.mesh_shape, submesh),)
-        if views:
-            found[submesh] = views
-    if not found:
-        raise OptionError(
-            f"mesh_shape {options.mesh_shape} is no submesh of {cluster}: submeshes have "
-            f"{', '.join(str(s.num_devices) for s in submeshes(cluster))} devices"
-        )
-    return tuple(found), found
-
-
-def _pinned_view(shape: tuple[int, ...], submesh: Submesh) -> LogicalMesh:
-    """An axis crosses nodes if its groups reach beyond one node."""
-    reach = [math.prod(shape[axis:]) for axis in range(len(shape))]
-    per_node = submesh.devices_per_node
-    crosses = tuple(size > 1 and r > per_node for size, r in zip(shape, reach, strict=True))
-    return LogicalMesh(shape, crosses)

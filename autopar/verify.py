@@ -10,8 +10,9 @@ are zero in exact arithmetic (a key's bias under softmax, say) are rounding nois
 size against the model's gradients means anything.
 
 A step that computes in bfloat16 differs from another such step by its rounding, which no constant
-bounds. Both are then compared with the step in float64: the parallel one may be NARROW_SLACK times
-as far from it as the single-device one. In float64 itself the two must agree as any others.
+bounds. Both are then compared with the step in float64: of each kind the parallel one may be
+NARROW_SLACK times as far from it as the single-device one, or bfloat16's epsilon. In float64 itself
+the two must agree as any others.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ Loader = Callable[[], tuple[nn.Module, Any]]
 FLOOR = 1e-2
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 NARROW_SLACK = 4.0
+KINDS = ("loss", "gradient", "update", "buffer")  # fields of Errors
 _DROPOUT = "autopar.dropout.default"
 _DROPOUT_P = 3  # position of the probability among its arguments
 # torch.nn.functional's functions that drop: position and name of the probability.
@@ -83,13 +85,12 @@ class Errors:
 class VerifyReport:
     """errors: against the captured graph on one device; eager: against the user's model, dropout
     off on both sides, None where it was not compared, eager_skipped: why it could not be.
-    eager_tolerance: models cast to float32 inside, whatever their precision, so that it is
-    float32's. narrow: the step computes in less than float32, and errors are against the float64
-    step."""
+    limits: of errors, by kind. eager_tolerance: float32's at least, as models cast to it inside.
+    narrow: the step computes in less than float32, and errors are against the float64 step."""
 
     errors: Errors
     eager: Errors | None
-    tolerance: float
+    limits: Mapping[str, float]
     eager_tolerance: float
     dtype: str
     dropout: bool
@@ -101,7 +102,7 @@ class VerifyReport:
     @property
     def agrees(self) -> bool:
         """With the captured graph on one device."""
-        return self.errors.largest <= self.tolerance
+        return all(getattr(self.errors, kind) <= self.limits[kind] for kind in KINDS)
 
     @property
     def agrees_with_eager(self) -> bool:
@@ -158,13 +159,15 @@ def verify_plan(
         scale = gradient_scale(single.gradients)
         parallel = process_step(processes, loss_fn, original, seed, dtype, scale)
     updated = updated_buffers(graph)
-    limit = TOLERANCES[dtype]
+    limits = dict.fromkeys(KINDS, TOLERANCES[dtype] if tolerance is None else tolerance)
     narrow = dtype == "float32" and computes_narrow(graph)
     reference = single
     if narrow:
-        exact, wide = in_float64(graph), _in_float64(state)
-        reference = single_step(exact, wide, plan.num_microbatches, seed)
-        limit = max(limit, NARROW_SLACK * _compare(single, reference, updated).largest)
+        wide = _in_float64(state)
+        reference = single_step(in_float64(graph), wide, plan.num_microbatches, seed)
+        if tolerance is None:
+            rounding, eps = _compare(single, reference, updated), torch.finfo(torch.bfloat16).eps
+            limits = {kind: max(eps, NARROW_SLACK * getattr(rounding, kind)) for kind in KINDS}
     errors = _compare(parallel, reference, updated)
     against_eager = None
     skipped = _why_not_eager(graph) if eager and not narrow else ""
@@ -173,12 +176,11 @@ def verify_plan(
         quiet_plan = replace(plan, graph=quiet.fingerprint())
         own = eager_step(model, state, plan.num_microbatches, loss_fn, dtype)
         against_eager = _compare(parallel_step(quiet, state, quiet_plan, seed), own, updated)
-    limit = limit if tolerance is None else tolerance
     return VerifyReport(
         errors=errors,
         eager=against_eager,
-        tolerance=limit,
-        eager_tolerance=max(limit, TOLERANCES["float32"]),
+        limits=limits,
+        eager_tolerance=max(tolerance or TOLERANCES[dtype], TOLERANCES["float32"]),
         dtype=dtype,
         dropout=dropout,
         num_gradients=len(single.gradients),

@@ -34,7 +34,7 @@ from autopar.graph.capture import capture_graph
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
 from autopar.sharding.registry import RuleTable
-from autopar.verify import TOLERANCES, Errors, VerifyReport, verify_plan
+from autopar.verify import KINDS, TOLERANCES, Errors, VerifyReport, verify_plan
 from benchmarks import environment
 from benchmarks.zoo_table import markdown
 from cost_models import Cluster
@@ -139,18 +139,18 @@ def _verified(plan: ParallelPlan, report: VerifyReport) -> Cell:
         "eager": None if report.eager is None else report.eager.largest,
         "dropout": report.dropout,
     }
-    too_large = _too_large("one device", errors, report.tolerance)
+    too_large = _too_large("one device", errors, report.limits)
     if report.eager is not None:
-        too_large += _too_large("eager", report.eager, report.eager_tolerance)
+        too_large += _too_large("eager", report.eager, dict.fromkeys(KINDS, report.eager_tolerance))
     if too_large:
         row["reason"] = "; ".join(too_large)
     return row
 
 
-def _too_large(against: str, errors: Errors, limit: float) -> list[str]:
+def _too_large(against: str, errors: Errors, limits: Mapping[str, float]) -> list[str]:
     return [
         f"{kind} {value:.2e} against {against}, in {errors.worst.get(kind) or 'the loss'}"
-        for kind in ("loss", "gradient", "update", "buffer")
+        for kind, limit in limits.items()
         if (value := getattr(errors, kind)) > limit
     ]
 
@@ -246,7 +246,7 @@ def run_matrix(
 
 
 def _line(cell: Cell) -> str:
-    errors = [f"{k} {cell[k]:.1e}" for k in ("loss", "gradient", "update", "buffer") if k in cell]
+    errors = [f"{k} {cell[k]:.1e}" for k in KINDS if k in cell]
     word = "ok" if cell["ok"] else "FAILED"
     word += "" if cell.get("eager_ok", True) else ", BUT NOT AGAINST EAGER"
     parts = [cell["plan"], cell.get("dtype", ""), word, *errors]

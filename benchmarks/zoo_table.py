@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autopar.report.units import seconds_text
-from autopar.verify import TOLERANCES
+from autopar.verify import KINDS, TOLERANCES
 from tests.zoo import ZOO
 
 Cell = Mapping[str, Any]
-_ERRORS = ("loss", "gradient", "update", "buffer")
 _HEADER = (
     "model",
     "captures",
@@ -95,7 +94,7 @@ def _cells(name: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _largest(cells: Iterable[Cell]) -> str:
-    found = [cell[kind] for cell in cells for kind in _ERRORS if kind in cell]
+    found = [cell[kind] for cell in cells for kind in KINDS if kind in cell]
     return f"{max(found):.1e}" if found else "-"
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from autopar.report.units import seconds_text
-from autopar.verify import Errors, VerifyReport
+from autopar.verify import KINDS, Errors, VerifyReport
 
-_KINDS = ("loss", "gradient", "update", "buffer")
 _LABELS = {
     "loss": "loss",
     "gradient": "gradients",
@@ -24,9 +25,10 @@ def verify_table(report: VerifyReport) -> RenderableType:
     for column in ("against", "what", "largest relative error", "where", "limit", ""):
         table.add_column(column, overflow="fold")
     against = "captured graph, one device" + (", in float64" if report.narrow else "")
-    _add_rows(table, against, report.errors, report.tolerance)
+    _add_rows(table, against, report.errors, report.limits)
     if report.eager is not None:
-        _add_rows(table, "eager model, dropout off", report.eager, report.eager_tolerance)
+        limits = dict.fromkeys(KINDS, report.eager_tolerance)
+        _add_rows(table, "eager model, dropout off", report.eager, limits)
     dropout = "with dropout" if report.dropout else "without dropout"
     done = f"one step, {report.dtype}, {dropout}, {report.num_gradients} gradients"
     verdict = ("agrees", "bold green") if report.ok else ("DISAGREES", "bold red")
@@ -44,7 +46,7 @@ def verify_record(report: VerifyReport) -> dict[str, object]:
         "dropout": report.dropout,
         "num_gradients": report.num_gradients,
         "seconds": report.seconds,
-        "tolerance": report.tolerance,
+        "limits": dict(report.limits),
         "eager_tolerance": report.eager_tolerance,
         "errors": _errors_record(report.errors),
         "eager": None if report.eager is None else _errors_record(report.eager),
@@ -53,13 +55,13 @@ def verify_record(report: VerifyReport) -> dict[str, object]:
 
 
 def _errors_record(errors: Errors) -> dict[str, object]:
-    numbers: dict[str, object] = {kind: getattr(errors, kind) for kind in _KINDS}
+    numbers: dict[str, object] = {kind: getattr(errors, kind) for kind in KINDS}
     return {**numbers, "worst": dict(errors.worst)}
 
 
-def _add_rows(table: Table, against: str, errors: Errors, limit: float) -> None:
-    for position, kind in enumerate(_KINDS):
-        error = getattr(errors, kind)
+def _add_rows(table: Table, against: str, errors: Errors, limits: Mapping[str, float]) -> None:
+    for position, kind in enumerate(KINDS):
+        error, limit = getattr(errors, kind), limits[kind]
         good = error <= limit
         table.add_row(
             against if position == 0 else "",

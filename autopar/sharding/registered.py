@@ -8,6 +8,7 @@ its operator: at once on an example, and on the signature of every call that a p
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopar.errors import OptionError, RuleError
+from autopar.errors import OptionError, RuleError, RuleWarning
 from autopar.graph.program import TensorMeta
 from autopar.layout import raw_dims
 from autopar.sharding.isolate import LIMIT_S, Crashed, isolated
@@ -182,12 +183,18 @@ def registered_rule(call: Call) -> Rule | None:
 
 @lru_cache(maxsize=1024)
 def _unsound(call: Call, lettering: Lettering) -> str:
-    """A counterexample; "" where there is none, and where the operator cannot be examined."""
+    """A counterexample; "" where there is none. A RuleWarning, once, where the operator cannot be
+    examined: the rule is then believed."""
 
     def examine() -> str:
         return unsound(make_probe(call), lettering)
 
     try:
         return isolated(examine, LIMIT_S)
-    except (NotRunnable, Crashed):
+    except (NotRunnable, Crashed) as error:
+        warnings.warn(
+            f"the rule {lettering} of {call.target} cannot be checked, as {error}, and is believed",
+            RuleWarning,
+            stacklevel=2,
+        )
         return ""

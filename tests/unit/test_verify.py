@@ -19,6 +19,8 @@ from autopar.runtime.simulated import VirtualRun
 from autopar.runtime.virtual import VirtualCollectives
 from autopar.verify import (
     FLOOR,
+    Errors,
+    VerifyReport,
     no_dropout,
     relative_errors,
     updated_buffers,
@@ -138,6 +140,23 @@ def test_noise_is_alike_under_a_plan_and_on_one_device() -> None:
     assert report.ok and report.eager is None
     assert "other random numbers than dropout" in report.eager_skipped
     assert verify_record(report)["eager_skipped"] == report.eager_skipped
+
+
+def test_every_kind_has_a_limit_of_its_own() -> None:
+    """In bfloat16 a large rounding of the gradients excuses no wrong loss."""
+    report = VerifyReport(
+        errors=Errors(loss=0.5, gradient=1.0, update=0.0, buffer=0.0),
+        eager=None,
+        limits={"loss": 0.01, "gradient": 2.0, "update": 0.1, "buffer": 0.01},
+        eager_tolerance=1e-5,
+        dtype="float32",
+        dropout=False,
+        num_gradients=1,
+        seconds=0.0,
+        narrow=True,
+    )
+    assert not report.ok
+    assert replace(report, errors=replace(report.errors, loss=0.001)).ok
 
 
 def test_a_plan_of_another_model_is_refused() -> None:

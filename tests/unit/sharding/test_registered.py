@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import autopar
-from autopar.errors import AutoparError, OptionError, RuleError
+from autopar.errors import AutoparError, OptionError, RuleError, RuleWarning
 from autopar.sharding.lettering import Lettering
 from autopar.sharding.registered import REGISTERED, resolve
 from autopar.sharding.registry import rule_for
@@ -53,6 +53,16 @@ def test_dots_are_any_dims_and_broadcast() -> None:
         assert len(rule.factors) == len(shapes[0]) + 1
         _, wrong = disagreements(sample, MESHES[0], generator=torch.Generator().manual_seed(0))
         assert not wrong
+
+
+def test_a_rule_that_cannot_be_checked_is_said_to_be_believed() -> None:
+    with pytest.warns(
+        RuleWarning, match="noisy.* cannot be checked, as it gives different results"
+    ):
+        autopar.register_rule("found::noisy", "a b -> a b")
+    with pytest.warns(RuleWarning, match="is believed"):
+        rule = rule_for(make_sample(ops.noisy.default, (x(4, 8),)).call)
+    assert [f.name for f in rule.factors] == ["a", "b"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[AutoparError], str]] = {
