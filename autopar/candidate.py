@@ -20,19 +20,21 @@ from autopar.lowering.stages import parameter_sources
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParameterPlacement, StagePlan
-from autopar.schedule import ActionKind, build_schedule
+from autopar.schedule import ActionKind, ScheduleKind, build_schedule
 from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Stages of a candidate: first layers, submesh of each, and the table's view for each."""
+    """Stages of a candidate: first layers, submesh of each, and the table's views for each; seconds
+    of the step by the tables."""
 
     first_layers: tuple[int, ...]
     submeshes: tuple[Submesh, ...]
     views: tuple[tuple[LogicalMesh, ...], ...]  # of each stage, best first
     seconds: float
+    num_microbatches: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,7 @@ class Candidate:
     stages: tuple[StageSolution, ...]
     timeline: Timeline
     step_s: float
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
 
 
 def describe(candidate: Candidate) -> str:
@@ -54,7 +57,7 @@ def describe(candidate: Candidate) -> str:
 def simulate_stages(
     graphs: Sequence[Graph],
     stages: Sequence[StageSolution],
-    options: SearchOptions,
+    schedule: ScheduleKind,
     num_microbatches: int,
 ) -> Timeline:
     """Plays the schedule with the stages' predicted costs."""
@@ -72,8 +75,8 @@ def simulate_stages(
                 transient_bytes=int(p.transient_bytes),
             )
         )
-    schedule = build_schedule(options.schedule, len(stages), num_microbatches)
-    return simulate(schedule, costs, _transfers(graphs, stages))
+    built = build_schedule(schedule, len(stages), num_microbatches)
+    return simulate(built, costs, _transfers(graphs, stages))
 
 
 def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:

@@ -51,7 +51,7 @@ class SearchOptions:
     num_stages: int | None = None
     mesh_shape: tuple[int, ...] | None = None
     num_microbatches: int | None = None
-    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    schedule: ScheduleKind | None = None
     remat: Remat | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     budget_fraction: float = 0.9

@@ -21,9 +21,12 @@ from typing import Any
 from autopar.errors import PlanError
 from autopar.schedule import ScheduleKind
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 # Fields that plans of earlier versions lack, with the value that they imply.
-_ADDED_SINCE = {1: {"precision": "model", "rules": {}}}
+_ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
+    1: {"precision": "model", "rules": {}},
+    2: {},
+}
 
 # By the origin that `sharding.rule.Origin` names; this module knows no torch.
 _SENTENCES = {
@@ -111,10 +114,10 @@ class ParallelPlan:
     """The answer, as data.
 
     graph: fingerprint of the captured graph. cluster: complete description (Cluster.to_dict).
-    bubble: share of device time idle in the schedule, predicted. precision: text of the Precision
-    that the graph was captured in. fallbacks: operators that no rule covers, replicated. rules:
-    origin and text of each rule that is not a row of autopar's, by overload: strategies are in its
-    letters.
+    remat: of each layer. bubble: share of device time idle in the schedule, predicted. precision:
+    text of the Precision that the graph was captured in. fallbacks: operators that no rule covers,
+    replicated. rules: origin and text of each rule that is not a row of autopar's, by overload:
+    strategies are in its letters.
     """
 
     graph: str
@@ -122,7 +125,7 @@ class ParallelPlan:
     cluster: Mapping[str, Any]
     num_microbatches: int
     schedule: ScheduleKind
-    remat: Remat
+    remat: tuple[Remat, ...]
     layer_names: tuple[str, ...]
     stages: tuple[StagePlan, ...]
     step_s: float
@@ -178,7 +181,11 @@ class ParallelPlan:
                 f"{PLAN_VERSION}: make the plan again with `autopar plan`"
             )
         fields = {key: value for key, value in record.items() if key != "format"}
-        fields = {**_ADDED_SINCE.get(version, {}), **fields, "version": PLAN_VERSION}
+        for older, added in _ADDED_SINCE.items():
+            fields = {**added, **fields} if version <= older else fields
+        if version < 3 and isinstance(fields.get("remat"), str):  # one policy for all layers
+            fields["remat"] = [fields["remat"]] * len(fields.get("layer_names", ()))
+        fields["version"] = PLAN_VERSION
         plan: ParallelPlan = _decode(cls, fields, "plan")
         return plan
 

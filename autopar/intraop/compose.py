@@ -1,22 +1,27 @@
-"""Layers to stages: a frontier of (seconds, bytes) per layer class, and stage tables made of it.
+"""Layers to stages: a frontier of (seconds, bytes) per layer class, and stage costs made of it.
 
-Each distinct layer is solved alone on each mesh view, at several prices of a byte; its boundary
-values may come and go in any layout, and where a layer reads and makes values of one shape their
-layouts are priced as if the same layer followed. A stage of layers i..j with f microbatches in
-flight then takes, at one price l per byte, the best point of each layer:
+Each distinct layer is solved alone on each mesh view, under each recompute policy and at several
+prices of a byte; its boundary values may come and go in any layout, and where a layer reads and
+makes values of one shape their layouts are priced as if the same layer followed. A stage with n_c
+layers of class c and f microbatches in flight then mixes points of each class at one price l:
 
-    p_k(l, f) = argmin over points p of layer k:  seconds(p) + l (standing(p) + f saved(p))
-    t[f, i, j] = sum_k seconds(p_k(l, f))   at the smallest l with  sum_k bytes + max_k transient <=
-    M
+    p_c(l, f) = argmin over points p of class c:  seconds(p) + l (standing(p) + f saved(p))
+    S(l) = sum_c n_c seconds(p_c),   N(l) = sum_c n_c bytes(p_c) + max_c transient(p_c)
+    t(f, n) = S at the smallest l with N(l) <= M; between the last price that does not fit and the
+              first that does, layers change one after the other: linear between the two
 
-These tables steer the inter-op search; the stages that it picks are solved again whole and exactly.
+which is the linear relaxation of choosing a point for every layer, up to the maximum of the
+transients. These costs steer the inter-op search; the stages that it picks are solved again whole.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +35,25 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
+from autopar.intraop.dual import WarmMessages
+from autopar.intraop.free import Effort, minimise
+from autopar.intraop.ilp import infeasible
+from autopar.intraop.memory import STEP_CLOSE_ENOUGH, STEP_TABLE_LIMIT
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
-from autopar.intraop.solver import solve
 from autopar.layout import Layout
+from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 # Prices of a byte, as multiples of (free optimum's seconds / its bytes): from "free" to "least
 # bytes".
-_PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 10.0)
+# Points steer: a solve that the dual has not closed by then is good enough for that.
+_POINT_SWEEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,19 @@ class Point:
     standing_bytes: float
     saved_bytes: float
     transient_bytes: float
+    remat: Remat = Remat.NONE
+
+    def scaled(self, factor: float) -> Point:
+        """As if a microbatch had `factor` times the rows."""
+        return replace(
+            self,
+            seconds=self.seconds * factor,
+            saved_bytes=self.saved_bytes * factor,
+            transient_bytes=self.transient_bytes * factor,
+        )
+
+
+Frontier = tuple[Point, ...]
 
 
 def layer_points(
@@ -60,29 +85,54 @@ def layer_points(
     costs: MeshCosts,
     context: StageContext,
     *,
-    prices: Sequence[float] = _PRICES,
-    time_limit_s: float = 60.0,
-) -> tuple[Point, ...]:
-    """The layer's solutions at each price, duplicates removed, the fastest first."""
+    remat: Remat = Remat.NONE,
+    prices: Sequence[float] = PRICES,
+    deadline: float = math.inf,
+) -> Frontier:
+    """The layer's solutions at each price, duplicates removed, the fastest first. remat: the policy
+    that the graph was recomputed with. deadline: of time.monotonic(); the free solution is always
+    there."""
     built = build_problem(graph, table, costs, context)
     problem = _with_cycle(built, costs)
+    effort = Effort(
+        deadline, 1e-3, False, STEP_TABLE_LIMIT, STEP_CLOSE_ENOUGH, max_sweeps=_POINT_SWEEPS
+    )
     points: dict[Point, None] = {}
+    warm: WarmMessages = {}
     free_rate = 0.0
     for price in prices:
+        if points and time.monotonic() > deadline:
+            break
         rate = price * free_rate
-        priced = replace(
-            problem,
-            node_seconds=tuple(
-                c + rate * m for c, m in zip(problem.node_seconds, problem.node_bytes, strict=True)
-            ),
-        )
-        choice = solve(priced, time_limit_s=time_limit_s, fallback=False).choice
-        point = _point(graph, built, choice, costs, context)
+        pairs = zip(problem.node_seconds, problem.node_bytes, strict=True)
+        unary = [c + rate * m for c, m in pairs]
+        found = minimise(problem, unary, effort=effort, warm=warm)
+        if found.choice is None:
+            raise infeasible(problem)
+        point = _point(graph, built, found.choice, costs, context, remat)
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
             free_rate = point.seconds / total if total else 0.0
         points[point] = None
-    return tuple(points)
+    return undominated(points)
+
+
+def undominated(points: Iterable[Point]) -> Frontier:
+    """The points that no other one beats in seconds and all bytes, the fastest first."""
+    ordered = sorted(
+        dict.fromkeys(points),
+        key=lambda p: (p.seconds, p.standing_bytes, p.saved_bytes, p.transient_bytes),
+    )
+    kept: list[Point] = []
+    for point in ordered:
+        if not any(
+            q.standing_bytes <= point.standing_bytes
+            and q.saved_bytes <= point.saved_bytes
+            and q.transient_bytes <= point.transient_bytes
+            for q in kept
+        ):
+            kept.append(point)
+    return tuple(kept)
 
 
 def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
@@ -125,6 +175,7 @@ def _point(
     choice: tuple[int, ...],
     costs: MeshCosts,
     context: StageContext,
+    remat: Remat,
 ) -> Point:
     nbytes = built.kind_bytes(choice)
     chosen = built.read(choice)
@@ -141,6 +192,7 @@ def _point(
             outputs=chosen.outputs,
             num_microbatches=context.num_microbatches,
         ),
+        remat=remat,
     )
 
 
@@ -153,75 +205,125 @@ def _receive_seconds(built: StageProblem, choice: tuple[int, ...]) -> float:
     )
 
 
-def stage_table(
-    points: Sequence[Sequence[Point]], in_flight: Sequence[int], budget_bytes: float
+class Mixture(NamedTuple):
+    """What a stage is made of at one price: `share` of the layers are at `small`, the rest at
+    `fast`, both one point per class."""
+
+    fast: Frontier
+    small: Frontier
+    share: float
+
+
+def stage_seconds(
+    frontiers: Sequence[Frontier], counts: IntArray, in_flight: int, budget_bytes: float
 ) -> FloatArray:
-    """[F, K, K]: seconds of layers i..j with in_flight[f] microbatches, inf where nothing fits.
+    """[U]: t(f, n) of the module docstring, inf where nothing fits.
 
-    points: of each layer. O(F x prices x (K points + K^2)).
+    frontiers: of each class. counts: [U, classes] layers of each class. O(U x prices x classes).
     """
-    num_layers = len(points)
-    table = np.full((len(in_flight), num_layers, num_layers), np.inf)
-    upper = np.triu(np.ones((num_layers, num_layers), dtype=bool))
-    for row, flight in enumerate(in_flight):
-        for rate in _rates(points):
-            seconds, standing, transient = _best_points(points, flight, rate)
-            total_s = _range_sums(seconds)
-            need = _range_sums(standing) + _range_maxima(transient)
-            fits = upper & (need <= budget_bytes) & (total_s < table[row])
-            table[row][fits] = total_s[fits]
-    return table
+    steps = _steps(frontiers, in_flight)
+    seconds, need = _sums(steps, counts, in_flight)
+    fits = need <= budget_bytes
+    first = np.argmax(fits, axis=0)  # of the prices, per stage
+    column = np.arange(counts.shape[0])
+    out = np.where(fits.any(axis=0), seconds[first, column], np.inf)
+    before = np.maximum(first - 1, 0)
+    mixed = fits.any(axis=0) & (first > 0)
+    high, low = need[before, column], need[first, column]
+    share = np.clip((high - budget_bytes) / np.where(mixed, high - low, 1.0), 0.0, 1.0)
+    between = seconds[before, column] + share * (out - seconds[before, column])
+    return np.where(mixed, between, out)
 
 
-def _rates(points: Sequence[Sequence[Point]]) -> list[float]:
-    """Prices that separate the points: every slope between neighbouring points of a layer."""
-    rates = {0.0}
-    for frontier in {tuple(p) for p in points}:
-        ordered = sorted(frontier, key=lambda p: p.seconds)
-        for fast, small in itertools.pairwise(ordered):
-            saved = (fast.standing_bytes + fast.saved_bytes) - (
-                small.standing_bytes + small.saved_bytes
+def stage_mixture(
+    frontiers: Sequence[Frontier], counts: IntArray, in_flight: int, budget_bytes: float
+) -> Mixture | None:
+    """What t(f, n) of one stage is made of; None where nothing fits. counts: [classes]."""
+    steps = _steps(frontiers, in_flight)
+    _, need = _sums(steps, counts[None], in_flight)
+    fitting = np.flatnonzero(need[:, 0] <= budget_bytes)
+    if not fitting.size:
+        return None
+    first = int(fitting[0])
+    if first == 0:
+        return Mixture(steps[0], steps[0], 0.0)
+    high, low = need[first - 1, 0], need[first, 0]
+    share = min(1.0, max(0.0, (high - budget_bytes) / (high - low)))
+    return Mixture(steps[first - 1], steps[first], float(share))
+
+
+def smallest_points(frontiers: Sequence[Frontier], in_flight: int) -> Frontier:
+    """Of each class the point of least bytes, transients included."""
+    return tuple(
+        min(
+            points,
+            key=lambda p: (
+                p.standing_bytes + in_flight * p.saved_bytes + p.transient_bytes,
+                p.seconds,
+            ),
+        )
+        for points in frontiers
+    )
+
+
+def _steps(frontiers: Sequence[Frontier], in_flight: int) -> list[Frontier]:
+    """The best point of each class at each price, prices rising; neighbours differ."""
+    steps: dict[Frontier, None] = {}
+    for rate in _rates(frontiers, in_flight):
+        best = (
+            min(
+                points,
+                key=lambda p: (
+                    p.seconds + rate * (p.standing_bytes + in_flight * p.saved_bytes),
+                    p.seconds,
+                ),
             )
-            if saved > 0:
-                slope = (small.seconds - fast.seconds) / saved
-                rates.update((slope * 0.999, slope * 1.001))
+            for points in frontiers
+        )
+        steps[tuple(best)] = None
+    return list(steps)
+
+
+def _rates(frontiers: Sequence[Frontier], in_flight: int) -> list[float]:
+    """Prices that separate the points: around every slope of the lower hull of a class."""
+    rates = {0.0}
+    for points in dict.fromkeys(frontiers):
+        for fast, small in itertools.pairwise(_hull(points, in_flight)):
+            slope = (small[0] - fast[0]) / (fast[1] - small[1])
+            rates.update((slope * (1 - 1e-9), slope * (1 + 1e-9)))
     rates.add(1e9 * max(rates) if max(rates) else 1.0)
     return sorted(rates)
 
 
-def _best_points(
-    points: Sequence[Sequence[Point]], flight: int, rate: float
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    best: Mapping[tuple[Point, ...], Point] = {
-        frontier: min(
-            frontier,
-            key=lambda p: (
-                p.seconds + rate * (p.standing_bytes + flight * p.saved_bytes),
-                p.seconds,
-            ),
-        )
-        for frontier in {tuple(f) for f in points}
-    }
-    chosen = [best[tuple(f)] for f in points]
-    return (
-        np.array([p.seconds for p in chosen]),
-        np.array([p.standing_bytes + flight * p.saved_bytes for p in chosen]),
-        np.array([p.transient_bytes for p in chosen]),
-    )
+def _hull(points: Frontier, in_flight: int) -> list[tuple[float, float]]:
+    """Lower convex hull of (seconds, bytes), bytes falling."""
+    pairs = sorted({(p.seconds, p.standing_bytes + in_flight * p.saved_bytes) for p in points})
+    hull: list[tuple[float, float]] = []
+    for seconds, nbytes in pairs:
+        if hull and nbytes >= hull[-1][1]:
+            continue
+        while len(hull) > 1:
+            (s0, b0), (s1, b1) = hull[-2:]
+            if (s1 - s0) * (b0 - nbytes) >= (seconds - s0) * (b0 - b1):
+                hull.pop()
+            else:
+                break
+        hull.append((seconds, nbytes))
+    return hull
 
 
-def _range_sums(values: FloatArray) -> FloatArray:
-    """[i, j] = sum of values[i..j] for i <= j."""
-    prefix = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray(prefix[None, 1:] - prefix[:-1, None])
-
-
-def _range_maxima(values: FloatArray) -> FloatArray:
-    """[i, j] = max of values[i..j] for i <= j."""
-    out = np.zeros((len(values), len(values)))
-    for i in range(len(values)):
-        out[i, i:] = np.maximum.accumulate(values[i:])
-    return out
+def _sums(
+    steps: Sequence[Frontier], counts: IntArray, in_flight: int
+) -> tuple[FloatArray, FloatArray]:
+    """[prices, U] seconds and bytes of stages with so many layers of each class."""
+    seconds = np.array([[p.seconds for p in step] for step in steps])
+    nbytes = np.array([[p.standing_bytes + in_flight * p.saved_bytes for p in s] for s in steps])
+    transient = np.array([[p.transient_bytes for p in step] for step in steps])
+    present = counts > 0
+    most = np.zeros((len(steps), counts.shape[0]))
+    for kind in range(counts.shape[1]):
+        np.maximum(most, transient[:, kind, None] * present[None, :, kind], out=most)
+    return seconds @ counts.T, nbytes @ counts.T + most
 
 
 def boundary_bytes(graph: Graph) -> FloatArray:

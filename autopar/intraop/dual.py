@@ -32,7 +32,7 @@ CLOSED_GAP = 1e-10
 """Relative gap below which bound and primal are the same number in float64 sums of 1e4 terms."""
 WarmMessages = dict[tuple[int, int], FloatArray]
 """msg[v->w] by (v, w)."""
-_MAX_SWEEPS = 400
+MAX_SWEEPS = 400
 _STALL_SWEEPS = 6
 _STALL_SHARE = 0.02
 """Stalled: six sweeps moved the bound by less than 2 % of the gap (empirical; llama, GPT, MoE
@@ -180,6 +180,7 @@ def ascend(
     *,
     deadline: float,
     close_enough: float = CLOSED_GAP,
+    max_sweeps: int = MAX_SWEEPS,
     warm: WarmMessages | None = None,
 ) -> DualResult:
     """Sweep until the relative gap is close_enough, or the bound stalls, or time.monotonic() =
@@ -191,7 +192,7 @@ def ascend(
     """
     messages = TreeReweighted(graph, _forbidden_seconds(graph), warm)
     best, best_position, history = np.inf, dict.fromkeys(graph.unary, 0), [-np.inf]
-    for _ in range(_MAX_SWEEPS):
+    for _ in range(max_sweeps):
         bound, position = messages.forward()
         primal = cost_of(graph, position)
         if primal < best:

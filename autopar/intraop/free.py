@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import SolverError
-from autopar.intraop.dual import CLOSED_GAP, DualResult, WarmMessages, ascend
+from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, WarmMessages, ascend
 from autopar.intraop.eliminate import eliminate, elimination_order
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.problem import FloatArray, IntraOpProblem
@@ -33,7 +33,7 @@ class Effort:
 
     close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
     table_limit: entries of the largest table that exact elimination may build. allow_mip: HiGHS
-    may finish.
+    may finish. max_sweeps: of each ascent.
     """
 
     deadline: float
@@ -41,6 +41,7 @@ class Effort:
     allow_mip: bool
     table_limit: int = TABLE_LIMIT
     close_enough: float = CLOSED_GAP
+    max_sweeps: int = MAX_SWEEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ def minimise(
             graph,
             deadline=effort.deadline,
             close_enough=effort.close_enough,
+            max_sweeps=effort.max_sweeps,
             warm=warm if attempt == 0 else None,
         )
         best.sweeps += dual.sweeps

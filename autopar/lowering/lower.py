@@ -123,9 +123,9 @@ class LoweredPlan:
 
 
 def prepare_stages(
-    graph: Graph, remat: Remat, first_layers: Sequence[int]
+    graph: Graph, remat: Remat | Sequence[Remat], first_layers: Sequence[int]
 ) -> tuple[PreparedStage, ...]:
-    """Stage graphs as they are planned and lowered."""
+    """Stage graphs as they are planned and lowered. remat: of each layer, or one for all."""
     recomputed = apply_recompute(graph, remat)
     joint = RuleTable(recomputed)
     return tuple(prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers))

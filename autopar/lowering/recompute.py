@@ -18,7 +18,7 @@ by being fusion aware", MLSys 2023.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -64,10 +64,14 @@ def may_recompute(op: Operator, policy: Remat) -> bool:
     return policy is Remat.FULL or not (is_contraction(op) or op.target in _EXPENSIVE)
 
 
-def apply_recompute(graph: Graph, policy: Remat) -> Graph:
-    """Pre: layers are set. Post: check_graph; backward reads only saved values, graph inputs and
+def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
+    """policies: of each layer, or one for all.
+
+    Pre: layers are set. Post: check_graph; backward reads only saved values, graph inputs and
     backward values. O(sum over layers of a max-flow)."""
-    kept = _kept_values(graph, policy)
+    if isinstance(policies, Remat):
+        policies = (policies,) * len(graph.layer_names)
+    kept = _kept_values(graph, policies)
     made_by = {ref: op for op in graph.operators for ref in op.refs}
     copies: dict[tuple[str, int], str] = {}
     operators: list[Operator] = []
@@ -103,7 +107,7 @@ def apply_recompute(graph: Graph, policy: Remat) -> Graph:
     return check_graph(graph.with_operators(tuple(operators)))
 
 
-def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
+def _kept_values(graph: Graph, policies: Sequence[Remat]) -> set[Ref]:
     """Union of the layers' cuts. What backward of another layer reads is cut under NONE: only views
     are remade across a boundary."""
     forward: dict[int, list[Operator]] = {}
@@ -118,7 +122,7 @@ def _kept_values(graph: Graph, policy: Remat) -> set[Ref]:
     for layer in sorted(forward, reverse=True):
         ops = forward[layer]
         own = {ref for op in ops for ref in op.refs}
-        for targets, allowed in ((far & own, Remat.NONE), (near & own, policy)):
+        for targets, allowed in ((far & own, Remat.NONE), (near & own, policies[layer])):
             cut = _minimum_cut(
                 ops,
                 targets,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.graph.program import Graph, InputKind
-from autopar.plan import ParameterPlacement, StagePlan
+from autopar.plan import ParameterPlacement, Remat, StagePlan
 
 _INPUT_PREFIX = "parameter_"
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
@@ -108,3 +108,14 @@ def heavy_strategies(stage: StagePlan) -> Mapping[str, Counter[str]]:
         if _HEAVY.fullmatch(family):
             found.setdefault(family, Counter())[text] += 1
     return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
+
+
+def remat_text(policies: Sequence[Remat]) -> str:
+    """ "full", or "full in 24 of 34 layers, none in 10"."""
+    counts = Counter(policies)
+    if len(counts) == 1:
+        return str(policies[0])
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    (policy, most), *others = ranked
+    rest = "".join(f", {other} in {count}" for other, count in others)
+    return f"{policy} in {most} of {len(policies)} layers{rest}"

@@ -16,7 +16,7 @@ from rich.tree import Tree
 
 from autopar.graph.program import Graph
 from autopar.plan import ParallelPlan, StagePlan
-from autopar.report.names import heavy_strategies, layers_text, parameter_groups
+from autopar.report.names import heavy_strategies, layers_text, parameter_groups, remat_text
 from autopar.report.units import (
     bar_text,
     bytes_text,
@@ -68,7 +68,7 @@ def _step_line(plan: ParallelPlan) -> Text:
     parts = [
         f"schedule {plan.schedule}, {count} microbatch{'es' if count != 1 else ''}",
         f"bubble {percent_text(plan.bubble)}",
-        f"remat {plan.remat}",
+        f"remat {remat_text(plan.remat)}",
         *([] if plan.precision == "model" else [f"precision {plan.precision}"]),
         f"budget {bytes_text(plan.budget_bytes)} per device",
     ]

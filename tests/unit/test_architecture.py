@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.intraop",),
     ("autopar.interop", "autopar.lowering", "autopar.options"),
     ("autopar.candidate",),
+    ("autopar.search",),
     ("autopar.planner", "autopar.runtime"),
     ("autopar.api", "autopar.models"),
     ("autopar.verify",),

@@ -83,7 +83,7 @@ def test_pinned_views_know_their_slow_axes() -> None:
 
 @pytest.mark.parametrize("remat", Remat)
 def test_pinned_remat(remat: Remat) -> None:
-    assert planned(num_stages=1, remat=remat).remat is remat
+    assert set(planned(num_stages=1, remat=remat).remat) == {remat}
 
 
 def test_pinned_placements() -> None:
@@ -140,7 +140,7 @@ def test_the_step_is_that_of_the_stages() -> None:
     (stage,) = (plan := planned(num_stages=1, microbatches=3)).stages
     p = stage.prediction
     assert plan.step_s == pytest.approx(3 * (p.forward_s + p.backward_s) + p.step_s)
-    assert plan.search.objective_s == pytest.approx(plan.step_s / 3)
+    assert plan.search.objective_s == pytest.approx(plan.step_s)
 
 
 def test_nothing_fits_a_megabyte() -> None:
@@ -151,13 +151,13 @@ def test_nothing_fits_a_megabyte() -> None:
 
 def test_remat_escalates_when_memory_is_tight() -> None:
     free = planned(num_stages=1, microbatches=1)
-    assert free.remat is Remat.NONE
+    assert set(free.remat) == {Remat.NONE}
     full = planned(num_stages=1, microbatches=1, remat=Remat.FULL).stages[0].prediction
     budget = 1.02 * full.peak_bytes
     assert budget < free.stages[0].prediction.peak_bytes
     tight = planned(num_stages=1, microbatches=1, budget_bytes=budget, time_limit_s=6.0)
     assert tight.stages[0].prediction.peak_bytes <= budget
-    assert tight.remat is not Remat.NONE and tight.search.notes
+    assert set(tight.remat) != {Remat.NONE}
 
 
 def test_tight_memory_takes_the_fastest_policy() -> None:
@@ -172,10 +172,6 @@ def test_tight_memory_takes_the_fastest_policy() -> None:
     recomputing = [at(remat, budget) for remat in (Remat.SELECTIVE, Remat.FULL)]
     joint = at(None, budget)
     assert joint.step_s <= min(plan.step_s for plan in recomputing) * (1 + 1e-9)
-    assert [note.split(":")[0] for note in joint.search.notes][:2] == [
-        "remat none",
-        "remat selective",
-    ]
 
 
 def test_stages_lie_inside_nodes() -> None:

@@ -1,0 +1,1 @@
+"""The search: what may be chosen, what it costs at least, which cuts are worth solving exactly."""

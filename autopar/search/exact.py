@@ -1,0 +1,290 @@
+"""A cut, solved whole: every stage's integer program under the budget, and the step simulated.
+
+Layers recompute as the tables' mixture says: of each class as many as it takes to fit. Where the
+whole stage does not fit after all, more of them do; where it leaves room, fewer. Equal layers are
+folded (`search.window`), and equal stages are solved once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autopar.candidate import Candidate, Cut, simulate_stages
+from autopar.errors import InternalError, NoFeasiblePlan, OptionError
+from autopar.estimate import MeshCosts
+from autopar.graph.program import Graph
+from autopar.intraop.build import StageContext
+from autopar.intraop.compose import smallest_points, stage_mixture
+from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.lowering.lower import PreparedStage, prepare_stage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import cut_stages, parameter_owners
+from autopar.mesh import LogicalMesh
+from autopar.plan import Remat
+from autopar.schedule import in_flight_count
+from autopar.search.clock import Clock
+from autopar.search.prices import Level, Prices
+from autopar.search.program import Program
+from autopar.search.space import Space
+from autopar.search.unfold import renamed, same_structure
+from autopar.search.window import Window, write_window
+from autopar.sharding.registry import RuleTable
+
+_MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
+_ATTEMPTS = 4
+_MANY_STAGES = 8  # with more, those with nearly the same microbatches in flight are solved alike
+_PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SolvedCut:
+    """A candidate with what it takes to write its plan: window and prepared stages."""
+
+    candidate: Candidate
+    window: Window
+    policies: tuple[Remat, ...]  # of each layer of the model
+    prepared: tuple[PreparedStage, ...]
+
+
+class _StageTooLarge(Exception):
+    """A stage that does not fit as its layers recompute now."""
+
+    def __init__(self, stage: int, reason: NoFeasiblePlan) -> None:
+        super().__init__(str(reason))
+        self.stage, self.reason = stage, reason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """A solved stage graph; solution: None where nothing fits."""
+
+    graph: Graph
+    solution: StageSolution | None
+    reason: NoFeasiblePlan | None = None
+
+
+class ExactSolver:
+    """Solves cuts; remembers the stages that it has solved."""
+
+    def __init__(
+        self,
+        space: Space,
+        prices: Prices,
+        mesh_costs: Callable[[LogicalMesh], MeshCosts],
+        clock: Clock,
+    ) -> None:
+        self.space, self.prices, self.mesh_costs, self.clock = space, prices, mesh_costs, clock
+        self._known: dict[object, _Known] = {}
+
+    def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
+        """NoFeasiblePlan where some stage fits under no mixture of the policies."""
+        extra = [0.0] * len(cut.first_layers)
+        for attempt in range(_ATTEMPTS):
+            policies = self._policies(program, cut, extra)
+            window = write_window(
+                program.folded, program.kind_of_written, cut.first_layers, policies
+            )
+            try:
+                return self._solve_window(program, cut, window, policies, proven)
+            except _StageTooLarge as error:
+                last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
+                if last or extra[error.stage] >= 1:
+                    raise error.reason from None
+                extra[error.stage] += _MORE * 2**attempt
+        raise InternalError("the last attempt either returns or raises")
+
+    # ---- recomputation
+
+    def _policies(self, program: Program, cut: Cut, extra: Sequence[float]) -> tuple[Remat, ...]:
+        """Of each layer of the model. extra: share of a stage's layers that recompute more than the
+        tables say."""
+        bounds = [*cut.first_layers, program.num_layers]
+        policies: list[Remat] = []
+        for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            policies += self._stage_policies(program, cut, stage, start, stop, extra[stage])
+        return tuple(policies)
+
+    def _stage_policies(
+        self, program: Program, cut: Cut, stage: int, start: int, stop: int, extra: float
+    ) -> list[Remat]:
+        """More of the stage's first layers recompute, and more of them the smaller the budget."""
+        kinds = program.kind_of_layer[start:stop]
+        least = self.space.policies[0]
+        view, count = cut.views[stage][0], cut.num_microbatches
+        if self.prices.level(view, count) < Level.FULL:
+            return [least] * len(kinds)
+        counts = np.bincount(kinds, minlength=len(program.classes))
+        flight = self._flight(cut, stage)
+        frontiers = self.prices.frontiers(view, count)
+        mixture = stage_mixture(frontiers, counts, flight, self.space.budget_bytes)
+        if mixture is None:
+            mixture = stage_mixture(frontiers, counts, flight, math.inf)
+            assert mixture is not None
+        share = mixture.share
+        fast, small = mixture.fast, mixture.small
+        if extra:
+            smallest = smallest_points(frontiers, flight)
+            if share + extra > 1:
+                fast, small, share = small, smallest, share + extra - 1
+            else:
+                share += extra
+        chosen = []
+        seen = [0] * len(program.classes)
+        for kind in kinds:
+            some = math.ceil(min(1.0, share) * counts[kind] - 1e-9)
+            chosen.append((small if seen[kind] < some else fast)[kind].remat)
+            seen[kind] += 1
+        return chosen
+
+    def _flight(self, cut: Cut, stage: int) -> int:
+        """Microbatches in flight that the stage has room for: rounded up where there are very many
+        stages, so that they are alike."""
+        from_end = len(cut.first_layers) - stage
+        flight = in_flight_count(self.space.schedules[0], from_end, cut.num_microbatches)
+        first = in_flight_count(
+            self.space.schedules[0], len(cut.first_layers), cut.num_microbatches
+        )
+        if len(cut.first_layers) <= _MANY_STAGES:
+            return flight
+        return min(first, 1 << (flight - 1).bit_length())
+
+    # ---- stages
+
+    def _solve_window(
+        self,
+        program: Program,
+        cut: Cut,
+        window: Window,
+        policies: tuple[Remat, ...],
+        proven: bool,
+    ) -> SolvedCut:
+        label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
+        with self.clock.passes("exact stages", label):
+            recomputed = apply_recompute(window.graph, window.policies)
+            dims = RuleTable(recomputed).dims
+            graphs = cut_stages(recomputed, window.first_layers)
+            owners = parameter_owners(graphs)
+            prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
+            stages = []
+            for index, stage in enumerate(prepared):
+                owned = frozenset(o for o, holder in owners.items() if holder == index)
+                try:
+                    stages.append(self._solve_stage(stage, cut, window, index, owned, proven))
+                except NoFeasiblePlan as error:
+                    reason = NoFeasiblePlan(
+                        f"stage {index} of {len(prepared)}: {error}",
+                        least_bytes=error.least_bytes,
+                    )
+                    raise _StageTooLarge(index, reason) from None
+        with self.clock.passes("simulate", label):
+            candidate = best_schedule(self.space, cut, graphs, tuple(stages))
+        return SolvedCut(candidate, window, policies, prepared)
+
+    def _solve_stage(
+        self,
+        stage: PreparedStage,
+        cut: Cut,
+        window: Window,
+        index: int,
+        owned: frozenset[str],
+        proven: bool,
+    ) -> StageSolution:
+        """On the best of the views that the tables put first."""
+        num_stages = len(cut.first_layers)
+        flight = in_flight_count(self.space.schedules[0], num_stages - index, cut.num_microbatches)
+        context = StageContext(
+            cut.num_microbatches,
+            self._flight(cut, index),
+            owned,
+            self.space.options.placements,
+            folds=window.folds(index),
+        )
+        best: StageSolution | None = None
+        failures: list[NoFeasiblePlan] = []
+        refused: list[OptionError] = []
+        for view in cut.views[index]:
+            try:
+                found = self._on_view(stage, view, context, proven)
+            except NoFeasiblePlan as error:
+                failures.append(error)
+                continue
+            except OptionError as error:  # a pin that this view cannot honour
+                refused.append(error)
+                continue
+            if best is None or found.seconds < best.seconds:
+                best = found
+        if best is None:
+            raise failures[0] if failures else refused[0]
+        return replace(best, prediction=replace(best.prediction, in_flight=flight))
+
+    def _on_view(
+        self, stage: PreparedStage, view: LogicalMesh, context: StageContext, proven: bool
+    ) -> StageSolution:
+        first = min((op.layer for op in stage.graph.operators), default=0)
+        owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
+        pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
+        text = (
+            f"{same_structure(stage.graph)}\n{owned}\n{pins}\n{context.num_microbatches}\n"
+            f"{[(f.layer - first, f.count) for f in context.folds]}\n{proven}"
+        )
+        free_key = (hashlib.sha256(text.encode()).hexdigest(), view)
+        known = self._known.get(free_key)
+        budget = self.space.budget_bytes
+        if known is None:
+            free = self._solved(stage, view, context, None, proven)
+            known = self._known[free_key] = _Known(stage.graph, free)
+        assert known.solution is not None
+        prediction = replace(known.solution.prediction, in_flight=context.in_flight)
+        if prediction.peak_bytes <= budget:
+            free = renamed(known.solution, known.graph, stage.graph)
+            return replace(free, prediction=prediction)
+        tight_key = (*free_key, context.in_flight)
+        if tight_key not in self._known:
+            try:
+                found = self._solved(stage, view, context, budget, proven)
+                self._known[tight_key] = _Known(stage.graph, found)
+            except NoFeasiblePlan as error:
+                self._known[tight_key] = _Known(stage.graph, None, error)
+        known = self._known[tight_key]
+        if known.solution is None:
+            assert known.reason is not None
+            raise known.reason
+        return renamed(known.solution, known.graph, stage.graph)
+
+    def _solved(
+        self,
+        stage: PreparedStage,
+        view: LogicalMesh,
+        context: StageContext,
+        budget: float | None,
+        proven: bool,
+    ) -> StageSolution:
+        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else 1.0)
+        options = self.space.options
+        return solve_stage(
+            stage.graph,
+            stage.table,
+            self.mesh_costs(view),
+            context,
+            budget_bytes=budget,
+            options=SolverOptions(options.solver, limit_s, options.target_gap, proven),
+        )
+
+
+def best_schedule(
+    space: Space, cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...]
+) -> Candidate:
+    """The cut under the schedule that simulates fastest; the first of equal ones."""
+    found: Candidate | None = None
+    for kind in space.schedules if len(stages) > 1 else space.schedules[:1]:
+        timeline = simulate_stages(graphs, stages, kind, cut.num_microbatches)
+        if found is None or timeline.step_s < found.step_s * (1 - 1e-9):
+            found = Candidate(cut, stages, timeline, timeline.step_s, kind)
+    assert found is not None
+    return found

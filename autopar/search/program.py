@@ -1,0 +1,102 @@
+"""The model at one number of microbatches, as the search prices it: by distinct layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.graph.layers import layer_classes
+from autopar.graph.program import Graph
+from autopar.graph.repeat import Folded
+from autopar.intraop.compose import boundary_bytes
+from autopar.lowering.lower import PreparedStage, prepare_stage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import stage_graph
+from autopar.plan import Remat
+from autopar.sharding.registry import RuleTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerClass:
+    """Equal layers. layer: of the folded graph, the first of them; owned: canonical names of the
+    parameters that no earlier layer reads, which is where they are kept."""
+
+    layer: int
+    owned: frozenset[str]
+
+
+class Program:
+    """Classes of layers, and one prepared graph of each under every recompute policy, made when it
+    is asked for."""
+
+    def __init__(
+        self, folded: Folded, num_microbatches: int, pins: Mapping[str, str] | None = None
+    ) -> None:
+        self.folded = folded
+        self.num_microbatches = num_microbatches
+        self.pins = dict(pins or {})
+        kinds = _split_by_pins(folded.graph, layer_classes(folded.graph), self.pins)
+        self.classes = classes_of(folded.graph, kinds)
+        self.kind_of_written = kinds  # of each layer of the folded graph
+        self.kind_of_layer = np.repeat(np.array(kinds, dtype=np.int64), folded.copies)
+        self.crossing = np.repeat(boundary_bytes(folded.graph), folded.copies)
+        self._prepared: dict[Remat, tuple[PreparedStage, ...]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kind_of_layer)
+
+    def prepared(self, remat: Remat) -> tuple[PreparedStage, ...]:
+        """Of each class, alone."""
+        if remat not in self._prepared:
+            graph = apply_recompute(self.folded.graph, remat)
+            dims = RuleTable(graph).dims
+            self._prepared[remat] = tuple(
+                prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims)
+                for kind in self.classes
+            )
+        return self._prepared[remat]
+
+    def stage_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Every stage by its layers: counts[U, classes] without repetition, and index[i, j], the
+        row of the stage of layers i..j (-1 for j < i)."""
+        layers, kinds = self.num_layers, len(self.classes)
+        one_hot = np.zeros((layers + 1, kinds), dtype=np.int64)
+        one_hot[np.arange(layers) + 1, self.kind_of_layer] = 1
+        prefix = one_hot.cumsum(axis=0)
+        first, last = np.triu_indices(layers)
+        counts, row = np.unique(prefix[last + 1] - prefix[first], axis=0, return_inverse=True)
+        index = np.full((layers, layers), -1, dtype=np.int64)
+        index[first, last] = row.ravel()
+        return counts, index
+
+
+def classes_of(graph: Graph, kinds: Sequence[int]) -> tuple[LayerClass, ...]:
+    """One per kind, in order of their first layers."""
+    reader: dict[str, int] = {}
+    owner = {i.ref: i.owner for i in graph.inputs if i.owner}
+    for op in graph.operators:
+        for ref in op.operands:
+            if ref in owner:
+                reader[owner[ref]] = min(reader.get(owner[ref], op.layer), op.layer)
+    firsts: dict[int, int] = {}
+    for layer, kind in enumerate(kinds):
+        firsts.setdefault(kind, layer)
+    return tuple(
+        LayerClass(layer, frozenset(name for name, first in reader.items() if first == layer))
+        for layer in firsts.values()
+    )
+
+
+def _split_by_pins(graph: Graph, kinds: Sequence[int], pins: Mapping[str, str]) -> tuple[int, ...]:
+    """Layers whose parameters are pinned are classes of their own."""
+    owner = {i.ref: i.owner for i in graph.inputs if i.owner}
+    pinned = {op.layer for op in graph.operators for ref in op.operands if owner.get(ref) in pins}
+    numbers: dict[object, int] = {}
+    return tuple(
+        numbers.setdefault(("pinned", layer) if layer in pinned else kind, len(numbers))
+        for layer, kind in enumerate(kinds)
+    )

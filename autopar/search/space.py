@@ -1,0 +1,28 @@
+"""What one search may choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopar.mesh import LogicalMesh, Submesh
+from autopar.options import SearchOptions
+from autopar.plan import Remat
+from autopar.schedule import ScheduleKind
+from cost_models import Cluster
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Space:
+    """microbatch_counts: rising. views: of each submesh. policies: from the one that recomputes
+    least. schedules: the first is the one whose bytes in flight the tables use. budget_bytes: per
+    device."""
+
+    cluster: Cluster
+    options: SearchOptions
+    microbatch_counts: tuple[int, ...]
+    submeshes: tuple[Submesh, ...]
+    views: Mapping[Submesh, tuple[LogicalMesh, ...]]
+    policies: tuple[Remat, ...]
+    schedules: tuple[ScheduleKind, ...]
+    budget_bytes: float

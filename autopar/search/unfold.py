@@ -1,0 +1,136 @@
+"""The solution of a folded stage, written out for every layer of the model.
+
+Layers that a written layer stands for have the same operators in the same order, after
+recomputation and hubs too; so names translate by position, and inputs by who reads them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+
+from autopar.errors import InternalError
+from autopar.graph.program import Graph, Operator, OutputKind, Ref
+from autopar.intraop.stage import StageSolution
+
+
+def unfold(
+    solution: StageSolution, written: Graph, whole: Graph, written_layer: Callable[[int], int]
+) -> StageSolution:
+    """The solution of `written`, a prepared stage graph, as one of `whole`, the same stage with
+    every layer. written_layer: of a layer of the model. InternalError where they do not match."""
+    names = translation(written, whole, written_layer)
+
+    def old(name: str) -> str:
+        ref = _ref(name, names)
+        return str(ref)
+
+    outputs = {}
+    for out in whole.outputs:
+        if out.kind in (OutputKind.SENT, OutputKind.GRADIENT):
+            outputs[out.target] = solution.outputs[old(out.target)]
+        else:
+            key = out.target or out.kind.value
+            outputs[key] = solution.outputs[old(out.target) if out.target else key]
+    inputs = {i.name: solution.inputs[old(i.name)] for i in whole.inputs}
+    return replace(
+        solution,
+        strategies={op.name: solution.strategies[names[op.name]] for op in whole.operators},
+        parameters={
+            i.name: solution.parameters[old(i.name)]
+            for i in whole.inputs
+            if old(i.name) in solution.parameters
+        },
+        inputs=inputs,
+        outputs=outputs,
+        receive_s={},
+    )
+
+
+def _ref(name: str, names: dict[str, str]) -> Ref:
+    """The written value that a value or input of the whole graph corresponds to. Results of an
+    operator read "name.index"; inputs that are received are called so too."""
+    if name in names:
+        return Ref(names[name])
+    base, dot, index = name.rpartition(".")
+    if dot and base in names:
+        return Ref(names[base], int(index))
+    raise InternalError(f"the folded stage has nothing that stands for {name}")
+
+
+def translation(
+    written: Graph, whole: Graph, written_layer: Callable[[int], int]
+) -> dict[str, str]:
+    """Name of each operator and input of `whole` -> its name in `written`."""
+    by_layer: defaultdict[int, list[Operator]] = defaultdict(list)
+    for op in written.operators:
+        by_layer[op.layer].append(op)
+    inputs = {i.name for i in whole.inputs}
+    position: defaultdict[int, int] = defaultdict(int)
+    names: dict[str, str] = {}
+    for op in whole.operators:
+        twins = by_layer[written_layer(op.layer)]
+        place = position[op.layer]
+        position[op.layer] += 1
+        twin = twins[place] if place < len(twins) else None
+        if twin is None or twin.target is not op.target or twin.results != op.results:
+            raise InternalError(
+                f"layer {op.layer} is not like the one written for it: {op}, {twin}"
+            )
+        names[op.name] = twin.name
+        for mine, theirs in zip(op.operands, twin.operands, strict=True):
+            if mine.name in inputs:
+                names.setdefault(mine.name, theirs.name)
+    unread = [i for i in whole.inputs if i.name not in names]
+    for inp in unread:  # read by nothing: the same names in both, or a gradient's parameter
+        if any(i.name == inp.name for i in written.inputs):
+            names[inp.name] = inp.name
+    return names
+
+
+def same_structure(graph: Graph) -> str:
+    """A text that equal stage graphs share whatever their names: what one stage's solution must
+    know of another's before it is taken over."""
+    numbers: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        return numbers.setdefault(name, len(numbers))
+
+    lines = [
+        f"{number(i.name)} {i.kind} {i.meta} {i.requires_grad} {i.phase} {i.rest} {i.reduce}"
+        for i in graph.inputs
+    ]
+    first_layer = min((op.layer for op in graph.operators), default=0)
+    for op in graph.operators:
+        reads = [(number(ref.name), ref.index) for ref in op.operands]
+        metas = ", ".join(map(str, op.results))
+        lines.append(
+            f"{number(op.name)} {op.op_name} {op.phase} {op.layer - first_layer} {reads} {metas}"
+            f" {_plain_args(op)}"
+        )
+    lines += [f"{o.kind} {number(o.ref.name)} {o.ref.index}" for o in graph.outputs]
+    return "\n".join(lines)
+
+
+def _plain_args(op: Operator) -> str:
+    from autopar.graph.program import map_refs
+
+    return str(map_refs((op.args, sorted(op.kwargs.items())), lambda _: "%"))
+
+
+def renamed(solution: StageSolution, source: Graph, target: Graph) -> StageSolution:
+    """The solution of one stage graph as that of another with the same structure."""
+    operators = {a.name: b.name for a, b in zip(source.operators, target.operators, strict=True)}
+    inputs = {a.name: b.name for a, b in zip(source.inputs, target.inputs, strict=True)}
+    outputs = {}
+    for a, b in zip(source.outputs, target.outputs, strict=True):
+        outputs[a.target or a.kind.value] = b.target or b.kind.value
+    return replace(
+        solution,
+        strategies={operators[k]: v for k, v in solution.strategies.items()},
+        parameters={inputs[k]: v for k, v in solution.parameters.items()},
+        inputs={inputs[k]: v for k, v in solution.inputs.items()},
+        outputs={outputs[k]: v for k, v in solution.outputs.items()},
+        receive_s={inputs[k]: v for k, v in solution.receive_s.items()},
+    )

@@ -1,0 +1,167 @@
+"""A cut, written with few layers: runs of equal layers in a stage are written twice and folded.
+
+    stage of a run of n equal layers under one policy     written as
+      at an end of the stage or of the run                1 explicit at that end
+      the rest, if 3 or more                              2, folded: they stand for all of them
+      the rest, if fewer                                  as they are
+
+The integer program of a stage then grows with the distinct layers only. `Piece` remembers which
+layers of the model a written layer stands for, so that the solution can be written out again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autopar.errors import InternalError
+from autopar.graph.program import Graph
+from autopar.graph.repeat import Folded, with_copies
+from autopar.intraop.build import Fold
+from autopar.plan import Remat
+
+_FOLDED = 2  # a folded run is written so often
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A written layer, or two that are folded. first, count: layers of the model that it stands
+    for."""
+
+    first: int
+    count: int
+    folded: bool
+    remat: Remat
+
+    @property
+    def num_written(self) -> int:
+        return _FOLDED if self.folded else 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """graph: of the written layers, without recomputation. first_layers: written, of each stage.
+    pieces: of each stage, in order."""
+
+    graph: Graph
+    first_layers: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def policies(self) -> tuple[Remat, ...]:
+        """Of each written layer."""
+        return tuple(
+            piece.remat
+            for stage in self.pieces
+            for piece in stage
+            for _ in range(piece.num_written)
+        )
+
+    def folds(self, stage: int) -> tuple[Fold, ...]:
+        """Of a stage, by written layer."""
+        position = self.first_layers[stage]
+        found = []
+        for piece in self.pieces[stage]:
+            if piece.folded:
+                found.append(Fold(position, piece.count))
+            position += piece.num_written
+        return tuple(found)
+
+    def written_layer(self, layer: int) -> int:
+        """The written layer that stands for a layer of the model."""
+        position = 0
+        for stage in self.pieces:
+            for piece in stage:
+                if piece.first <= layer < piece.first + piece.count:
+                    inner = layer - piece.first
+                    return position + (min(inner, 1) if piece.folded else 0)
+                position += piece.num_written
+        raise IndexError(layer)
+
+
+def write_window(
+    folded: Folded, kinds: Sequence[int], first_layers: Sequence[int], policies: Sequence[Remat]
+) -> Window:
+    """kinds: of each layer of the folded graph, equal ones are equal layers. first_layers: of the
+    stages. policies: of each layer of the model."""
+    regions = _regions(folded, kinds)
+    bounds = [*first_layers, folded.num_layers]
+    pieces = tuple(
+        tuple(_stage_pieces(regions, policies, start, stop))
+        for start, stop in itertools.pairwise(bounds)
+    )
+    starts = itertools.accumulate(
+        (sum(p.num_written for p in stage) for stage in pieces), initial=0
+    )
+    return Window(
+        with_copies(folded, _copies(folded, regions, pieces)),
+        tuple(starts)[: len(pieces)],
+        pieces,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Equal consecutive layers of the model. repeated: the layer of the folded graph among them
+    that stands for several, -1 without one; fixed: how many others of the folded graph are here."""
+
+    first: int
+    stop: int
+    repeated: int
+    fixed: int
+
+
+def _regions(folded: Folded, kinds: Sequence[int]) -> list[_Region]:
+    regions: list[_Region] = []
+    written = first = 0
+    for _, group in itertools.groupby(kinds):
+        layers = range(written, written + len(list(group)))
+        stop = first + sum(folded.copies[layer] for layer in layers)
+        repeated = [layer for layer in layers if folded.copies[layer] > 1]
+        one = len(repeated) == 1
+        regions.append(_Region(first, stop, repeated[0] if one else -1, len(layers) - one))
+        written, first = layers.stop, stop
+    return regions
+
+
+def _stage_pieces(
+    regions: Sequence[_Region], policies: Sequence[Remat], start: int, stop: int
+) -> Iterator[Piece]:
+    """The layers start .. stop - 1 of the model."""
+    for region in regions:
+        low, high = max(start, region.first), min(stop, region.stop)
+        for remat, group in itertools.groupby(range(low, high), key=policies.__getitem__):
+            layers = list(group)
+            head = layers[:1] if layers[0] in (start, region.first) else []
+            ends = (stop - 1, region.stop - 1)
+            tail = layers[-1:] if layers[-1] in ends and len(layers) > 1 else []
+            inner = layers[len(head) : len(layers) - len(tail)]
+            fold = region.repeated >= 0 and len(inner) > _FOLDED
+            yield from (Piece(layer, 1, False, remat) for layer in head)
+            if fold:
+                yield Piece(inner[0], len(inner), True, remat)
+            else:
+                yield from (Piece(layer, 1, False, remat) for layer in inner)
+            yield from (Piece(layer, 1, False, remat) for layer in tail)
+
+
+def _copies(
+    folded: Folded, regions: Sequence[_Region], pieces: Sequence[Sequence[Piece]]
+) -> tuple[int, ...]:
+    """How often each layer of the folded graph is written."""
+    copies = list(folded.copies)
+    for region in regions:
+        if region.repeated >= 0:
+            written = sum(
+                piece.num_written
+                for stage in pieces
+                for piece in stage
+                if region.first <= piece.first < region.stop
+            )
+            copies[region.repeated] = written - region.fixed
+            if copies[region.repeated] < 1:
+                raise InternalError(
+                    f"{written} layers cannot be written with {region} of {folded.copies}"
+                )
+    return tuple(copies)
