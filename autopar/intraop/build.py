@@ -16,7 +16,7 @@ come from a schedule of the chosen strategies (`intraop.memory_use`), not from t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -80,12 +80,42 @@ class Node:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Equal layers of which a stage graph has two copies: `period` layers from `layer` on, and as
+    many after them. They stand for `count` copies in a row."""
+
+    layer: int
+    count: int
+    period: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 2 or self.period < 1 or self.layer < 0:
+            raise OptionError(f"a fold has two copies of one layer or more: got {self}")
+
+
+class Copy(NamedTuple):
+    """Where a value of a folded stage is: in which written copy (0 or 1) of which fold, by number;
+    count of the fold."""
+
+    fold: int
+    which: int
+    count: int
+
+
+def weight(copies: Mapping[str, Copy], name: str) -> float:
+    """How many of the stage written out one written value stands for."""
+    copy = copies.get(name)
+    return 1.0 if copy is None else copy.count / 2
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StageProblem:
     """The program and what its solution means. Parts are per node and per edge.
 
     received, sent: boundary values of the stage by name, with their meta and phase. dims: of
-    values.
+    values. Of a folded stage, copies: values in folded layers; twins: nodes of second copies, each
+    with the number of the node that stands for it.
     """
 
     problem: IntraOpProblem
@@ -96,11 +126,15 @@ class StageProblem:
     received: Mapping[str, tuple[TensorMeta, Phase]]
     sent: Mapping[str, tuple[TensorMeta, Phase]]
     dims: Mapping[Ref, Dims]
+    copies: Mapping[str, Copy] = field(default_factory=dict)
+    twins: tuple[tuple[Node, int], ...] = ()
 
     def read(self, choice: Sequence[int]) -> Chosen:
-        """What an assignment means."""
+        """What an assignment means, for the graph as it is written."""
         chosen = Chosen({}, {}, {}, {})
-        for node, pick in zip(self.nodes, choice, strict=True):
+        picks = [*zip(self.nodes, choice, strict=True)]
+        picks += [(node, choice[first]) for node, first in self.twins]
+        for node, pick in picks:
             found = node.choices[pick]
             if isinstance(found, Strategy):
                 chosen.strategies[node.name] = found
@@ -147,13 +181,15 @@ class StageContext:
     """What the costs of a stage depend on beside the graph and the mesh.
 
     owned: canonical names of the parameters that this stage keeps between steps (None: all).
-    pins: canonical parameter name -> layout at rest as text.
+    pins: canonical parameter name -> layout at rest as text. folds: layers that are written twice
+    and count more often (`intraop.fold`).
     """
 
     num_microbatches: int = 1
     in_flight: int = 1
     owned: frozenset[str] | None = None
     pins: Mapping[str, str] | None = None
+    folds: tuple[Fold, ...] = ()
 
 
 class _Builder:

@@ -12,19 +12,30 @@ copy in it, made once. So do the values that leave a phase:
     transient = max over both phases and moments of  (alive - saved - gradients, where counted)
 
 At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`.
+Of layers that are folded (`intraop.fold`) two copies are written, and count - 2 run between them.
+From one of these to the next only what stays changes: a layer's saved bytes in forward, in backward
+those less its gradients. That is linear, so that each of them holds at any time at most what the
+first or the last does, and they enter by what they leave behind:
+
+    forward    from the second copy on    + (count - 2) saved bytes of a layer
+    backward   until the first copy       + (count - 2) saved bytes of a layer
+               from the first copy on     + (count - 2) gradients of a layer
+
 Bytes per device; of workspaces inside a kernel only those of experts are counted. O(values log
 values).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from autopar.estimate import local_bytes
 from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
+from autopar.intraop.build import Copy, weight
 from autopar.intraop.workspace import workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
@@ -47,29 +58,35 @@ def transient_bytes(
     *,
     outputs: Mapping[str, Layout] | None = None,
     num_microbatches: int = 1,
+    copies: Mapping[str, Copy] = MappingProxyType({}),
 ) -> float:
     """The larger of forward's and backward's transient bytes, at least 0.
 
     inputs, outputs: layouts in which graph inputs stand and outputs leave, by name and target; an
-    output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes.
+    output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes. copies:
+    of values in folded layers.
     """
     metas = graph.metas()
     saved = sum(
-        local_bytes(metas[Ref(op.name)], dims[Ref(op.name)], strategies[op.name].results[0], sizes)
+        weight(copies, op.name)
+        * local_bytes(
+            metas[Ref(op.name)], dims[Ref(op.name)], strategies[op.name].results[0], sizes
+        )
         for op in graph.operators
         if is_save(op)
     )
     counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
     alive = {}
     for phase in Phase:
-        lives = _Lives(graph, dims, strategies, inputs, sizes, phase)
+        lives = _Lives(graph, dims, strategies, inputs, sizes, phase, copies)
         alive[phase] = lives.peak(outputs or {})
     if num_microbatches == 1:  # the gradients that backward makes are those that stand
         stand = 0.0
         for out in graph.outputs_of(OutputKind.GRADIENT):
             layout = (outputs or {}).get(out.target)
             if layout is not None:
-                stand += local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
+                nbytes = local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
+                stand += weight(copies, out.target) * nbytes
         counted[Phase.BACKWARD] += stand
     return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
 
@@ -130,8 +147,10 @@ class _Lives:
         inputs: Mapping[str, Layout],
         sizes: tuple[int, ...],
         phase: Phase,
+        copies: Mapping[str, Copy],
     ) -> None:
         self._graph, self._strategies, self._sizes, self._phase = graph, strategies, sizes, phase
+        self._copies = copies
         self._metas, self._dims = graph.metas(), dims
         self._held: dict[
             Ref, tuple[_Copy, Layout]
@@ -139,7 +158,9 @@ class _Lives:
         self._born: dict[_Copy, int] = {}
         self._last: dict[_Copy, int] = {}
         self._moments: dict[int, float] = {}  # time -> bytes needed at that time only
-        self._kept: set[_Copy] = set()  # for backward
+        self._kept: dict[_Copy, str] = {}  # forward, for backward -> name of the save
+        self._saved: dict[_Copy, str] = {}  # the same as backward finds them
+        self._turn: dict[int, int] = {}  # fold -> when the later copy begins
         self._time = 0
         for inp in graph.inputs:
             self._define(inp.ref, inputs[inp.name])
@@ -149,6 +170,7 @@ class _Lives:
         for op in graph.operators:
             if op.phase is phase:
                 self._time += 1
+                self._note_turn(op)
                 self._operator(op)
             else:
                 self._other_phase(op)
@@ -156,23 +178,52 @@ class _Lives:
     def peak(self, outputs: Mapping[str, Layout]) -> float:
         """Largest sum of sizes alive at one time, outputs kept to the end in their layouts."""
         self._time += 1
-        for kept in self._kept & self._born.keys():
+        leaves: dict[_Copy, str] = {}
+        for kept in self._kept.keys() & self._born.keys():
             self._last[kept] = self._time
         for out in self._graph.outputs:
             memory, layout = self._held[out.ref]
             if memory in self._born:
-                self._read(out.ref, outputs.get(out.target, layout))
+                copied = self._read(out.ref, outputs.get(out.target, layout))
+                if out.kind in (OutputKind.GRADIENT, OutputKind.BUFFER):
+                    leaves |= {memory: out.target, copied: out.target}
         changes = dict.fromkeys(self._moments, 0.0)
-        for copy, start in self._born.items():
-            size = self._bytes(copy.ref, copy.layout)
-            stop = max(start, self._last.get(copy, start)) + 1
-            changes[start] = changes.get(start, 0.0) + size
-            changes[stop] = changes.get(stop, 0.0) - size
+        spans = [
+            (self._bytes(copy.ref, copy.layout), start, self._last.get(copy, start))
+            for copy, start in self._born.items()
+        ]
+        for nbytes, start, last in [*spans, *self._unwritten(leaves)]:
+            stop = max(start, last) + 1
+            changes[start] = changes.get(start, 0.0) + nbytes
+            changes[stop] = changes.get(stop, 0.0) - nbytes
         alive = peak = 0.0
         for moment in sorted(changes):
             alive += changes[moment]
             peak = max(peak, alive + self._moments.get(moment, 0.0))
         return peak
+
+    def _unwritten(self, leaves: Mapping[_Copy, str]) -> Iterator[tuple[float, int, int]]:
+        """(bytes, first and last time) of what copies that are not written hold beside the written
+        ones. leaves: memory of a gradient or buffer -> whose."""
+        for memory, name in self._saved.items():
+            copy = self._copies.get(name)
+            if copy is not None and copy.which == 1:
+                yield self._times(copy, memory), 0, self._turn[copy.fold] - 1
+        for memory, name in (self._kept | leaves).items():
+            copy = self._copies.get(name)
+            if copy is not None and copy.which == 0 and memory in self._born:
+                start = max(self._turn[copy.fold], self._born[memory])
+                yield self._times(copy, memory), start, self._time
+
+    def _times(self, copy: Copy, memory: _Copy) -> float:
+        return (copy.count - 2) * self._bytes(memory.ref, memory.layout)
+
+    def _note_turn(self, op: Operator) -> None:
+        copy = self._copies.get(op.name)
+        if copy is not None and not is_hub(op):
+            later = 1 if self._phase is Phase.FORWARD else 0
+            if copy.which == later:
+                self._turn.setdefault(copy.fold, self._time)
 
     def _define(self, ref: Ref, layout: Layout) -> None:
         """A value in memory of its own."""
@@ -188,6 +239,7 @@ class _Lives:
             self._define(ref, self._strategies[op.name].results[ref.index])
             if self._phase is Phase.BACKWARD and is_save(op):
                 self._live(self._held[ref][0])
+                self._saved[self._held[ref][0]] = op.name
 
     def _operator(self, op: Operator) -> None:
         strategy = self._strategies[op.name]
@@ -211,7 +263,7 @@ class _Lives:
             filled = {fill.operand for fill in strategy.fills}
             self._at_once(sum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
         if is_save(op):
-            self._kept.add(read[0])
+            self._kept[read[0]] = op.name
 
     def _bytes(self, ref: Ref, layout: Layout) -> float:
         return local_bytes(self._metas[ref], self._dims[ref], layout, self._sizes)

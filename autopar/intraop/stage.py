@@ -23,7 +23,9 @@ from autopar.intraop.build import (
     StageContext,
     StageProblem,
     build_problem,
+    weight,
 )
+from autopar.intraop.fold import fold_problem
 from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
@@ -77,8 +79,11 @@ def solve_stage(
     budget_bytes: float | None,
     options: SolverOptions = SolverOptions(),
 ) -> StageSolution:
-    """Raises NoFeasiblePlan where nothing fits the budget together with its transients."""
+    """Raises NoFeasiblePlan where nothing fits the budget together with its transients, NotFoldable
+    where the layers of a fold do not repeat."""
     built = build_problem(graph, table, costs, context)
+    if context.folds:
+        built = fold_problem(built, graph, context.folds)
     deadline = time.monotonic() + options.time_limit_s
 
     def solve_within(limit: float | None, fallback: bool) -> StageSolution:
@@ -206,6 +211,7 @@ def _predict(
         sizes,
         outputs=chosen.outputs,
         num_microbatches=context.num_microbatches,
+        copies=built.copies,
     )
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
     return StagePrediction(
@@ -230,7 +236,8 @@ def _optimizer_bytes(
         if inp.requires_grad and (context.owned is None or inp.owner in context.owned):
             rest = chosen.parameters[inp.name].rest
             numel = local_numel(inp.meta, built.dims[inp.ref], rest, costs.mesh.axis_sizes)
-            total += numel * costs.optimizer.state_bytes_per_element
+            nbytes = numel * costs.optimizer.state_bytes_per_element
+            total += weight(built.copies, inp.name) * nbytes
     return total
 
 
@@ -247,8 +254,14 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
     held, metas = _held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
     gradients, sizes = [], costs.mesh.axis_sizes
+    folded: dict[int, list[int]] = {}  # fold -> rows of its first copy
     for out in graph.outputs_of(OutputKind.GRADIENT):
         first = held[owner[out.target]]
         dims, layout = coarsen(built.dims[out.ref], chosen.outputs[out.target], sizes)
+        copy = built.copies.get(out.target)
+        if copy is not None and copy.which == 0:
+            folded.setdefault(copy.fold, []).append(len(gradients))
+        elif copy is not None and copy.fold in folded:  # the copies between come first
+            gradients += [gradients[i] for i in folded.pop(copy.fold)] * (copy.count - 2)
         gradients.append((metas[out.ref], dims, layout, chosen.parameters[first.name].rest))
     return reduce_bytes(gradients, sizes)
