@@ -32,7 +32,7 @@ class Cut:
 
     first_layers: tuple[int, ...]
     submeshes: tuple[Submesh, ...]
-    views: tuple[tuple[LogicalMesh, ...], ...]  # of each stage, best first
+    views: tuple[tuple[tuple[float, LogicalMesh], ...], ...]  # of each stage: seconds, best first
     seconds: float
     num_microbatches: int = 1
 

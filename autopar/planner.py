@@ -176,7 +176,7 @@ class _Search:
         if self.clock.expired or all(s.gap <= target for s in best.candidate.stages):
             return best
         cut = best.candidate.cut
-        views = tuple((stage.mesh,) for stage in best.candidate.stages)
+        views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
         again = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
         try:
             program = self.program(cut.num_microbatches)

@@ -35,6 +35,7 @@ FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
+_WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _COUNT_MARGIN = 1.25  # a number of stages this much worse than the best one is not followed
 
 
@@ -161,8 +162,11 @@ class CutSearch:
             problem = tables.refresh()
             if item.num_stages == 0:
                 self._open(item, problem)
-            elif not self._raise_path(item, tables):
+            elif self._exact(item, tables):
+                self._best = min(self._best, item.seconds)
                 yield self._cut(item, tables)
+            elif item.seconds < _WORTH_PRICING * self._best:
+                self._raise_path(item, tables)
 
     @property
     def bound(self) -> float:
@@ -223,32 +227,34 @@ class CutSearch:
             self.failures.append(error)
             return None
 
-    def _raise_path(self, item: _Item, tables: _Tables) -> bool:
-        """Whether something on the item's path was not exact: then it is priced better, and the
-        item goes back with its new least step."""
+    def _exact(self, item: _Item, tables: _Tables) -> bool:
+        """Whether the item was found in tables that are still those, and exact on its path."""
         assert item.found is not None
-        raised: set[LogicalMesh] = set()
-        for stage in item.found.stages if item.version == tables.version else ():
-            _, view, exact = tables.ranked_views(stage)[0]
-            if not exact and view not in raised:
-                raised.add(view)
+        return item.version == tables.version and all(
+            tables.ranked_views(stage)[0][2] for stage in item.found.stages
+        )
+
+    def _raise_path(self, item: _Item, tables: _Tables) -> None:
+        """Prices better what was not exact on the item's path; the item goes back with its new
+        least step."""
+        assert item.found is not None
+        wanted = [tables.ranked_views(s)[0] for s in item.found.stages]
+        if item.version == tables.version:
+            for view in dict.fromkeys(view for _, view, exact in wanted if not exact):
                 self._raise(view, item.num_microbatches)
-        if not raised and item.version == tables.version:
-            return False
         found = self._solve(tables.refresh(), item.num_stages)
         if found is not None:
             again = _Item(
                 found.seconds, item.num_microbatches, item.num_stages, found, tables.version
             )
             heapq.heappush(self._heap, again)
-        return True
 
     def _cut(self, item: _Item, tables: _Tables) -> Cut:
         assert item.found is not None
         space = self.space
         views = tuple(
             tuple(
-                view
+                (seconds, view)
                 for seconds, view, _ in ranked[:_VIEWS]
                 if seconds <= _WORTH_SOLVING * ranked[0][0]
             )

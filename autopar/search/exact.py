@@ -116,7 +116,7 @@ class ExactSolver:
         """More of the stage's first layers recompute, and more of them the smaller the budget."""
         kinds = program.kind_of_layer[start:stop]
         least = self.space.policies[0]
-        view, count = cut.views[stage][0], cut.num_microbatches
+        view, count = cut.views[stage][0][1], cut.num_microbatches
         if self.prices.level(view, count) < Level.FULL:
             return [least] * len(kinds)
         counts = np.bincount(kinds, minlength=len(program.classes))
@@ -208,7 +208,9 @@ class ExactSolver:
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
-        for view in cut.views[index]:
+        for least, view in cut.views[index]:
+            if best is not None and best.seconds <= least:
+                break  # the tables are never above what is left to find, but for rounding
             try:
                 found = self._on_view(stage, view, context, proven)
             except NoFeasiblePlan as error:

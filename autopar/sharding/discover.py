@@ -12,28 +12,25 @@ as pending sums. The result is a lettering, the same kind of data that a user re
 An operator that cannot be examined (no CPU kernel, not the same twice, writes into its operands, a
 crash, sizes in its constants that are too large to run) is replicated, with the reason. It runs in
 a fork of the process. The search is deterministic: every process finds the same. Its outcome is
-kept on disk under AUTOPAR_CACHE_DIR (default ~/.cache/autopar), named by a hash of operator, code,
-signature and versions; a rule that is read back is checked again before it is used, so that a stale
-one costs a search, never a result.
+kept on disk (`autopar.cache`), named by a hash of operator, code, signature and versions; a rule
+that is read back is checked again before it is used, so that a stale one costs a search, never a
+result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from autopar.cache import read_record, write_record
 from autopar.errors import RuleError
 from autopar.sharding.isolate import LIMIT_S, Crashed, isolated
 from autopar.sharding.lettering import Lettering, Words
@@ -48,6 +45,7 @@ from autopar.sharding.probe import (
 from autopar.sharding.rule import Call, Origin, Rule, replicate_rule
 
 _LOG = logging.getLogger(__name__)
+_KIND = "rules"  # of the cache
 _VERSION = 1  # of the search and of its files
 CANDIDATES = 2000
 
@@ -81,8 +79,8 @@ def find(call: Call) -> Finding:
     """From disk if it is there and holds, else by search."""
     if not call.operands:
         return Finding(None, "it has no tensor operands")
-    file = cache_folder() / "rules" / f"{_key(call)}.json"
-    known = _read(file)
+    key = _key(call)
+    known = _read(key)
     if known is not None and known.lettering is None:
         return known
     try:
@@ -90,7 +88,7 @@ def find(call: Call) -> Finding:
     except Crashed as error:
         finding = Finding(None, str(error))
     if finding != known:
-        _write(file, finding)
+        _write(key, finding)
     return finding
 
 
@@ -211,12 +209,6 @@ def _linear_groups(probe: Probe, found: Lettering) -> tuple[tuple[int, ...], ...
 # ---- the file of a finding
 
 
-def cache_folder() -> Path:
-    """AUTOPAR_CACHE_DIR, or autopar's folder in the user's cache."""
-    own = os.environ.get("AUTOPAR_CACHE_DIR")
-    return Path(own) if own else Path.home() / ".cache" / "autopar"
-
-
 def _key(call: Call) -> str:
     """Hash of all that a search depends on. Real sizes count only where they are run."""
     sizes = sorted({n for i in range(len(call.operands)) for n in call.shape(i)})
@@ -254,23 +246,22 @@ def _still_holds(probe: Probe, known: Finding) -> bool:
         return False
 
 
-def _read(file: Path) -> Finding | None:
-    """None where there is no file, or none that can be read."""
+def _read(key: str) -> Finding | None:
+    """None where nothing is kept, or nothing that is a finding."""
+    record = read_record(_KIND, key)
+    if record is None:
+        return None
     try:
-        record: Any = json.loads(file.read_text(encoding="utf-8"))
         if record["rule"] is None:
             return Finding(None, str(record["reason"]))
         rule = record["rule"]
         return Finding(Lettering.parse(rule["text"], rule["reduction"], rule["linear"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuleError) as error:
-        _LOG.info("the rule in %s cannot be read and is searched anew: %s", file, error)
+    except (ValueError, KeyError, TypeError, AttributeError, RuleError) as error:
+        _LOG.info("the kept rule %s is none and is searched anew: %s", key, error)
         return None
 
 
-def _write(file: Path, finding: Finding) -> None:
-    """By renaming, so that a reader sees a whole file. Without a cache the search is repeated."""
+def _write(key: str, finding: Finding) -> None:
     rule = finding.lettering
     record: dict[str, Any] = {"rule": None, "reason": finding.reason}
     if rule is not None:
@@ -279,12 +270,4 @@ def _write(file: Path, finding: Finding) -> None:
             "reduction": " ".join(rule.sums),
             "linear": rule.linear,
         }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as draft:
-            json.dump(record, draft)
-        os.replace(draft.name, file)
-    except OSError as error:
-        _LOG.info("the rule cannot be kept in %s: %s", file, error)
+    write_record(_KIND, key, record)
