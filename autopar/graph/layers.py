@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from autopar.errors import InternalError, OptionError
+from autopar.graph.numbering import without_op_id
 from autopar.graph.program import Graph, Operator, Phase, Ref, TensorMeta, map_refs
 from autopar.graph.work import is_contraction, operator_bytes, operator_flops
 
@@ -33,7 +33,6 @@ from autopar.graph.work import is_contraction, operator_bytes, operator_flops
 _FLOPS_PER_BYTE = 250.0
 # Of crossing bytes against imbalance. Alpa bounds the imbalance and minimises the bytes.
 _CUT_WEIGHT = 0.1
-_DROPOUT_ID = 2  # position of op_id in autopar::dropout
 _MAX_SEGMENTS = 2000  # the dynamic program is quadratic: it cuts between at most so many runs
 
 Block = tuple[str, str]  # path of the list, and the number of the block in it
@@ -257,8 +256,8 @@ def layer_classes(graph: Graph) -> tuple[int, ...]:
 
     Two layers are, if their forward and backward operators agree one by one in overload, constants
     and result metas, read the same inner values, read outer values of the same kinds and metas in
-    the same order, and the same of their results are read outside. Which operator id a dropout
-    hashes is no difference. O(edges).
+    the same order, and the same of their results are read outside. Which operator id a
+    random operator hashes is no difference. O(edges).
     """
     first: dict[str, int] = {}
     texts = _layer_texts(graph)
@@ -287,10 +286,7 @@ def _layer_texts(graph: Graph) -> list[str]:
             known[ref] = len(known)
             return f"%{known[ref]} new {kinds[ref.name]} {metas[ref]}"
 
-        args = op.args
-        if op.target is torch.ops.autopar.dropout.default:
-            args = (*args[:_DROPOUT_ID], *args[_DROPOUT_ID + 1 :])
-        wiring = map_refs((args, sorted(op.kwargs.items())), slot)
+        wiring = map_refs((without_op_id(op), sorted(op.kwargs.items())), slot)
         uses = [outside.get(Ref(op.name, i), "") for i in range(len(op.results))]
         known.update((ref, len(known) + i) for i, ref in enumerate(op.refs))
         metas_text = [str(meta) for meta in op.results]
