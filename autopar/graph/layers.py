@@ -46,11 +46,15 @@ class _Cuts:
     names: tuple[str, ...]
 
 
-def cluster_layers(graph: Graph, num_layers: int | None = None) -> Graph:
+def cluster_layers(
+    graph: Graph, num_layers: int | None = None, standing_for: Mapping[Block, int] | None = None
+) -> Graph:
     """The graph with `layer` on every operator, and `layer_names`.
 
     num_layers: None for one per repeated block, plus what precedes and follows them; a model
     without blocks gets one per contraction, at most 8. Fewer layers than that are unions of blocks.
+    standing_for: blocks that stand for several, and for how many: lists of blocks are chosen by
+    their share of the operators of the whole model.
     """
     forward = [op for op in graph.operators if op.phase is Phase.FORWARD]
     if num_layers is not None and not 1 <= num_layers <= len(forward):
@@ -58,7 +62,7 @@ def cluster_layers(graph: Graph, num_layers: int | None = None) -> Graph:
             f"num_layers must lie between 1 and {len(forward)}, the number of forward operators:"
             f" got {num_layers}"
         )
-    cuts = _block_cuts(forward)
+    cuts = _block_cuts(forward, standing_for or {})
     if cuts is None or (num_layers is not None and num_layers != len(cuts.starts)):
         cuts = _balanced_cuts(graph, forward, num_layers, cuts)
     layers: dict[str, int] = {}
@@ -79,7 +83,7 @@ def block_of(module: str) -> Block | None:
     return None
 
 
-def _block_cuts(forward: Sequence[Operator]) -> _Cuts | None:
+def _block_cuts(forward: Sequence[Operator], standing_for: Mapping[Block, int]) -> _Cuts | None:
     """A cut where each new block begins. None if no list has two blocks.
 
     A block has a contraction (a numbered activation is none). A list of blocks holds at least a
@@ -87,9 +91,15 @@ def _block_cuts(forward: Sequence[Operator]) -> _Cuts | None:
     """
     blocks = [block_of(op.module) for op in forward]
     real = {block for block, op in zip(blocks, forward, strict=True) if is_contraction(op)}
-    sizes = Counter(block[0] for block in blocks if block is not None and block in real)
+    sizes: Counter[str] = Counter()
+    total = 0
+    for block in blocks:
+        weight = 1 if block is None else standing_for.get(block, 1)
+        total += weight
+        if block is not None and block in real:
+            sizes[block[0]] += weight
     members = Counter(block[0] for block in real if block is not None)
-    lists = {n for n, size in sizes.items() if members[n] > 1 and size * 10 >= len(forward)}
+    lists = {n for n, size in sizes.items() if members[n] > 1 and size * 10 >= total}
     if not lists:
         return None
     return _runs([b if b is not None and b in real and b[0] in lists else None for b in blocks])

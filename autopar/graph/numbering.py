@@ -62,7 +62,7 @@ def renumbered(graph: Graph) -> Graph:
     operator_names = Names(_BUILTINS.union(new.values()))
     new.update((op.name, operator_names.fresh(_base(op.name))) for op in graph.operators)
     new[""] = ""  # no partner, no target
-    ids: dict[int, int] = {}
+    ids: dict[Any, int] = {}
 
     def rename(ref: Ref) -> Ref:
         return Ref(new[ref.name], ref.index)
@@ -112,8 +112,8 @@ def _in_reading_order(graph: Graph) -> list[tuple[GraphInput, GraphInput]]:
 
 
 def _base(name: str) -> str:
-    """ "addmm_bias" of "addmm_2_bias"."""
-    return _NUMBER.sub("", name)
+    """ "addmm_bias" of "addmm_2_bias", and of its copy "addmm_2_bias@3" (`graph.repeat`)."""
+    return _NUMBER.sub("", name.partition("@")[0])
 
 
 def without_op_id(op: Operator) -> tuple[Any, ...]:
