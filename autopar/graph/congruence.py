@@ -182,14 +182,15 @@ class _Pair:
         return _same_data(data[was.name], data[ref.name])
 
     def _readers(self) -> str:
-        """Values of the two are read by themselves and their neighbours, their state by themselves
-        alone."""
+        """State of the two is read by themselves alone, their values by themselves and neighbours;
+        the gradients that p gives may go to any earlier layer."""
         for op in self.graph.operators:
             for ref in op.operands:
                 if self.state.get(ref.name, op.layer) != op.layer:
                     return f"{op.name} of another layer reads {ref}"
                 home = self.layer_of.get(ref.name, -1)
-                if home in (self.p, self.r) and abs(op.layer - home) > 1:
+                near = op.layer <= self.r if home == self.p else self.p <= op.layer <= self.r + 1
+                if home in (self.p, self.r) and not near:
                     return f"{op.name}, which lies in no neighbour, reads {ref}"
         return ""
 
