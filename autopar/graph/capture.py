@@ -26,6 +26,7 @@ from autopar.errors import AutoparError, CaptureError
 from autopar.graph.batch import BatchSpec, batch_spec, plain_mapping
 from autopar.graph.convert import Naming, convert
 from autopar.graph.normalize import normalize
+from autopar.graph.numbering import renumbered
 from autopar.graph.patches import capture_patches
 from autopar.graph.precision import Precision, kept_as_built, with_master_parameters
 from autopar.graph.program import Graph, check_graph
@@ -86,7 +87,7 @@ def capture_graph(
         stack.enter_context(torch.enable_grad())
         module = _trace(joint, arguments, mode)
         graph = convert(module, naming)
-    return with_master_parameters(check_graph(normalize(graph)), built, precision)
+    return check_graph(renumbered(with_master_parameters(normalize(graph), built, precision)))
 
 
 def _dtypes(model: nn.Module, precision: Precision) -> Callable[[Tensor], torch.dtype] | None:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.graph.batch import BatchSpec
+from autopar.graph.numbering import Names, input_name
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -83,13 +84,13 @@ def convert(module: fx.GraphModule, naming: Naming) -> Graph:
 def _inputs(
     nodes: Iterable[fx.Node], naming: Naming, values: dict[fx.Node, Any]
 ) -> list[GraphInput]:
-    taken: set[str] = set()
+    names = Names()
     inputs = []
     for node in nodes:
         if node.op != "placeholder":
             continue
         kind, target, owner = _input_identity(node.meta["desc"], naming)
-        name = _fresh(f"{kind.value}_{target}" if target else kind.value, taken)
+        name = input_name(names, kind, target)
         value = node.meta["val"]
         grad = kind is InputKind.PARAMETER and target in naming.trainable
         inputs.append(GraphInput(name, kind, _meta(value), target, owner, grad))
@@ -257,16 +258,6 @@ def _outputs(
             case _:
                 raise CaptureError(f"capture met an output of a kind it does not know: {desc}")
     return tuple(outputs)
-
-
-def _fresh(text: str, taken: set[str]) -> str:
-    name = base = _identifier(text)
-    count = 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    taken.add(name)
-    return name
 
 
 def _identifier(text: str) -> str:

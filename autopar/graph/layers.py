@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from autopar.errors import InternalError, OptionError
+from autopar.graph.numbering import without_op_id
 from autopar.graph.program import Graph, Operator, Phase, Ref, TensorMeta, map_refs
 from autopar.graph.work import is_contraction, operator_bytes, operator_flops
 
@@ -33,7 +33,6 @@ from autopar.graph.work import is_contraction, operator_bytes, operator_flops
 _FLOPS_PER_BYTE = 250.0
 # Of crossing bytes against imbalance. Alpa bounds the imbalance and minimises the bytes.
 _CUT_WEIGHT = 0.1
-_DROPOUT_ID = 2  # position of op_id in autopar::dropout
 _MAX_SEGMENTS = 2000  # the dynamic program is quadratic: it cuts between at most so many runs
 
 Block = tuple[str, str]  # path of the list, and the number of the block in it
@@ -47,11 +46,15 @@ class _Cuts:
     names: tuple[str, ...]
 
 
-def cluster_layers(graph: Graph, num_layers: int | None = None) -> Graph:
+def cluster_layers(
+    graph: Graph, num_layers: int | None = None, standing_for: Mapping[Block, int] | None = None
+) -> Graph:
     """The graph with `layer` on every operator, and `layer_names`.
 
     num_layers: None for one per repeated block, plus what precedes and follows them; a model
     without blocks gets one per contraction, at most 8. Fewer layers than that are unions of blocks.
+    standing_for: blocks that stand for several, and for how many: lists of blocks are chosen by
+    their share of the operators of the whole model.
     """
     forward = [op for op in graph.operators if op.phase is Phase.FORWARD]
     if num_layers is not None and not 1 <= num_layers <= len(forward):
@@ -59,7 +62,7 @@ def cluster_layers(graph: Graph, num_layers: int | None = None) -> Graph:
             f"num_layers must lie between 1 and {len(forward)}, the number of forward operators:"
             f" got {num_layers}"
         )
-    cuts = _block_cuts(forward)
+    cuts = _block_cuts(forward, standing_for or {})
     if cuts is None or (num_layers is not None and num_layers != len(cuts.starts)):
         cuts = _balanced_cuts(graph, forward, num_layers, cuts)
     layers: dict[str, int] = {}
@@ -80,7 +83,7 @@ def block_of(module: str) -> Block | None:
     return None
 
 
-def _block_cuts(forward: Sequence[Operator]) -> _Cuts | None:
+def _block_cuts(forward: Sequence[Operator], standing_for: Mapping[Block, int]) -> _Cuts | None:
     """A cut where each new block begins. None if no list has two blocks.
 
     A block has a contraction (a numbered activation is none). A list of blocks holds at least a
@@ -88,9 +91,15 @@ def _block_cuts(forward: Sequence[Operator]) -> _Cuts | None:
     """
     blocks = [block_of(op.module) for op in forward]
     real = {block for block, op in zip(blocks, forward, strict=True) if is_contraction(op)}
-    sizes = Counter(block[0] for block in blocks if block is not None and block in real)
+    sizes: Counter[str] = Counter()
+    total = 0
+    for block in blocks:
+        weight = 1 if block is None else standing_for.get(block, 1)
+        total += weight
+        if block is not None and block in real:
+            sizes[block[0]] += weight
     members = Counter(block[0] for block in real if block is not None)
-    lists = {n for n, size in sizes.items() if members[n] > 1 and size * 10 >= len(forward)}
+    lists = {n for n, size in sizes.items() if members[n] > 1 and size * 10 >= total}
     if not lists:
         return None
     return _runs([b if b is not None and b in real and b[0] in lists else None for b in blocks])
@@ -257,8 +266,8 @@ def layer_classes(graph: Graph) -> tuple[int, ...]:
 
     Two layers are, if their forward and backward operators agree one by one in overload, constants
     and result metas, read the same inner values, read outer values of the same kinds and metas in
-    the same order, and the same of their results are read outside. Which operator id a dropout
-    hashes is no difference. O(edges).
+    the same order, and the same of their results are read outside. Which operator id a
+    random operator hashes is no difference. O(edges).
     """
     first: dict[str, int] = {}
     texts = _layer_texts(graph)
@@ -287,10 +296,7 @@ def _layer_texts(graph: Graph) -> list[str]:
             known[ref] = len(known)
             return f"%{known[ref]} new {kinds[ref.name]} {metas[ref]}"
 
-        args = op.args
-        if op.target is torch.ops.autopar.dropout.default:
-            args = (*args[:_DROPOUT_ID], *args[_DROPOUT_ID + 1 :])
-        wiring = map_refs((args, sorted(op.kwargs.items())), slot)
+        wiring = map_refs((without_op_id(op), sorted(op.kwargs.items())), slot)
         uses = [outside.get(Ref(op.name, i), "") for i in range(len(op.results))]
         known.update((ref, len(known) + i) for i, ref in enumerate(op.refs))
         metas_text = [str(meta) for meta in op.results]
