@@ -19,22 +19,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.errors import NoFeasiblePlan, OptionError, PlanError, RuleWarning
+from autopar.errors import OptionError, PlanError, RuleWarning
 from autopar.graph.batch import batch_rows, microbatch_of
-from autopar.graph.capture import LossFn, capture_graph
+from autopar.graph.capture import LossFn
+from autopar.graph.fold import capture_folded
 from autopar.graph.layers import cluster_layers
 from autopar.graph.precision import Precision
 from autopar.graph.program import Graph
+from autopar.graph.repeat import Folded, whole_graph
 from autopar.options import SearchOptions, parse_bytes
 from autopar.plan import ParallelPlan
-from autopar.planner import make_plan
+from autopar.planner import find_plan
 from autopar.runtime.launch import torchrun_world
 from autopar.runtime.module import ParallelModel
 from cost_models import Cluster
 
 Progress = Callable[[str], None]
 
-_MORE_MICROBATCHES = (4, 16, 64, 256)  # tried in turn where nothing fits
 # What torch.cuda calls a device -> its name in the cost models' catalogue.
 _DEVICE_NAMES = (
     (r"NVIDIA H200", "h200"),
@@ -61,69 +62,58 @@ def plan_model(
 
     memory_budget: bytes per device, or text such as "70GiB". NoFeasiblePlan where nothing fits.
     """
-    budget = parse_bytes(memory_budget)
-    best: tuple[ParallelPlan, Graph] | None = None
-    failures: list[NoFeasiblePlan] = []
-    counts = list(microbatch_counts(example_batch, cluster, options))
-    more = [] if options.num_microbatches else _divisors(example_batch, _MORE_MICROBATCHES)
-    while counts:
-        count = counts.pop(0)
-        progress(f"capture, {count} microbatch(es)")
-        graph = captured_graph(model, example_batch, count, loss_fn, options, precision)
-        try:
-            plan = make_plan(
-                graph,
-                cluster,
-                num_microbatches=count,
-                budget_bytes=budget,
-                options=options,
-                progress=progress,
-            )
-        except NoFeasiblePlan as error:
-            failures.append(error)
-            if not counts and best is None:  # smaller microbatches need less memory
-                counts = [n for n in more if n > count][:1]
-            continue
-        if best is None or plan.step_s < best[0].step_s:
-            best = replace(plan, precision=str(precision)), graph
-    if best is None:
-        raise failures[-1]
-    for sentence in best[0].unwritten_rules():
+    counts = microbatch_counts(example_batch, options)
+    workload = Captures(model, example_batch, counts, loss_fn, precision, options.num_layers)
+    plan = find_plan(
+        workload,
+        cluster,
+        budget_bytes=parse_bytes(memory_budget),
+        options=options,
+        progress=progress,
+    )
+    for sentence in plan.unwritten_rules():
         warnings.warn(sentence, RuleWarning, stacklevel=2)
-    return best
+    graph = whole_graph(workload.exact(plan.num_microbatches))
+    return replace(plan, precision=str(precision)), graph
 
 
-def captured_graph(
-    model: nn.Module,
-    example_batch: Any,
-    num_microbatches: int,
-    loss_fn: LossFn | None = None,
-    options: SearchOptions = SearchOptions(),
-    precision: Precision = Precision(),
-) -> Graph:
-    """The layered graph of one microbatch of a global batch."""
-    part = microbatch_of(example_batch, num_microbatches)
-    return cluster_layers(capture_graph(model, part, loss_fn, precision), options.num_layers)
+class Captures:
+    """A model as a workload of the search: captured at the numbers of microbatches that it asks
+    for."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_batch: Any,
+        counts: Sequence[int],
+        loss_fn: LossFn | None = None,
+        precision: Precision = Precision(),
+        num_layers: int | None = None,
+    ) -> None:
+        self.counts = tuple(counts)
+        self._model, self._batch, self._loss_fn = model, example_batch, loss_fn
+        self._precision, self._num_layers = precision, num_layers
+        self._known: dict[int, Folded] = {}
+
+    def exact(self, num_microbatches: int) -> Folded:
+        """The graph of one microbatch of the example batch."""
+        if num_microbatches not in self._known:
+            part = microbatch_of(self._batch, num_microbatches)
+            self._known[num_microbatches] = capture_folded(
+                self._model, part, self._loss_fn, self._precision, self._num_layers
+            )
+        return self._known[num_microbatches]
+
+    at = exact
 
 
-def microbatch_counts(
-    example_batch: Any, cluster: Cluster, options: SearchOptions
-) -> tuple[int, ...]:
-    """The numbers of microbatches to try, each needs a capture: the pinned one; 2 S and 4 S for a
-    pinned pipeline of S stages; 1 and 8 where several nodes make a pipeline likely; else 1. Rounded
-    down to divisors of the rows. Where nothing fits, `plan_model` goes on to more."""
+def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:
+    """The numbers of microbatches that a search may choose from: the pinned one, or every divisor
+    of the rows."""
     if options.num_microbatches is not None:
         return (options.num_microbatches,)
-    stages = options.num_stages or 1
-    wanted = (1, 8) if cluster.num_nodes > 1 else (1,)
-    return _divisors(example_batch, (2 * stages, 4 * stages) if stages > 1 else wanted)
-
-
-def _divisors(example_batch: Any, wanted: Sequence[int]) -> tuple[int, ...]:
-    """The largest divisors of the batch's rows that are at most the wanted numbers."""
     rows = batch_rows(example_batch) or 1
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    return tuple(sorted({max(d for d in divisors if d <= w) for w in wanted}))
+    return tuple(n for n in range(1, rows + 1) if rows % n == 0)
 
 
 def detect_cluster(world_size: int = 1, local_size: int | None = None) -> Cluster:
@@ -209,10 +199,11 @@ def graph_of_plan(
 ) -> Graph:
     """The layered graph that a plan was made for. PlanError if model and batch give another one."""
     part = microbatch_of(example_batch, plan.num_microbatches)
-    captured = capture_graph(model, part, loss_fn, Precision.parse(plan.precision))
-    graph = captured
+    folded = capture_folded(model, part, loss_fn, Precision.parse(plan.precision))
+    graph = whole_graph(folded)
     for num_layers in (None, len(plan.layer_names)):
-        graph = cluster_layers(captured, num_layers)
+        if num_layers is not None:
+            graph = cluster_layers(graph, num_layers)
         if graph.fingerprint() == plan.graph and graph.layer_names == plan.layer_names:
             return graph
     raise PlanError(

@@ -46,6 +46,7 @@ class SearchOptions:
     rest
                       is for the allocator's fragmentation and the communication library's buffers.
     candidates:       how many stage cuts are solved exactly and simulated.
+    cache:            whether a plan that was found before may be taken, and this one kept.
     """
 
     num_stages: int | None = None
@@ -61,6 +62,7 @@ class SearchOptions:
     candidates: int = 3
     num_layers: int | None = None
     max_axes: int = 2
+    cache: bool = True
     optimizer: OptimizerModel = field(default_factory=OptimizerModel)
 
     def __post_init__(self) -> None:

@@ -229,6 +229,10 @@ def _check_plan(plan: ParallelPlan) -> None:
             )
     if expected != len(plan.layer_names):
         raise PlanError(f"the stages hold {expected} layers, the model has {len(plan.layer_names)}")
+    if len(plan.remat) != len(plan.layer_names):
+        raise PlanError(
+            f"remat has one policy per layer: got {len(plan.remat)} for {len(plan.layer_names)}"
+        )
     ranks = sorted(rank for stage in plan.stages for rank in stage.devices)
     if ranks != list(range(len(ranks))):
         raise PlanError(f"the stages use the ranks {ranks}: each of 0..n-1 belongs to one stage")

@@ -38,8 +38,10 @@ from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.cuts import CutSearch
 from autopar.search.exact import ExactSolver, SolvedCut
+from autopar.search.infeasible import explain
 from autopar.search.prices import Prices
 from autopar.search.program import Program
+from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
 from autopar.search.unfold import unfold
 from autopar.search.workload import Workload, one_graph
@@ -119,6 +121,7 @@ class _Search:
         self.solved: list[SolvedCut] = []
         self.failures: list[NoFeasiblePlan] = []
         self.notes: list[str] = []
+        self.cut_short = False
 
     def program(self, count: int) -> Program:
         if count not in self.programs:
@@ -135,17 +138,25 @@ class _Search:
     def run(self) -> ParallelPlan:
         reference = self.program(self.space.microbatch_counts[0])
         _check_pins(reference.folded, self.space.cluster, self.space.options)
+        key = plan_key(reference.folded, self.space) if self.space.options.cache else ""
+        known = remembered_plan(key) if key else None
+        if known is not None:
+            return known
         prices = Prices(self.program, self.mesh_costs, self.space.policies, self.clock)
         try:
             self._look(reference, prices)
         except KeyboardInterrupt:
             if not self.solved:
                 raise
+            self.cut_short = True
             self.notes.append("interrupted: the best plan so far")
         if not self.solved:
-            raise prices.refused or self.failures[0]
+            raise prices.refused or self._nothing(reference, prices)
         best = min(self.solved, key=lambda s: s.candidate.step_s)
-        return self._plan(self._proved(best, prices))
+        plan = self._plan(self._proved(best, prices))
+        if key and not self.cut_short:
+            remember_plan(key, plan)
+        return plan
 
     def _look(self, reference: Program, prices: Prices) -> None:
         """Solves cuts exactly, the most promising first, until no other is worth it."""
@@ -164,11 +175,19 @@ class _Search:
                 least = min(s.candidate.step_s for s in self.solved)
                 self.clock.incumbent = f"best so far {least * 1e3:.2f} ms"
             if self.clock.expired and self.solved:
+                self.cut_short = True
                 self.notes.append(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
                 break
             if len(self.solved) >= self.space.options.candidates:
                 break
         self.failures += search.failures
+
+    def _nothing(self, reference: Program, prices: Prices) -> NoFeasiblePlan:
+        with self.clock.passes("what would fit"):
+            search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
+            error = explain(search, self.program(self.space.microbatch_counts[-1]))
+        fits = error.least_bytes is not None and error.least_bytes <= self.space.budget_bytes
+        return self.failures[-1] if fits and self.failures else error
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""

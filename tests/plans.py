@@ -52,7 +52,7 @@ def random_plan(
         cluster=Cluster.parse(text).to_dict(),
         num_microbatches=num_microbatches,
         schedule=schedule,
-        remat=remat,
+        remat=(remat,) * len(graph.layer_names),
         layer_names=graph.layer_names,
         stages=tuple(stages),
         step_s=0.0,

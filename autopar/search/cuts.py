@@ -145,20 +145,20 @@ class CutSearch:
         self.failures: list[NoFeasiblePlan] = []
         self.num_programs = 0
         self._mesh_costs, self._clock = mesh_costs, clock
-        self._tables: dict[int, _Tables] = {}
+        self._by_count: dict[int, _Tables] = {}
         self._heap: list[_Item] = []
         self._best = math.inf
 
     def __iter__(self) -> Iterator[Cut]:
         first = self.space.microbatch_counts[0]
-        for submesh in self._usable():
+        for submesh in self.usable():
             for view in self.space.views[submesh]:
-                self._raise(view, first)
+                self.raise_view(view, first)
         for count in self.space.microbatch_counts:
             self._heap.append(_Item(0.0, count, 0))
         while self._heap:
             item = heapq.heappop(self._heap)
-            tables = self._table(item.num_microbatches)
+            tables = self.tables(item.num_microbatches)
             problem = tables.refresh()
             if item.num_stages == 0:
                 self._open(item, problem)
@@ -184,22 +184,23 @@ class CutSearch:
                     out[layer, m] = costs.receive_seconds(scale * nbytes / submesh.num_devices)
         return out
 
-    def _usable(self) -> tuple[Submesh, ...]:
+    def usable(self) -> tuple[Submesh, ...]:
         """Submeshes that some cut can have."""
         if self.stage_limit > 1:
             return self.space.submeshes
         whole = self.space.cluster.num_devices
         return tuple(s for s in self.space.submeshes if s.num_devices == whole)
 
-    def _raise(self, view: LogicalMesh, count: int) -> None:
+    def raise_view(self, view: LogicalMesh, count: int) -> None:
         counts = self.space.microbatch_counts
         with self._clock.passes("layer points", f"mesh {view}, {count} microbatch(es)"):
             self.prices.raise_level(view, count, counts[0], counts[-1])
 
-    def _table(self, count: int) -> _Tables:
-        if count not in self._tables:
-            self._tables[count] = _Tables(self, count)
-        return self._tables[count]
+    def tables(self, count: int) -> _Tables:
+        """Made when they are asked for."""
+        if count not in self._by_count:
+            self._by_count[count] = _Tables(self, count)
+        return self._by_count[count]
 
     def _open(self, item: _Item, problem: InterOpProblem) -> None:
         """From all numbers of stages to each that is near the best."""
@@ -209,7 +210,7 @@ class CutSearch:
         for num_stages in counts:
             found = self._solve(problem, num_stages)
             if found is not None:
-                version = self._table(item.num_microbatches).version
+                version = self.tables(item.num_microbatches).version
                 solved.append(
                     _Item(found.seconds, item.num_microbatches, num_stages, found, version)
                 )
@@ -241,7 +242,7 @@ class CutSearch:
         wanted = [tables.ranked_views(s)[0] for s in item.found.stages]
         if item.version == tables.version:
             for view in dict.fromkeys(view for _, view, exact in wanted if not exact):
-                self._raise(view, item.num_microbatches)
+                self.raise_view(view, item.num_microbatches)
         found = self._solve(tables.refresh(), item.num_stages)
         if found is not None:
             again = _Item(

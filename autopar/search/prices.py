@@ -121,6 +121,14 @@ class Prices:
             return known.full[count]
         return known.free[count] if count in known.free else _scaled(known.free, count)
 
+    def least_bytes(self, view: LogicalMesh, count: int) -> tuple[LeastBytes, ...] | None:
+        """Of each class, where it was asked for."""
+        known = self._views.get(view)
+        if known is None or known.least is None:
+            return None
+        anchor, least = known.least
+        return tuple(LeastBytes(b.standing, b.saved * anchor / count) for b in least)
+
     def stage_seconds(
         self,
         view: LogicalMesh,
@@ -144,10 +152,9 @@ class Prices:
             free = stage_seconds(frontiers, counts, in_flight, math.inf)
             free = np.where(free >= _REFUSED_S, np.inf, free)
             seconds = np.where(exact, seconds, free)
-        if known.least is not None:
-            anchor, least = known.least
-            scale = in_flight * anchor / count
-            need = counts @ np.array([b.standing + scale * b.saved for b in least])
+        least = self.least_bytes(view, count)
+        if least is not None:
+            need = counts @ np.array([b.standing + in_flight * b.saved for b in least])
             impossible = need > budget_bytes
             seconds = np.where(impossible, np.inf, seconds)
             exact = exact | impossible

@@ -69,12 +69,9 @@ def test_bad_sizes(text: str | float) -> None:
 
 
 def test_microbatch_counts_divide_the_rows() -> None:
-    node, nodes = Cluster.parse("h100:1x8"), Cluster.parse("h100:2x8")
     batch = torch.zeros(12, 3)
-    assert microbatch_counts(batch, node, SearchOptions()) == (1,)
-    assert microbatch_counts(batch, nodes, SearchOptions()) == (1, 6)
-    assert microbatch_counts(batch, node, SearchOptions(num_stages=2)) == (4, 6)
-    assert microbatch_counts(batch, node, SearchOptions(num_microbatches=3)) == (3,)
+    assert microbatch_counts(batch, SearchOptions()) == (1, 2, 3, 4, 6, 12)
+    assert microbatch_counts(batch, SearchOptions(num_microbatches=3)) == (3,)
 
 
 def test_rows_that_do_not_divide_are_an_error() -> None:

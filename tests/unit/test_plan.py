@@ -48,7 +48,7 @@ def plan() -> ParallelPlan:
         cluster=Cluster.parse("cpu:1x4").to_dict(),
         num_microbatches=2,
         schedule=ScheduleKind.GPIPE,
-        remat=Remat.SELECTIVE,
+        remat=(Remat.SELECTIVE,) * 2,
         layer_names=("first", "last"),
         stages=(stage(0, 0, (0, 1)), stage(1, 1, (2, 3))),
         step_s=1.5,

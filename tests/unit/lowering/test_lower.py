@@ -84,6 +84,7 @@ WRONG = {
         lambda: replace(
             plan(),
             layer_names=("a", "b"),
+            remat=plan().remat * 2,
             stages=(replace(plan().stages[0], last_layer=1),),
         ),
         "2 layers, this graph has 1",

@@ -26,7 +26,7 @@ def hand_plan() -> ParallelPlan:
         cluster=Cluster.parse("h100:1x8").to_dict(),
         num_microbatches=4,
         schedule=ScheduleKind.ONE_F_ONE_B,
-        remat=Remat.SELECTIVE,
+        remat=(Remat.SELECTIVE,) * 8,
         layer_names=("first", *(f"model.h.{i}" for i in range(6)), "last"),
         stages=(
             _stage(0, 3, (2, 2), (0, 1, 2, 3), {f"addmm_{i}": "b k" for i in range(4)}),
