@@ -9,6 +9,7 @@ the layer before, or in backward that of the layer after r where p reads r's.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -32,6 +33,7 @@ class BlockPath:
         return f"{self.head}.{number}{self.tail}" if self.head else f"{number}{self.tail}"
 
 
+@lru_cache(maxsize=4096)
 def block_path(path: str) -> BlockPath | None:
     """By the outermost numbered module; None where there is none, or in a repeated call of it."""
     block = block_of(path)
@@ -179,7 +181,7 @@ class _Pair:
         data = self.graph.constants
         if was.name not in data or ref.name not in data:
             return False
-        return _same_data(data[was.name], data[ref.name])
+        return same_data(data[was.name], data[ref.name])
 
     def _readers(self) -> str:
         """State of the two is read by themselves alone, their values by themselves and neighbours;
@@ -210,5 +212,5 @@ class _Pair:
         return self._home(out.ref.name), self._home(out.target)
 
 
-def _same_data(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_data(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)

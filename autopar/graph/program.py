@@ -223,8 +223,14 @@ class Graph:
         return digest.hexdigest()[:16]
 
 
+# Most leaves of argument trees; asking them whether they are mappings takes longest.
+_LEAVES = frozenset({int, bool, float, str, type(None), torch.dtype})
+
+
 def iter_refs(tree: Any) -> Iterator[Ref]:
     """Every Ref in a nest of tuples, lists, dicts and slices, in order."""
+    if type(tree) in _LEAVES:
+        return
     if isinstance(tree, Ref):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -237,6 +243,8 @@ def iter_refs(tree: Any) -> Iterator[Ref]:
 
 def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
     """The same nest with every Ref replaced by fn(ref). Tuples and lists keep their type."""
+    if type(tree) in _LEAVES:
+        return tree
     if isinstance(tree, Ref):
         return fn(tree)
     if isinstance(tree, tuple):
