@@ -12,7 +12,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from autopar.errors import OptionError, PlanError, RuleWarning
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn
+from autopar.graph.family import GraphFamily
 from autopar.graph.fold import capture_folded
 from autopar.graph.layers import cluster_layers
 from autopar.graph.precision import Precision
@@ -62,8 +63,8 @@ def plan_model(
 
     memory_budget: bytes per device, or text such as "70GiB". NoFeasiblePlan where nothing fits.
     """
-    counts = microbatch_counts(example_batch, options)
-    workload = Captures(model, example_batch, counts, loss_fn, precision, options.num_layers)
+    family = GraphFamily(model, example_batch, loss_fn, precision, options.num_layers)
+    workload = ModelWorkload(family, microbatch_counts(example_batch, options))
     plan = find_plan(
         workload,
         cluster,
@@ -77,34 +78,18 @@ def plan_model(
     return replace(plan, precision=str(precision)), graph
 
 
-class Captures:
-    """A model as a workload of the search: captured at the numbers of microbatches that it asks
-    for."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelWorkload:
+    """A model as the search sees it: its graph at each number of microbatches."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_batch: Any,
-        counts: Sequence[int],
-        loss_fn: LossFn | None = None,
-        precision: Precision = Precision(),
-        num_layers: int | None = None,
-    ) -> None:
-        self.counts = tuple(counts)
-        self._model, self._batch, self._loss_fn = model, example_batch, loss_fn
-        self._precision, self._num_layers = precision, num_layers
-        self._known: dict[int, Folded] = {}
+    family: GraphFamily
+    counts: tuple[int, ...]
+
+    def at(self, num_microbatches: int) -> Folded:
+        return self.family.at(num_microbatches)
 
     def exact(self, num_microbatches: int) -> Folded:
-        """The graph of one microbatch of the example batch."""
-        if num_microbatches not in self._known:
-            part = microbatch_of(self._batch, num_microbatches)
-            self._known[num_microbatches] = capture_folded(
-                self._model, part, self._loss_fn, self._precision, self._num_layers
-            )
-        return self._known[num_microbatches]
-
-    at = exact
+        return self.family.exact(num_microbatches)
 
 
 def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:

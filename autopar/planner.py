@@ -153,7 +153,7 @@ class _Search:
         if not self.solved:
             raise prices.refused or self._nothing(reference, prices)
         best = min(self.solved, key=lambda s: s.candidate.step_s)
-        plan = self._plan(self._proved(best, prices))
+        plan = self._plan(self._proved(best, prices), prices)
         if key and not self.cut_short:
             remember_plan(key, plan)
         return plan
@@ -206,8 +206,23 @@ class _Search:
 
     # ---- the answer
 
-    def _plan(self, best: SolvedCut) -> ParallelPlan:
+    def _as_captured(self, best: SolvedCut, prices: Prices) -> SolvedCut:
+        """The winner on the graph that was really captured, should it differ from the one that was
+        priced."""
+        cut = best.candidate.cut
+        with self.clock.passes("capture", f"{cut.num_microbatches} microbatch(es)"):
+            folded = self.workload.exact(cut.num_microbatches)
+        priced = self.program(cut.num_microbatches).folded
+        if folded is priced or folded.graph.fingerprint() == priced.graph.fingerprint():
+            return best
+        _LOG.info("the graph of %s microbatches is not as derived", cut.num_microbatches)
+        program = Program(folded, cut.num_microbatches, self.space.options.placements)
+        self.programs[cut.num_microbatches] = program
+        return ExactSolver(self.space, prices, self.mesh_costs, self.clock).solve(program, cut)
+
+    def _plan(self, best: SolvedCut, prices: Prices) -> ParallelPlan:
         """The winner in the names of the graph that was really captured."""
+        best = self._as_captured(best, prices)
         candidate, cut = best.candidate, best.candidate.cut
         with self.clock.passes("unfold"):
             folded = self.workload.exact(cut.num_microbatches)

@@ -193,8 +193,10 @@ class CutSearch:
 
     def raise_view(self, view: LogicalMesh, count: int) -> None:
         counts = self.space.microbatch_counts
+        # the most microbatches may have one row each, whose graph is not like the others
+        largest = counts[-1] if len(counts) < 3 else counts[-2]
         with self._clock.passes("layer points", f"mesh {view}, {count} microbatch(es)"):
-            self.prices.raise_level(view, count, counts[0], counts[-1])
+            self.prices.raise_level(view, count, counts[0], largest)
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""
