@@ -51,7 +51,7 @@ IntArray = NDArray[np.int64]
 
 # Prices of a byte, as multiples of (free optimum's seconds / its bytes): from "free" to "least
 # bytes".
-PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 10.0)
+PRICES = (0.0, 0.1, 1.0, 10.0)
 # Points steer: a solve that the dual has not closed by then is good enough for that.
 _POINT_SWEEPS = 40
 

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.schedule import in_flight_count
 from autopar.search.clock import Clock
-from autopar.search.prices import Prices
+from autopar.search.prices import Prices, StagePrices
 from autopar.search.program import Program
 from autopar.search.space import Space
 
@@ -62,7 +63,7 @@ class _Tables:
         self.rows = sorted(set(self.flights))
         self._search = search
         self._levels: dict[LogicalMesh, tuple[int, int, bool]] = {}
-        self._parts: dict[LogicalMesh, tuple[FloatArray, NDArray[np.bool_]]] = {}
+        self._parts: dict[LogicalMesh, StagePrices] = {}
         self.problem: InterOpProblem | None = None
         self.version = 0
 
@@ -100,7 +101,7 @@ class _Tables:
         )
         return self.problem
 
-    def _priced(self, view: LogicalMesh) -> tuple[FloatArray, NDArray[np.bool_]]:
+    def _priced(self, view: LogicalMesh) -> StagePrices:
         search = self._search
         rows = [
             search.prices.stage_seconds(
@@ -108,18 +109,27 @@ class _Tables:
             )
             for flight in self.rows
         ]
-        return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
+        return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
 
-    def ranked_views(self, stage: StageChoice) -> list[tuple[float, LogicalMesh, bool]]:
-        """(seconds, view, exact) of the stage's submesh, the best first."""
+    def ranked_views(self, stage: StageChoice) -> list[RankedView]:
+        """Of the stage's submesh, the best first."""
         search = self._search
         row = search.index[stage.first_layer, stage.last_layer]
         entries = []
         for order, view in enumerate(search.space.views[search.space.submeshes[stage.submesh]]):
-            seconds, exact = self._parts[view]
-            key = (stage.in_flight - 1, row)
-            entries.append((float(seconds[key]), order, view, bool(exact[key])))
-        return [(s, view, exact) for s, _, view, exact in sorted(entries, key=lambda e: e[:2])]
+            seconds, exact, fits = (part[stage.in_flight - 1, row] for part in self._parts[view])
+            ranked = RankedView(float(seconds), view, bool(exact), bool(fits))
+            entries.append((ranked.seconds, order, ranked))
+        return [ranked for _, _, ranked in sorted(entries, key=lambda e: e[:2])]
+
+
+class RankedView(NamedTuple):
+    """A view of a stage, with the stage's seconds on it: see `StagePrices`."""
+
+    seconds: float
+    view: LogicalMesh
+    exact: bool
+    fits: bool
 
 
 class CutSearch:
@@ -191,12 +201,12 @@ class CutSearch:
         whole = self.space.cluster.num_devices
         return tuple(s for s in self.space.submeshes if s.num_devices == whole)
 
-    def raise_view(self, view: LogicalMesh, count: int) -> None:
+    def raise_view(self, view: LogicalMesh, count: int, *, fits: bool = True) -> None:
         counts = self.space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others
         largest = counts[-1] if len(counts) < 3 else counts[-2]
         with self._clock.passes("layer points", f"mesh {view}, {count} microbatch(es)"):
-            self.prices.raise_level(view, count, counts[0], largest)
+            self.prices.raise_level(view, count, counts[0], largest, fits=fits)
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""
@@ -234,7 +244,7 @@ class CutSearch:
         """Whether the item was found in tables that are still those, and exact on its path."""
         assert item.found is not None
         return item.version == tables.version and all(
-            tables.ranked_views(stage)[0][2] for stage in item.found.stages
+            tables.ranked_views(stage)[0].exact for stage in item.found.stages
         )
 
     def _raise_path(self, item: _Item, tables: _Tables) -> None:
@@ -243,8 +253,9 @@ class CutSearch:
         assert item.found is not None
         wanted = [tables.ranked_views(s)[0] for s in item.found.stages]
         if item.version == tables.version:
-            for view in dict.fromkeys(view for _, view, exact in wanted if not exact):
-                self.raise_view(view, item.num_microbatches)
+            inexact = {w.view: w.fits for w in wanted if not w.exact}
+            for view, fits in inexact.items():
+                self.raise_view(view, item.num_microbatches, fits=fits)
         found = self._solve(tables.refresh(), item.num_stages)
         if found is not None:
             again = _Item(
@@ -257,9 +268,9 @@ class CutSearch:
         space = self.space
         views = tuple(
             tuple(
-                (seconds, view)
-                for seconds, view, _ in ranked[:_VIEWS]
-                if seconds <= _WORTH_SOLVING * ranked[0][0]
+                (entry.seconds, entry.view)
+                for entry in ranked[:_VIEWS]
+                if entry.seconds <= _WORTH_SOLVING * ranked[0].seconds
             )
             for ranked in map(tables.ranked_views, item.found.stages)
         )

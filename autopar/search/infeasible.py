@@ -55,7 +55,7 @@ def closest_plan(search: CutSearch) -> Closest | None:
         closest, view = found
         if search.prices.level(view, count) is Level.FULL:
             return closest
-        search.raise_view(view, count)
+        search.raise_view(view, count, fits=False)
 
 
 def _frontiers(search: CutSearch, count: int) -> dict[LogicalMesh, tuple[Frontier, ...]]:
@@ -75,15 +75,16 @@ def _least(
     flights = search.tables(count).rows
     need: dict[LogicalMesh, np.ndarray[tuple[int, int], np.dtype[np.float64]]] = {}
     for view, points in frontiers.items():
-        known = search.prices.least_bytes(view, count)
+        known = search.prices.optimistic(view, count)
         rows = []
         for flight in flights:
             if search.prices.level(view, count) is Level.FULL:
                 small = smallest_points(points, flight)
                 nbytes = np.array([p.standing_bytes + flight * p.saved_bytes for p in small])
                 spikes = np.array([p.transient_bytes for p in small])
-            else:  # optimistic: it is priced when it is on the path
-                nbytes = np.array([b.standing + flight * b.saved for b in known or ()])
+            else:  # it is priced when it is on the path
+                small = smallest_points(known, flight) if known else ()
+                nbytes = np.array([p.standing_bytes + flight * p.saved_bytes for p in small])
                 nbytes = nbytes if known else np.zeros(len(points))
                 spikes = np.zeros(len(points))
             most = ((search.counts > 0) * spikes).max(axis=1)

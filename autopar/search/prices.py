@@ -9,9 +9,9 @@ level, each a lower bound of the next:
     FREE     the fastest solution of each layer, whatever its bytes
     FULL     solutions from fast to small under every recompute policy allowed
 
-A stage that fits at FREE is exact; one that does not is priced by its free seconds until its view
-is at FULL. Where even the least bytes of its layers do not fit, it is impossible, and no frontier
-is needed to say so.
+A stage that fits at FREE is exact. One that does not is priced, until its view is at FULL, by the
+mixture of optimistic points: of each policy its fastest seconds, and the fewest bytes that any of
+its solutions has, both in proportion to the rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,21 +52,22 @@ class Level(IntEnum):
     FULL = 2
 
 
-@dataclass(frozen=True, slots=True)
-class LeastBytes:
-    """Of one layer: no solution under any policy has fewer. saved: per microbatch in flight."""
+class StagePrices(NamedTuple):
+    """Of stages, by number: seconds, whether they are exact and not a lower bound, and whether the
+    fastest solutions fit."""
 
-    standing: float
-    saved: float
+    seconds: FloatArray
+    exact: NDArray[np.bool_]
+    fits: NDArray[np.bool_]
 
 
 @dataclass(slots=True)
 class _View:
-    """What is known about one view, by number of microbatches."""
+    """What is known about one view, by number of microbatches. optimistic: at the smallest."""
 
     free: dict[int, tuple[Frontier, ...]] = field(default_factory=dict)
     full: dict[int, tuple[Frontier, ...]] = field(default_factory=dict)
-    least: tuple[int, tuple[LeastBytes, ...]] | None = None  # number of microbatches, per class
+    optimistic: tuple[int, tuple[Frontier, ...]] | None = None
 
 
 class Prices:
@@ -97,22 +99,24 @@ class Prices:
         known = self._views.get(view)
         if known is None:
             return Level.SCALED, 0, False
-        return self.level(view, count), len(known.free), known.least is not None
+        return self.level(view, count), len(known.free), known.optimistic is not None
 
-    def raise_level(self, view: LogicalMesh, count: int, smallest: int, largest: int) -> None:
-        """One level up. smallest, largest: numbers of microbatches that anchor the scaled ones."""
+    def raise_level(
+        self, view: LogicalMesh, count: int, smallest: int, largest: int, *, fits: bool
+    ) -> None:
+        """One level up. smallest, largest: numbers of microbatches that anchor the scaled ones.
+        fits: whether the stage that asks fits with its fastest solutions."""
         known = self._views.setdefault(view, _View())
-        if count in known.free:
-            if known.least is None:
-                known.least = count, self._least(view, count)
-            else:
-                known.full[count] = self._full(view, count)
-            return
-        for anchor in (smallest, largest):
-            if anchor not in known.free:
-                known.free[anchor] = self._free(view, anchor)
-                return
-        known.free[count] = self._free(view, count)
+        if smallest not in known.free:
+            known.free[smallest] = self._free(view, smallest)
+        elif not fits and known.optimistic is None:
+            known.optimistic = smallest, self._optimistic(view, smallest, known.free[smallest])
+        elif count in known.free:
+            known.full[count] = self._full(view, count)
+        elif largest not in known.free:
+            known.free[largest] = self._free(view, largest)
+        else:
+            known.free[count] = self._free(view, count)
 
     def frontiers(self, view: LogicalMesh, count: int) -> tuple[Frontier, ...]:
         """Of each class, at the level reached."""
@@ -121,13 +125,13 @@ class Prices:
             return known.full[count]
         return known.free[count] if count in known.free else _scaled(known.free, count)
 
-    def least_bytes(self, view: LogicalMesh, count: int) -> tuple[LeastBytes, ...] | None:
-        """Of each class, where it was asked for."""
+    def optimistic(self, view: LogicalMesh, count: int) -> tuple[Frontier, ...] | None:
+        """Of each class, where it was asked for: no mixture of real points is better."""
         known = self._views.get(view)
-        if known is None or known.least is None:
+        if known is None or known.optimistic is None:
             return None
-        anchor, least = known.least
-        return tuple(LeastBytes(b.standing, b.saved * anchor / count) for b in least)
+        anchor, points = known.optimistic
+        return tuple(tuple(p.scaled(anchor / count) for p in frontier) for frontier in points)
 
     def stage_seconds(
         self,
@@ -136,29 +140,25 @@ class Prices:
         counts: NDArray[np.int64],
         in_flight: int,
         budget_bytes: float,
-    ) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """([U] seconds, [U] whether they are exact) of the stages with so many layers of each
-        class; otherwise the seconds are a lower bound."""
-        known = self._views.get(view)
-        if known is None:
-            return np.zeros(counts.shape[0]), np.zeros(counts.shape[0], dtype=bool)
+    ) -> StagePrices:
+        """Of the stages with so many layers of each class, counts[U, classes]."""
+        nothing = np.zeros(counts.shape[0], dtype=bool)
+        if view not in self._views:
+            return StagePrices(np.zeros(counts.shape[0]), nothing, nothing)
         level, frontiers = self.level(view, count), self.frontiers(view, count)
-        seconds = stage_seconds(frontiers, counts, in_flight, budget_bytes)
-        seconds = np.where(seconds >= _REFUSED_S, np.inf, seconds)
+        seconds = _refused(stage_seconds(frontiers, counts, in_flight, budget_bytes))
+        fits = np.isfinite(seconds)
         if level is Level.FULL:
-            return seconds, np.ones(counts.shape[0], dtype=bool)
-        exact = np.isfinite(seconds) & (level is Level.FREE)
-        if not exact.all():
-            free = stage_seconds(frontiers, counts, in_flight, math.inf)
-            free = np.where(free >= _REFUSED_S, np.inf, free)
-            seconds = np.where(exact, seconds, free)
-        least = self.least_bytes(view, count)
+            return StagePrices(seconds, ~nothing, fits)
+        free = _refused(stage_seconds(frontiers, counts, in_flight, math.inf))
+        least = self.optimistic(view, count)
         if least is not None:
-            need = counts @ np.array([b.standing + in_flight * b.saved for b in least])
-            impossible = need > budget_bytes
-            seconds = np.where(impossible, np.inf, seconds)
-            exact = exact | impossible
-        return seconds, exact
+            tight = stage_seconds(least, counts, in_flight, budget_bytes)
+            seconds = np.where(fits, seconds, np.maximum(free, _refused(tight)))
+        else:
+            seconds = np.where(fits, seconds, free)
+        exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
+        return StagePrices(seconds, exact, fits)
 
     # ---- solving
 
@@ -197,22 +197,31 @@ class Prices:
             for frontiers in zip(*per_policy, strict=True)
         )
 
-    def _least(self, view: LogicalMesh, count: int) -> tuple[LeastBytes, ...]:
+    def _optimistic(
+        self, view: LogicalMesh, count: int, free: tuple[Frontier, ...]
+    ) -> tuple[Frontier, ...]:
+        """One point per policy: its fastest seconds, and the fewest bytes of each kind."""
         program, costs = self._program(count), self._mesh_costs(view)
-        found = []
-        for number, kind in enumerate(program.classes):
-            least = LeastBytes(math.inf, math.inf)
-            for policy in self._policies:
+        points: list[list[Point]] = [[] for _ in program.classes]
+        for policy in self._policies:
+            first = policy is self._policies[0]
+            fastest = free if first else self._solve(view, count, policy)
+            for number, kind in enumerate(program.classes):
                 stage = program.prepared(policy)[number]
-                context = StageContext(count, owned=kind.owned, pins=program.pins)
+                context = StageContext(count, owned=kind.owned, pins=None)
                 built = build_problem(stage.graph, stage.table, costs, context)
                 nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
                 for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
                     nbytes[name] += float(sizes.min())
                 standing = nbytes["parameter"] + nbytes["gradient"]
-                least = LeastBytes(min(least.standing, standing), min(least.saved, nbytes["saved"]))
-            found.append(least)
-        return tuple(found)
+                seconds = fastest[number][0].seconds
+                points[number].append(Point(seconds, standing, nbytes["saved"], 0.0, policy))
+        return tuple(undominated(frontier) for frontier in points)
+
+
+def _refused(seconds: FloatArray) -> FloatArray:
+    """inf where a layer is refused."""
+    return np.where(seconds >= _REFUSED_S, np.inf, seconds)
 
 
 def _scaled(free: dict[int, tuple[Frontier, ...]], count: int) -> tuple[Frontier, ...]:
