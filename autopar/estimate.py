@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ class MeshCosts:
         self.optimizer = optimizer
         self.device = cluster.groups[0].device
         self._reshards: dict[tuple[Dims, Layout, Layout], AffineCost] = {}
+        self._tables: dict[Any, tuple[FloatArray, FloatArray]] = {}
+        self._seconds: dict[tuple[Call, int], tuple[Sequence[Strategy], FloatArray]] = {}
         self._copy_s_per_byte = 1.0 / (
             self.device.memory_efficiency * self.device.memory_bandwidth_bytes_per_s
         )
@@ -113,9 +116,23 @@ class MeshCosts:
         metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
         """Seconds of each strategy: local work, filling its padding, a composite's own
-        collectives."""
+        collectives. Read only: calls of one signature share it."""
         if is_view(op) or is_hub(op):
             return np.zeros(len(choices))
+        known = self._seconds.get((call, id(choices)))
+        if known is None:  # the choices are kept, so that no others get their id
+            seconds = self._operator_seconds(op, call, rule, choices, metas)
+            known = self._seconds[call, id(choices)] = (choices, seconds)
+        return known[1]
+
+    def _operator_seconds(
+        self,
+        op: Operator,
+        call: Call,
+        rule: Rule,
+        choices: Sequence[Strategy],
+        metas: Mapping[Ref, TensorMeta],
+    ) -> FloatArray:
         splits = np.array([s.num_splits for s in choices], dtype=np.float64)
         nbytes = self._local_bytes(op, call, rule, choices, metas)
         if is_contraction(op):
@@ -250,14 +267,27 @@ class MeshCosts:
         self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout], nbytes: float
     ) -> FloatArray:
         """[len(sources), len(targets)] seconds for a tensor of nbytes bytes."""
+        dims = self.uneven(dims)
+        key = (dims, tuple(sources), tuple(targets))
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = self._reshard_table(dims, sources, targets)
+        latency, per_byte = table
+        return latency + per_byte * nbytes
+
+    def _reshard_table(
+        self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout]
+    ) -> tuple[FloatArray, FloatArray]:
+        """[len(sources), len(targets)] seconds, and seconds per byte of the whole tensor."""
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
-        table = np.empty((len(rows), len(columns)))
-        dims = self.uneven(dims)
+        table = np.empty((2, len(rows), len(columns)))
         for i, source in enumerate(rows):
             for j, target in enumerate(columns):
-                table[i, j] = self.reshard(dims, source, target).seconds(nbytes)
-        return table[np.ix_(row_of, column_of)]
+                cost = self.reshard(dims, source, target)
+                table[:, i, j] = cost.latency_s, cost.seconds_per_byte
+        spread = np.ix_(row_of, column_of)
+        return table[0][spread], table[1][spread]
 
     def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
         size = self.mesh.axis_sizes[axis]

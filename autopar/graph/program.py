@@ -143,21 +143,20 @@ class Operator:
     forward: str = ""
     layer: int = -1
     recompute: bool = False
+    operands: tuple[Ref, ...] = field(init=False, repr=False, compare=False)
+    refs: tuple[Ref, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """operands: every value read, in argument order, repeated where it is passed twice. refs:
+        the results that exist."""
+        object.__setattr__(self, "operands", tuple(iter_refs((self.args, self.kwargs))))
+        made = (Ref(self.name, i) for i, meta in enumerate(self.results) if meta is not None)
+        object.__setattr__(self, "refs", tuple(made))
 
     @property
     def op_name(self) -> str:
         """Name of the overload, such as "aten.mm.default"."""
         return str(self.target)
-
-    @property
-    def operands(self) -> tuple[Ref, ...]:
-        """Every value read, in argument order, repeated where it is passed twice."""
-        return tuple(iter_refs((self.args, dict(self.kwargs))))
-
-    @property
-    def refs(self) -> tuple[Ref, ...]:
-        """The results that exist."""
-        return tuple(Ref(self.name, i) for i, meta in enumerate(self.results) if meta is not None)
 
     def __str__(self) -> str:
         metas = ", ".join("-" if m is None else str(m) for m in self.results)
@@ -235,10 +234,12 @@ def iter_refs(tree: Any) -> Iterator[Ref]:
         yield tree
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from iter_refs(item)
+            if isinstance(item, Ref):
+                yield item
+            elif isinstance(item, (tuple, list, dict)):
+                yield from iter_refs(item)
     elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from iter_refs(item)
+        yield from iter_refs(tuple(tree.values()))
 
 
 def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
