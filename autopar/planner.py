@@ -27,6 +27,7 @@ from autopar.candidate import (
     Candidate,
     Cut,
     allowed_views,
+    budgets,
     describe,
     place_stages,
     simulate_stages,
@@ -132,7 +133,7 @@ def make_plan(
             graph = cluster_layers(graph, options.num_layers)
             fingerprint = graph.fingerprint()
     if budget_bytes is None:
-        budget_bytes = cluster.groups[0].device.memory_bytes * options.budget_fraction
+        budget_bytes = min(budgets(cluster, options.budget_fraction))
     _check_pins(graph, cluster, options)
     search = _Search(graph, cluster, num_microbatches, budget_bytes, options, clock)
     policies = _REMAT_ORDER if options.remat is None else (options.remat,)
@@ -316,8 +317,9 @@ class _Search:
         )
         problem = InterOpProblem(
             num_layers=num_layers,
-            num_devices=self.cluster.num_devices,
+            num_devices=tuple(group.num_devices for group in self.cluster.groups),
             submesh_devices=tuple(s.num_devices for s, _ in choices),
+            submesh_groups=tuple(s.group for s, _ in choices),
             num_microbatches=self.num_microbatches,
             stage_seconds=seconds,
             transfer_seconds=transfers,
