@@ -194,8 +194,7 @@ def logical_meshes(submesh: Submesh, max_axes: int = 2) -> tuple[LogicalMesh, ..
                                      the nodes and the p / b devices that are left in each
         3 axes                       (n, a, b) with a b = p, and (a, b, p) with a b = n
 
-    No minor axis crosses nodes beside a major one: it has the frequent collectives, and all axes
-    over the slow link are what the view with one axis is.
+    With two axes the minor one, which has the frequent collectives, does not cross nodes.
     """
     nodes, devices = submesh.num_nodes, submesh.devices_per_node
     shapes: list[tuple[int, ...]] = [(nodes * devices,)]
