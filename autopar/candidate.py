@@ -97,17 +97,21 @@ def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list
 
 
 def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """Global ranks of each stage. The largest are placed first, so that a submesh inside a node
-    never straddles two (Alpa, OSDI'22, theorem 1)."""
-    order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
+    """Global ranks of each stage, within those of its node group. The largest are placed first, so
+    that a submesh inside a node never straddles two (Alpa, OSDI'22, theorem 1)."""
     placed: dict[int, tuple[int, ...]] = {}
-    start = 0
-    for index in order:
-        size = stages[index].num_devices
-        placed[index] = tuple(range(start, start + size))
-        start += size
-    if start != cluster.num_devices:
-        raise MeshError(f"the stages use {start} of the {cluster.num_devices} devices of {cluster}")
+    for group in range(len(cluster.groups)):
+        ranks = cluster.ranks(group)
+        members = [i for i, submesh in enumerate(stages) if submesh.group == group]
+        start = ranks.start
+        for index in sorted(members, key=lambda i: (-stages[i].num_devices, i)):
+            placed[index] = tuple(range(start, start + stages[index].num_devices))
+            start += stages[index].num_devices
+        if start != ranks.stop:
+            raise MeshError(
+                f"the stages use {start - ranks.start} of the {len(ranks)} devices of "
+                f"{cluster.groups[group]}: a plan uses all"
+            )
     return tuple(placed[i] for i in range(len(stages)))
 
 
@@ -150,30 +154,26 @@ def stage_plan(
     )
 
 
+def budgets(cluster: Cluster, fraction: float) -> tuple[float, ...]:
+    """Bytes that a plan may use of a device, for each node group."""
+    return tuple(group.device.memory_bytes * fraction for group in cluster.groups)
+
+
 def allowed_views(
-    cluster: Cluster, options: SearchOptions
+    cluster: Cluster, options: SearchOptions, num_layers: int = 1
 ) -> tuple[tuple[Submesh, ...], Mapping[Submesh, tuple[LogicalMesh, ...]]]:
     """Submeshes and their views, within the pins."""
+    shape = options.mesh_shape
     found: dict[Submesh, tuple[LogicalMesh, ...]] = {}
-    for submesh in submeshes(cluster):
-        views = logical_meshes(submesh, options.max_axes)
-        if options.mesh_shape is not None:
-            views = ()
-            if math.prod(options.mesh_shape) == submesh.num_devices:
-                views = (_pinned_view(options.mesh_shape, submesh),)
-        if views:
-            found[submesh] = views
+    for submesh in submeshes(cluster, num_layers):
+        if shape is None:
+            found[submesh] = logical_meshes(submesh, options.max_axes)
+        elif math.prod(shape) == submesh.num_devices:
+            found[submesh] = (submesh.view(shape),)
     if not found:
+        sizes = sorted({s.num_devices for s in submeshes(cluster, num_layers)})
         raise OptionError(
-            f"mesh_shape {options.mesh_shape} is no submesh of {cluster}: submeshes have "
-            f"{', '.join(str(s.num_devices) for s in submeshes(cluster))} devices"
+            f"mesh_shape {shape} is no submesh of {cluster}: submeshes have "
+            f"{', '.join(map(str, sizes))} devices"
         )
     return tuple(found), found
-
-
-def _pinned_view(shape: tuple[int, ...], submesh: Submesh) -> LogicalMesh:
-    """An axis crosses nodes if its groups reach beyond one node."""
-    reach = [math.prod(shape[axis:]) for axis in range(len(shape))]
-    per_node = submesh.devices_per_node
-    crosses = tuple(size > 1 and r > per_node for size, r in zip(shape, reach, strict=True))
-    return LogicalMesh(shape, crosses)

@@ -97,10 +97,11 @@ class MeshCosts:
         self.cluster = cluster
         self.mesh = mesh
         self.optimizer = optimizer
-        self.device = cluster.groups[0].device
+        self.device = cluster.groups[mesh.group].device
         self._reshards: dict[tuple[Dims, Layout, Layout], AffineCost] = {}
         self._tables: dict[Any, tuple[FloatArray, FloatArray]] = {}
         self._seconds: dict[tuple[Call, int], tuple[Sequence[Strategy], FloatArray]] = {}
+        self._collectives: dict[tuple[CollectiveKind, int], AffineCost] = {}
         self._copy_s_per_byte = 1.0 / (
             self.device.memory_efficiency * self.device.memory_bandwidth_bytes_per_s
         )
@@ -290,8 +291,12 @@ class MeshCosts:
         return table[0][spread], table[1][spread]
 
     def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
-        size = self.mesh.axis_sizes[axis]
-        return collective_coefficients(kind, size, self.mesh.link(axis, self.cluster))
+        cost = self._collectives.get((kind, axis))
+        if cost is None:
+            path = self.mesh.path(axis, self.cluster)
+            cost = collective_coefficients(kind, path.num_ranks, path)
+            self._collectives[kind, axis] = cost
+        return cost
 
     def _reshard_cost(self, dims: Dims, source: Layout, target: Layout) -> AffineCost:
         sizes = self.mesh.axis_sizes
@@ -330,9 +335,9 @@ class MeshCosts:
         return self.copy_seconds(numel * self.optimizer.moved_bytes_per_element)
 
     def receive_seconds(self, nbytes: float) -> float:
-        """Seconds to receive a local shard from another stage."""
-        crosses = any(self.mesh.crosses_nodes) or self.cluster.num_nodes > 1
-        link = self.cluster.inter if crosses else self.cluster.groups[0].intra
+        """Seconds to receive a local shard from another stage, which may lie on another node."""
+        one_node = self.cluster.num_nodes == 1
+        link = self.cluster.groups[0].intra if one_node else self.cluster.inter
         return float(collective_coefficients(CollectiveKind.SEND, 2, link).seconds(nbytes))
 
 

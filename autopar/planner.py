@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.candidate import allowed_views, describe, place_stages, stage_plan
+from autopar.candidate import allowed_views, budgets, describe, place_stages, stage_plan
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.layers import cluster_layers
@@ -95,9 +95,11 @@ def find_plan(
 ) -> ParallelPlan:
     """The plan that simulates best among all numbers of microbatches of the workload. Ctrl-C ends
     the search: it returns the best plan so far, if there is one. Errors as for `make_plan`."""
-    if budget_bytes is None:
-        budget_bytes = cluster.groups[0].device.memory_bytes * options.budget_fraction
-    submeshes, views = allowed_views(cluster, options)
+    clock = Clock(options.time_limit_s, progress)
+    with clock.passes("capture", f"{workload.counts[0]} microbatch(es)"):
+        num_layers = workload.at(workload.counts[0]).num_layers
+    submeshes, views = allowed_views(cluster, options, num_layers)
+    own = budgets(cluster, options.budget_fraction)
     space = Space(
         cluster=cluster,
         options=options,
@@ -106,9 +108,9 @@ def find_plan(
         views=views,
         policies=_POLICIES if options.remat is None else (options.remat,),
         schedules=_SCHEDULES if options.schedule is None else (options.schedule,),
-        budget_bytes=budget_bytes,
+        budgets=own if budget_bytes is None else (budget_bytes,) * len(own),
     )
-    return _Search(workload, space, Clock(options.time_limit_s, progress)).run()
+    return _Search(workload, space, clock).run()
 
 
 class _Search:
@@ -186,7 +188,7 @@ class _Search:
         with self.clock.passes("what would fit"):
             search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
             error = explain(search, self.program(self.space.microbatch_counts[-1]))
-        fits = error.least_bytes is not None and error.least_bytes <= self.space.budget_bytes
+        fits = error.least_bytes is not None and error.least_bytes <= min(self.space.budgets)
         return self.failures[-1] if fits and self.failures else error
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
@@ -261,7 +263,7 @@ class _Search:
             stages=tuple(stages),
             step_s=candidate.step_s,
             bubble=candidate.timeline.bubble_fraction,
-            budget_bytes=self.space.budget_bytes,
+            budget_bytes=min(self.space.budgets),
             search=record,
             fallbacks=dict(sorted(Counter(table.fallbacks.values()).items())),
             rules=table.unwritten(),

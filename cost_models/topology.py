@@ -7,8 +7,8 @@ every constant, so that a plan saved with it needs no catalogue to be read again
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,19 +40,27 @@ class NodeGroup:
                     f"got {value!r}."
                 )
 
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
     def __str__(self) -> str:
         return f"{self.device.name}:{self.num_nodes}x{self.devices_per_node}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Node groups in the order of their nodes, and the link between any two nodes."""
+    """Node groups in the order of their nodes, and the link between any two nodes.
+
+    Neighbours that differ in nothing but their number of nodes become one group. Devices are
+    numbered group by group, node by node: their ranks.
+    """
 
     groups: tuple[NodeGroup, ...]
     inter: Link
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", _merged(self.groups))
         if not self.groups:
             raise ClusterError("a cluster needs at least one group of nodes; got none.")
         _by_name([group.device for group in self.groups], "devices")
@@ -64,7 +72,12 @@ class Cluster:
 
     @property
     def num_devices(self) -> int:
-        return sum(group.num_nodes * group.devices_per_node for group in self.groups)
+        return sum(group.num_devices for group in self.groups)
+
+    def ranks(self, group: int) -> range:
+        """The ranks of a group's devices."""
+        start = sum(before.num_devices for before in self.groups[:group])
+        return range(start, start + self.groups[group].num_devices)
 
     @property
     def devices(self) -> Mapping[str, DeviceKind]:
@@ -173,6 +186,16 @@ class Cluster:
         )
         inter = as_text(values["inter"], "inter") if "inter" in values else None
         return cls(groups, _inter(inter, groups, catalog))
+
+
+def _merged(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
+    """Equal neighbours as one group."""
+    merged: list[NodeGroup] = []
+    for group in groups:
+        if merged and replace(merged[-1], num_nodes=group.num_nodes) == group:
+            group = replace(group, num_nodes=merged.pop().num_nodes + group.num_nodes)
+        merged.append(group)
+    return tuple(merged)
 
 
 def _parse_group(part: str, text: str, catalog: Catalog) -> NodeGroup:

@@ -1,34 +1,32 @@
-"""Solve the inter-op program: dynamic programming inside an interval branch and bound.
+"""Solve the inter-op program: dynamic programs inside an interval branch and bound.
 
-For one bound t on the stages' seconds, counted from the end so that in-flight is known,
-   F(0, K, 0; t) = 0
-   F(s, k, d; t) = min over n layers, submesh m with c <= t of  c + F(s-1, k+n, d - D_m; t)
-                   c = stage_seconds[f_s - 1, k, k+n-1, m] + transfer_seconds[k, m]
-   S(t)          = min over s in min_stages..max_stages of F(s, 0, D; t)
-   T*            = min over candidates t of  S(t) + (B - 1) t        (Alpa, OSDI'22, section 5.2)
-S is non-increasing, so among the candidates a < t < b no step is below S(b) + (B - 1) next(a):
-intervals are taken best bound first, trimmed by the incumbent and halved. A probe at t gives a
-solution whose own maximum tau <= t, and S(tau) = S(t): the candidates in [tau, t] need no more
-probes. A probe drops the states whose F plus a bound on the stages before them (``tables``) cannot
-lead to an improvement. Exact for relative_gap = 0.
+For one bound t on the stages' seconds a dynamic program (``program``) gives, for every number of
+stages s at once,
+   S_s(t) = the least sum of s stages, none above t
+   T_s*   = min over candidates t of  S_s(t) + (B - 1) t         (Alpa, OSDI'22, section 5.2)
+S_s is non-increasing, so among the candidates a < t < b no step is below S_s(b) + (B - 1) next(a):
+intervals are taken best bound first, trimmed for each s by what it can still gain, and halved. A
+probe at t gives a solution whose own maximum tau <= t, and S_s(tau) = S_s(t): the candidates in
+[tau, t] need no more probes. All s share the probes, as their best t are close to each other:
+stages of K / s layers on D / s devices. Exact for relative_gap = 0.
 
-Complexity: one program O(S K^2 D M) time, O(S K D) memory, in O(S K) numpy calls, with M distinct
-device counts (of choices with equal counts only the cheapest matters) and D in units of their
-common divisor; a few times log2(candidates) programs are run, candidates = O(F K^2 M), most of them
-cut short. Entries that the caller sets to inf (a band of layers per device, say) are skipped by
-whole diagonals. Seconds throughout.
+The search starts at the least t for which there are enough devices: there programs are cheapest.
+Its solutions limit the candidates from above.
+
+Complexity: a few times log2(candidates) programs, candidates = O(F K^2 M); see ``program``. Entries
+that the caller sets to inf (a band of layers per device, say) cost nothing. Seconds throughout.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import sys
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
-from autopar.errors import InternalError, NoFeasiblePlan, OptionError
+from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.interop.infeasible import explain_infeasible
 from autopar.interop.problem import (
     FloatArray,
@@ -37,171 +35,212 @@ from autopar.interop.problem import (
     SolveStats,
     StageChoice,
 )
-from autopar.interop.tables import CostTables
+from autopar.interop.program import Program, run_program
+from autopar.interop.tables import CostTables, IntArray
+
+# The least t with enough devices is bracketed this closely, so many bounds at a time, before the
+# first program; then t grows by so much until some number of stages is feasible.
+_BRACKET = 1.01
+_TRIED = 32
 
 
 def solve(problem: InterOpProblem, *, relative_gap: float = 0.0) -> InterOpSolution:
-    """The best stages, proved within relative_gap of the optimum; the first of equal ones, always.
+    """The best stages, proved within relative_gap of the optimum; the fewest of equal ones.
 
     Raises NoFeasiblePlan, which says what binds: a layer, the devices, the pinned number of stages
     or the microbatches in flight.
     """
+    found = solve_each_count(problem, relative_gap=relative_gap, within=1.0)
+    return min(found.values(), key=lambda solution: solution.seconds)
+
+
+def solve_each_count(
+    problem: InterOpProblem, *, relative_gap: float = 0.0, within: float = math.inf
+) -> dict[int, InterOpSolution]:
+    """The best stages for each feasible number of stages whose step is at most `within` times the
+    best of all, proved within relative_gap of that number's optimum. Raises as `solve` does."""
     if not (math.isfinite(relative_gap) and relative_gap >= 0):
         raise OptionError(f"relative_gap is finite and >= 0: got {relative_gap}")
-    tables = CostTables.of(problem)
-    best = _probe(tables, math.inf) if tables.candidates.size else None
-    if best is None:
-        raise NoFeasiblePlan(
-            explain_infeasible(problem, lambda p: _probe(CostTables.of(p), math.inf) is not None)
+    search = _Search(CostTables.of(problem), 1 + relative_gap, within)
+    if not search.run():
+        raise NoFeasiblePlan(explain_infeasible(problem, feasible_counts))
+    limit_s = within * search.best_s
+    return {
+        num_stages: InterOpSolution(
+            stages=found.stages,
+            seconds=found.step_s,
+            t_max=found.t_max,
+            stats=SolveStats(
+                len(search.candidates), search.num_programs, found.step_s / search.slack
+            ),
         )
-    search = _Search(tables, best, 1 + relative_gap)
-    search.push(-1, tables.index(best.t_max), best.sum_s)
-    search.run()
-    lower_bound_s = search.best.step_s / search.slack
-    return InterOpSolution(
-        stages=search.best.stages,
-        seconds=search.best.step_s,
-        t_max=search.best.t_max,
-        stats=SolveStats(len(tables.candidates), search.num_programs, lower_bound_s),
-    )
+        for num_stages, found in sorted(search.best.items())
+        if found.step_s <= limit_s
+    }
+
+
+def feasible_counts(problem: InterOpProblem) -> list[int]:
+    """The numbers of stages, within the pins, for which some cut is feasible."""
+    program = run_program(CostTables.of(problem), math.inf)
+    if program is None:
+        return []
+    counts = range(problem.min_stages, problem.stage_limit + 1)
+    return [s for s in counts if np.isfinite(program.sums[s])]
 
 
 @dataclass(frozen=True, slots=True)
-class _Incumbent:
+class _Found:
     stages: tuple[StageChoice, ...]
     sum_s: float
     t_max: float
     step_s: float
 
 
-def _probe(tables: CostTables, t_max: float, cap_s: float = math.inf) -> _Incumbent | None:
-    """The stages of S(t_max), or None where S(t_max) > cap_s (or is infinite)."""
-    problem = tables.problem
-    if tables.units < 0 or problem.min_stages > problem.stage_limit:
-        return None
-    prefix = tables.prefix_bound(t_max)
-    cap_s *= 1 + 1e-12  # sums are rounded in another order
-    if not prefix[-1, -1] <= min(cap_s, sys.float_info.max):
-        return None
-    rest = prefix[:, ::-1]  # rest[k, d] bounds the stages before layer k when d units are used
-    most = np.where(np.isfinite(rest), cap_s - np.nan_to_num(rest), -math.inf)
-    table = _program(tables, t_max, most)
-    sums = table[problem.min_stages :, 0, tables.units]
-    num_stages = problem.min_stages + int(np.argmin(sums))
-    if not np.isfinite(table[num_stages, 0, tables.units]):
-        return None
-    stages = _backtrack(tables, table, t_max, num_stages)
-    slowest = max(stage.seconds for stage in stages)
-    sum_s = float(table[num_stages, 0, tables.units])
-    step_s = sum_s + (problem.num_microbatches - 1) * slowest
-    return _Incumbent(stages, sum_s, slowest, step_s)
-
-
-def _program(tables: CostTables, t_max: float, most: FloatArray) -> FloatArray:
-    """F(s, k, d; t_max) as an array [S+1, K+1, units+1]; inf where it is above most[k, d]."""
-    problem, units = tables.problem, tables.units
-    layers, limit = problem.num_layers, problem.stage_limit
-    table = np.full((limit + 1, layers + 1, units + 1), math.inf)
-    table[0, layers, 0] = 0.0
-    bounded = {f: np.where(c <= t_max, c, math.inf) for f, c in tables.cost.items()}
-    lengths = {f: 1 + np.flatnonzero(np.isfinite(c).any(axis=(0, 2))) for f, c in bounded.items()}
-    shifted = np.full((len(tables.unit_counts), layers + 1, units + 1), math.inf)
-    for s in range(1, limit + 1):
-        reached, used = np.nonzero(np.isfinite(table[s - 1]))
-        if not reached.size:
-            break
-        lowest = used.min() + tables.unit_counts[0]
-        span = slice(lowest, used.max() + tables.unit_counts[-1] + 1)
-        for g, count in enumerate(tables.unit_counts):
-            shifted[g, :, count:] = table[s - 1, :, : max(units + 1 - count, 0)]
-        cost = bounded[problem.in_flight[s - 1]]
-        for n in lengths[problem.in_flight[s - 1]]:
-            start, stop = max(int(reached[0] - n), 0), int(reached[-1] - n) + 1
-            if stop > start:
-                sums = cost[:, n - 1, start:stop, None] + shifted[:, start + n : stop + n, span]
-                rows = table[s, start:stop, span]
-                np.minimum(rows, sums.min(axis=0), out=rows)
-        table[s][table[s] > most] = math.inf
-    return table
-
-
-def _backtrack(
-    tables: CostTables, table: FloatArray, t_max: float, num_stages: int
-) -> tuple[StageChoice, ...]:
-    """The path that made F(num_stages, 0, D): each step looks for the sum that was found."""
-    problem, stages = tables.problem, list[StageChoice]()
-    k, d = 0, tables.units
-    for s in range(num_stages, 0, -1):
-        f = problem.in_flight[s - 1]
-        found = _step(tables, table, t_max, (s, k, d))
-        if found is None:
-            raise InternalError(f"the dynamic program has no path to F({s}, {k}, {d})")
-        g, n = found
-        count = tables.unit_counts[g]
-        seconds = float(tables.cost[f][g, n - 1, k])
-        c_m = problem.stage_seconds[f - 1, k, k + n - 1] + problem.transfer_seconds[k]
-        unit = problem.num_devices // tables.units
-        same = np.array(problem.submesh_devices) == count * unit
-        submesh = int(np.flatnonzero(same & (c_m == seconds))[0])
-        stages.append(StageChoice(k, k + n - 1, submesh, f, seconds))
-        k, d = k + n, d - count
-    return tuple(stages)
-
-
-def _step(
-    tables: CostTables, table: FloatArray, t_max: float, state: tuple[int, int, int]
-) -> tuple[int, int] | None:
-    """(g, n) of the last step into F(s, k, d), or None."""
-    s, k, d = state
-    cost = tables.cost[tables.problem.in_flight[s - 1]]
-    for g, count in enumerate(tables.unit_counts):
-        if count <= d:
-            longest = tables.problem.num_layers - k
-            c_n = cost[g, :longest, k]
-            hit = (c_n <= t_max) & (c_n + table[s - 1, k + 1 :, d - count] == table[s, k, d])
-            if hit.any():
-                return g, 1 + int(np.argmax(hit))
-    return None
-
-
 @dataclass(slots=True, eq=False)
 class _Search:
-    """Branch and bound over open intervals of candidate indices; a builder local to one solve."""
+    """Branch and bound over open intervals of candidate indices; a builder local to one solve.
+
+    An interval has one low end and a high end for each number of stages, none of whose S_s is below
+    sums[s]. Arrays [S+1] are by number of stages.
+    """
 
     tables: CostTables
-    best: _Incumbent
     slack: float  # 1 + relative gap
-    num_programs: int = 1
-    heap: list[tuple[float, int, int, float]] = field(default_factory=list)
+    within: float
+    best: dict[int, _Found] = field(default_factory=dict)
+    num_programs: int = 0
+    candidates: FloatArray = field(default_factory=lambda: np.empty(0))
+    fill: FloatArray = field(default_factory=lambda: np.empty(0))  # (B - 1) t of each candidate t
+    heap: list[tuple[float, int, int, IntArray, FloatArray]] = field(default_factory=list)
+    _order: count[int] = field(default_factory=count)
 
-    def push(self, low: int, high: int, sum_s: float) -> None:
-        """Add the candidates strictly between two indices, all of whose S are at least sum_s.
+    @property
+    def best_s(self) -> float:
+        return min((found.step_s for found in self.best.values()), default=math.inf)
 
-        Its low end moves up to sum_s / stage_limit: fewer seconds a stage cannot make the sum.
-        """
-        least = sum_s / self.tables.problem.stage_limit * (1 - 1e-12)  # rounding of the sum
-        low = max(low, self.tables.index(least) - 1)
-        if low + 1 < high:
-            bound = sum_s + float(self.tables.fill[low + 1])
-            heapq.heappush(self.heap, (bound, low, high, sum_s))
+    def limits(self) -> FloatArray:
+        """What a new step of each number of stages has to be below."""
+        problem = self.tables.problem
+        limits = np.full(problem.stage_limit + 1, -math.inf)
+        limits[problem.min_stages :] = self.within * self.best_s
+        for num_stages, found in self.best.items():
+            limits[num_stages] = min(limits[num_stages], found.step_s)
+        return limits
 
-    def run(self) -> None:
-        """Probe until no interval can beat the incumbent by more than the gap."""
+    def run(self) -> bool:
+        """Probe until no interval can gain more than the gap. False where nothing is feasible."""
+        if not self._start():
+            return False
         while self.heap:
-            bound, low, high, sum_s = heapq.heappop(self.heap)
-            if bound * self.slack >= self.best.step_s:
-                return
-            steps = sum_s + self.tables.fill[low + 1 : high]
-            useful = int(np.searchsorted(steps * self.slack, self.best.step_s))
-            self._split(low, low + 1 + useful, sum_s)
+            _, _, low, highs, sums = heapq.heappop(self.heap)
+            highs = self._trimmed(low, highs, sums)
+            if (longest := int(highs.max())) > low + 1:
+                self._split((low + longest) // 2, low, highs, sums)
+        return True
 
-    def _split(self, low: int, high: int, sum_s: float) -> None:
-        middle = (low + high) // 2
+    def _start(self) -> bool:
+        """First solutions, the candidates, and the probe above all of them."""
+        tables, problem = self.tables, self.tables.problem
+        if tables.all_used < 0 or problem.min_stages > problem.stage_limit:
+            return False
+        least_sum_s = float(tables.prefix_sums(math.inf)[-1, -1])
+        if math.isinf(least_sum_s):
+            return False
+        finite = tables.least[np.isfinite(tables.least)]
+        ceiling = float(finite.max())
+        infeasible, t = _bracket(tables, least_sum_s / problem.stage_limit, ceiling)
+        growth = _BRACKET
+        while not self.best:
+            self._probe(t, math.inf, np.full(problem.stage_limit + 1, True))
+            if t == math.inf and not self.best:
+                return False
+            t, growth = t * growth, growth * growth
+            t = t if t < ceiling else math.inf
+        fill = problem.num_microbatches - 1
+        top = (self.within * self.best_s / self.slack - least_sum_s) / fill if fill else math.inf
+        self.candidates = tables.candidates(infeasible, top)
+        if not fill:  # S alone counts
+            self.candidates = self.candidates[-1:]
+        self.fill = fill * self.candidates
+        if self.candidates.size:
+            size, shape = len(self.candidates), problem.stage_limit + 1
+            self._split(size - 1, -1, np.full(shape, size), np.full(shape, least_sum_s))
+        return True
+
+    def _trimmed(self, low: int, highs: IntArray, sums: FloatArray) -> IntArray:
+        """High ends without what gains nothing."""
+        known = np.isfinite(sums)
+        gain = np.where(known, self.limits() / self.slack - np.where(known, sums, 0), -math.inf)
+        useful = np.searchsorted(self.fill, gain)
+        trimmed: IntArray = np.minimum(highs, useful)
+        return trimmed
+
+    def _push(self, low: int, highs: IntArray, sums: FloatArray) -> None:
+        """An interval. Its low end moves up: no stage below sum / s seconds makes the sum."""
+        live = (highs > low + 1) & np.isfinite(sums)
+        if live.any():
+            num_stages = np.arange(len(sums))[live]
+            least = float((sums[live] / num_stages).min()) * (1 - 1e-12)  # rounding of the sum
+            low = max(low, int(np.searchsorted(self.candidates, least)) - 1)
+            if int(highs[live].max()) > low + 1:
+                bound = float(sums[live].min() + self.fill[low + 1])
+                highs = np.where(live, highs, 0)
+                heapq.heappush(self.heap, (bound, next(self._order), low, highs, sums))
+
+    def _split(self, middle: int, low: int, highs: IntArray, sums: FloatArray) -> None:
+        gain = self.limits() / self.slack - self.fill[low + 1]
+        live = (highs > low + 1) & (sums < gain)
+        if not live.any():
+            return
+        found_sums, t_max = self._probe(
+            float(self.candidates[middle]), float(gain[live].max()), live & (gain > 0), gain
+        )
+        left = np.minimum(highs, np.searchsorted(self.candidates, t_max))
+        self._push(low, left, found_sums)
+        self._push(middle, highs, sums)
+
+    def _probe(
+        self,
+        t_max: float,
+        cap_s: float,
+        live: np.ndarray,
+        useful_s: FloatArray | None = None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """S_s(t_max), inf where of no use, and the maximum of the stages that have it."""
         self.num_programs += 1
-        useful_s = self.best.step_s / self.slack - float(self.tables.fill[low + 1])
-        found = _probe(self.tables, float(self.tables.candidates[middle]), useful_s)
-        if found is not None:
-            if found.step_s < self.best.step_s:
-                self.best = found
-            self.push(low, self.tables.index(found.t_max), found.sum_s)
-        self.push(middle, high, sum_s)
+        shape = self.tables.problem.stage_limit + 1
+        sums, slowest = np.full(shape, math.inf), np.full(shape, -math.inf)
+        program = run_program(self.tables, t_max, cap_s, int(np.flatnonzero(live).max()))
+        if program is None:
+            return sums, slowest
+        for s in np.flatnonzero(live[: len(program.sums)]).tolist():
+            if s >= self.tables.problem.min_stages and np.isfinite(program.sums[s]):
+                if useful_s is not None and program.sums[s] >= useful_s[s]:
+                    continue
+                found = self._found(program, s)
+                sums[s], slowest[s] = found.sum_s, found.t_max
+                if s not in self.best or found.step_s < self.best[s].step_s:
+                    self.best[s] = found
+        return sums, slowest
+
+    def _found(self, program: Program, num_stages: int) -> _Found:
+        stages = program.stages(num_stages)
+        slowest = max(stage.seconds for stage in stages)
+        sum_s = float(program.sums[num_stages])
+        fill = self.tables.problem.num_microbatches - 1
+        return _Found(stages, sum_s, slowest, sum_s + fill * slowest)
+
+
+def _bracket(tables: CostTables, low: float, high: float) -> tuple[float, float]:
+    """A bound t for which there are too few devices, and one for which there are enough, within a
+    factor of _BRACKET. No t below low holds, high does."""
+    devices = sum(tables.problem.num_devices)
+    low /= _BRACKET
+    if low <= 0:  # stages for nothing: no ratio is small
+        return -math.inf, high
+    while high > low * _BRACKET:
+        tried = np.geomspace(low, high, _TRIED)
+        enough = tables.fewest_devices(tried) <= devices
+        first = max(1, int(enough[:-1].argmax()) if enough[:-1].any() else _TRIED - 1)
+        low, high = float(tried[first - 1]), float(tried[first])
+    return low, high

@@ -1,8 +1,8 @@
 """Say what binds when no cut of the layers into stages is feasible, and the way out.
 
 Tried in this order, each by relaxing one thing: a layer that fits on nothing, the sum of the
-devices, the number of stages, the microbatches in flight. Input: the problem and a feasibility
-test.
+devices, the number of stages, the microbatches in flight. Input: the problem, and a function that
+gives the feasible numbers of stages within a problem's pins.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 
 from autopar.interop.problem import InterOpProblem
 
-Feasible = Callable[[InterOpProblem], bool]
+FeasibleCounts = Callable[[InterOpProblem], list[int]]
 
 
-def explain_infeasible(problem: InterOpProblem, feasible: Feasible) -> str:
-    """The text of NoFeasiblePlan. O(K) feasibility tests of one dynamic program each."""
+def explain_infeasible(problem: InterOpProblem, feasible_counts: FeasibleCounts) -> str:
+    """The text of NoFeasiblePlan. A few dynamic programs."""
     sizes = ", ".join(map(str, sorted(set(problem.submesh_devices))))
+    devices = " + ".join(map(str, problem.num_devices))
     stages = _stage_range(problem)
-    if not feasible(_free(problem)):
+    if not feasible_counts(_free(problem)):
         return (
             f"no {stages} of {problem.num_layers} layers on submeshes of {sizes} devices use "
-            f"exactly {problem.num_devices} devices. Change the pinned number of stages or the "
-            "submesh sizes."
+            f"exactly {devices} devices. Change the pinned number of stages or the submesh sizes."
         )
     if (blocked := _blocked_layers(problem)).size:
         return (
@@ -35,16 +35,14 @@ def explain_infeasible(problem: InterOpProblem, feasible: Feasible) -> str:
             "devices."
         )
     unpinned = _unpinned(problem)
-    if feasible(unpinned):
-        limit = unpinned.stage_limit
-        counts = [s for s in range(1, limit + 1) if feasible(unpinned.with_stages(s))]
+    if counts := feasible_counts(unpinned):
         return (
             f"{stages} cannot fit, but {', '.join(map(str, counts))} can: the pin on the number "
             "of stages binds. Drop it or move it."
         )
     least = min(problem.in_flight[: problem.stage_limit])
     lightest = replace(problem, in_flight=(least,) * problem.stage_limit)
-    if feasible(lightest):
+    if feasible_counts(lightest):
         return (
             f"every layer fits somewhere, but not with {_used(problem)} microbatches in flight: "
             f"with {least} in every stage a plan exists. Use a schedule with fewer "
@@ -52,33 +50,35 @@ def explain_infeasible(problem: InterOpProblem, feasible: Feasible) -> str:
         )
     return (
         f"every layer fits in some stage, but no cut into {stages} fits as a whole on "
-        f"{problem.num_devices} devices (submeshes of {sizes}). Raise the memory budget or "
+        f"{devices} devices (submeshes of {sizes}). Raise the memory budget or "
         "num_microbatches, allow remat, or add devices."
     )
 
 
 def _blocked_layers(problem: InterOpProblem) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Layers that lie in no finite stage on any submesh, in flight as used."""
-    rows = [f - 1 for f in sorted(set(problem.in_flight[: problem.stage_limit]))]
-    cost = problem.stage_seconds[rows].min(axis=0) + problem.transfer_seconds[:, None]
-    fits = np.triu(np.isfinite(cost).any(axis=2))
+    fits = np.zeros((problem.num_layers, problem.num_layers), dtype=bool)
+    for f in sorted(set(problem.in_flight[: problem.stage_limit])):
+        fits |= np.isfinite(problem.row(f) + problem.transfer_seconds[:, None]).any(axis=2)
+    fits = np.triu(fits)
     covered = np.array([fits[: k + 1, k:].any() for k in range(problem.num_layers)])
     return np.flatnonzero(~covered)
 
 
 def _free(problem: InterOpProblem) -> InterOpProblem:
     """Every stage feasible and free: what is left are the devices and the pins."""
-    zero = np.zeros(())
+    zero, (layers, submeshes) = np.zeros(()), problem.transfer_seconds.shape
     return replace(
         problem,
-        stage_seconds=np.broadcast_to(zero, problem.stage_seconds.shape),
-        transfer_seconds=np.broadcast_to(zero, problem.transfer_seconds.shape),
+        stage_seconds=np.broadcast_to(zero, (1, layers, layers, submeshes)),
+        transfer_seconds=np.broadcast_to(zero, (layers, submeshes)),
+        in_flight=(1,) * problem.stage_limit,
     )
 
 
 def _unpinned(problem: InterOpProblem) -> InterOpProblem:
     """Any number of stages that in_flight and its rows are known for."""
-    rows = problem.stage_seconds.shape[0]
+    rows = len(problem.stage_seconds)
     unknown = [s for s, f in enumerate(problem.in_flight) if not 1 <= f <= rows]
     return replace(problem, min_stages=1, max_stages=min([*unknown, len(problem.in_flight)]))
 

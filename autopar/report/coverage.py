@@ -2,7 +2,8 @@
 replicated, with the reason and the line of the model.
 
 An operator is sharded where some factor of its rule splits its work; on a cluster, where some
-strategy on a mesh of all devices does. Shares are of FLOPs (contractions have any) and of bytes
+strategy on a mesh of all devices (of the largest node group) does. Shares are of FLOPs
+(contractions have any) and of bytes
 read and written by unfused kernels. Views move nothing.
 """
 
@@ -95,7 +96,8 @@ def coverage_of(model: str, graph: Graph, cluster: Cluster | None = None) -> Cov
     family_of = {target: name for name, rows in FAMILIES.items() for target in rows}
     meshes: list[tuple[int, ...]] = []
     if cluster is not None:
-        whole = [s for s in submeshes(cluster) if s.num_devices == cluster.num_devices]
+        most = max(s.num_devices for s in submeshes(cluster))
+        whole = [s for s in submeshes(cluster) if s.num_devices == most]
         meshes = [mesh.axis_sizes for s in whole for mesh in logical_meshes(s)]
     found = []
     for op in graph.operators:

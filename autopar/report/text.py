@@ -25,6 +25,7 @@ from autopar.report.units import (
     range_text,
     seconds_text,
 )
+from cost_models import Cluster
 
 _CANDIDATE = re.compile(r"(?P<ms>[0-9.]+) ms: (?P<rest>.*)")
 _MAX_ROWS = 24
@@ -94,6 +95,19 @@ def _search_line(plan: ParallelPlan) -> Text:
     return Text(text + (f"\n{passes}" if passes else ""), "dim")
 
 
+def _kind_text(plan: ParallelPlan, stage: StagePlan) -> str:
+    """The kind of a stage's devices, where the cluster has several groups of nodes."""
+    if len(plan.cluster["groups"]) == 1:
+        return ""
+    cluster = Cluster.from_dict(plan.cluster)
+    names = (
+        group.device.name
+        for index, group in enumerate(cluster.groups)
+        if stage.devices[0] in cluster.ranks(index)
+    )
+    return f" of {next(names)}"
+
+
 def _add_stage(
     tree: Tree, plan: ParallelPlan, index: int, stage: StagePlan, graph: Graph | None
 ) -> None:
@@ -103,6 +117,7 @@ def _add_stage(
             (f"Stage {index}", "bold"),
             f": {layers_text(names)} on mesh ",
             (mesh_text(stage.axis_sizes), "bold cyan"),
+            f"{_kind_text(plan, stage)}"
             f" (device{'s' if len(stage.devices) > 1 else ''} {range_text(stage.devices)})",
         )
     )

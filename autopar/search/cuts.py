@@ -91,8 +91,9 @@ class _Tables:
         table[:, first, last] = np.stack(seconds, axis=-1)[:, search.index[first, last]]
         self.problem = InterOpProblem(
             num_layers=layers,
-            num_devices=space.cluster.num_devices,
+            num_devices=tuple(group.num_devices for group in space.cluster.groups),
             submesh_devices=tuple(s.num_devices for s in space.submeshes),
+            submesh_groups=tuple(s.group for s in space.submeshes),
             num_microbatches=self.count,
             stage_seconds=table,
             transfer_seconds=search.transfers(self.count),
@@ -105,7 +106,7 @@ class _Tables:
         search = self._search
         rows = [
             search.prices.stage_seconds(
-                view, self.count, search.counts, flight, search.space.budget_bytes
+                view, self.count, search.counts, flight, search.space.budget_of(view)
             )
             for flight in self.rows
         ]
@@ -217,28 +218,22 @@ class CutSearch:
     def _open(self, item: _Item, problem: InterOpProblem) -> None:
         """From all numbers of stages to each that is near the best."""
         pinned = self.space.options.num_stages
-        counts = [pinned] if pinned else range(1, self.stage_limit + 1)
-        solved: list[_Item] = []
-        for num_stages in counts:
-            found = self._solve(problem, num_stages)
-            if found is not None:
-                version = self.tables(item.num_microbatches).version
-                solved.append(
-                    _Item(found.seconds, item.num_microbatches, num_stages, found, version)
-                )
-        least = min((i.seconds for i in solved), default=math.inf)
-        for new in solved:
-            if new.seconds <= _COUNT_MARGIN * least:
-                heapq.heappush(self._heap, new)
+        version = self.tables(item.num_microbatches).version
+        for num_stages, found in self._solve(problem, pinned).items():
+            new = _Item(found.seconds, item.num_microbatches, num_stages, found, version)
+            heapq.heappush(self._heap, new)
 
-    def _solve(self, problem: InterOpProblem, num_stages: int) -> InterOpSolution | None:
+    def _solve(self, problem: InterOpProblem, num_stages: int | None) -> dict[int, InterOpSolution]:
+        """By number of stages, all of them or one; empty where nothing fits."""
         self.num_programs += 1
+        if num_stages is not None:
+            problem = problem.with_stages(num_stages)
         try:
-            with self._clock.passes("stage cut", f"{num_stages} stage(s)"):
-                return dp.solve(problem.with_stages(num_stages))
+            with self._clock.passes("stage cut", f"{num_stages or 'any number of'} stages"):
+                return dp.solve_each_count(problem, within=_COUNT_MARGIN)
         except NoFeasiblePlan as error:
             self.failures.append(error)
-            return None
+            return {}
 
     def _exact(self, item: _Item, tables: _Tables) -> bool:
         """Whether the item was found in tables that are still those, and exact on its path."""
@@ -256,8 +251,7 @@ class CutSearch:
             inexact = {w.view: w.fits for w in wanted if not w.exact}
             for view, fits in inexact.items():
                 self.raise_view(view, item.num_microbatches, fits=fits)
-        found = self._solve(tables.refresh(), item.num_stages)
-        if found is not None:
+        for found in self._solve(tables.refresh(), item.num_stages).values():
             again = _Item(
                 found.seconds, item.num_microbatches, item.num_stages, found, tables.version
             )

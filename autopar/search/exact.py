@@ -122,7 +122,8 @@ class ExactSolver:
         counts = np.bincount(kinds, minlength=len(program.classes))
         flight = self._flight(cut, stage)
         frontiers = self.prices.frontiers(view, count)
-        mixture = stage_mixture(frontiers, counts, flight, self.space.budget_bytes)
+        budget = self.space.budget_of(view)
+        mixture = stage_mixture(frontiers, counts, flight, budget)
         if mixture is None:
             mixture = stage_mixture(frontiers, counts, flight, math.inf)
             assert mixture is not None
@@ -237,7 +238,7 @@ class ExactSolver:
         )
         free_key = (hashlib.sha256(text.encode()).hexdigest(), view)
         known = self._known.get(free_key)
-        budget = self.space.budget_bytes
+        budget = self.space.budget_of(view)
         if known is None:
             free = self._solved(stage, view, context, None, proven)
             known = self._known[free_key] = _Known(stage.graph, free)

@@ -90,7 +90,8 @@ def _least(
             most = ((search.counts > 0) * spikes).max(axis=1)
             rows.append(search.counts @ nbytes + most)
         need[view] = np.stack(rows)
-    table = np.full(problem.stage_seconds.shape, np.inf)
+    layers, submeshes = problem.transfer_seconds.shape
+    table = np.full((len(flights), layers, layers, submeshes), np.inf)
     first, last = np.triu_indices(problem.num_layers)
     index = search.index[first, last]
     for m, submesh in enumerate(search.space.submeshes):
@@ -142,7 +143,7 @@ def explain(search: CutSearch, program: Program) -> NoFeasiblePlan:
     layers = names[first] if first == last else f"{names[first]} .. {names[last]}"
     saved = closest.in_flight * closest.saved
     text = (
-        f"nothing fits the budget of {space.budget_bytes / _GIB:.2f} GiB per device on"
+        f"nothing fits the budget of {min(space.budgets) / _GIB:.2f} GiB per device on"
         f" {space.cluster}. The closest plan ({closest.num_stages} stage"
         f"{'s' if closest.num_stages > 1 else ''}, {closest.num_microbatches} microbatch"
         f"{'es' if closest.num_microbatches > 1 else ''}) needs about"
@@ -184,6 +185,6 @@ def _way_out(search: CutSearch, closest: Closest) -> str:
         ways.append(f"drop the pin num_stages={options.num_stages}")
     if options.mesh_shape is not None:
         ways.append("drop the pin mesh_shape")
-    factor = closest.nbytes / space.budget_bytes
+    factor = closest.nbytes / min(space.budgets)
     ways.append(f"about {factor:.1f} times the devices")
     return "; or ".join(ways)

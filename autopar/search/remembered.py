@@ -36,7 +36,7 @@ def plan_key(reference: Folded, space: Space) -> str:
         reference.copies,
         space.microbatch_counts,
         space.cluster.to_dict(),
-        space.budget_bytes,
+        space.budgets,
         options,
         sorted(RuleTable(reference.graph).unwritten().items()),
         _code(),

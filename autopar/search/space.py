@@ -15,8 +15,8 @@ from cost_models import Cluster
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
     """microbatch_counts: rising. views: of each submesh. policies: from the one that recomputes
-    least. schedules: the first is the one whose bytes in flight the tables use. budget_bytes: per
-    device."""
+    least. schedules: the first is the one whose bytes in flight the tables use. budgets: bytes per
+    device of each node group."""
 
     cluster: Cluster
     options: SearchOptions
@@ -25,4 +25,8 @@ class Space:
     views: Mapping[Submesh, tuple[LogicalMesh, ...]]
     policies: tuple[Remat, ...]
     schedules: tuple[ScheduleKind, ...]
-    budget_bytes: float
+    budgets: tuple[float, ...]
+
+    def budget_of(self, view: LogicalMesh) -> float:
+        """Bytes per device that a plan may use there."""
+        return self.budgets[view.group]

@@ -8,7 +8,7 @@ import torch
 from autopar.estimate import EXPERT_IMBALANCE, MeshCosts, OptimizerModel, local_bytes, local_numel
 from autopar.graph.program import TensorMeta
 from autopar.graph.work import is_view
-from autopar.mesh import LogicalMesh
+from autopar.mesh import LogicalMesh, Submesh
 from autopar.sharding.registry import rule_for
 from autopar.sharding.strategy import strategies
 from cost_models import Cluster, CollectiveKind, collective_coefficients
@@ -29,7 +29,7 @@ def test_local_sizes() -> None:
 def test_reshards() -> None:
     costs = costs_of((4,))
     assert costs.reshard((), (0,), (0,)).seconds(1e9) == 0.0
-    link = costs.mesh.link(0, costs.cluster)
+    link = costs.mesh.path(0, costs.cluster)
     gather = collective_coefficients(CollectiveKind.ALL_GATHER, 4, link)
     assert costs.reshard((), (0,), (REPLICATE,)).seconds(1e9) == pytest.approx(gather.seconds(1e9))
     reduce = collective_coefficients(CollectiveKind.ALL_REDUCE, 4, link).seconds(1e9)
@@ -47,6 +47,50 @@ def test_an_axis_across_nodes_is_slower() -> None:
     slow = costs.reshard((), (PARTIAL, REPLICATE), (REPLICATE, REPLICATE)).seconds(1e8)
     fast = costs.reshard((), (REPLICATE, PARTIAL), (REPLICATE, REPLICATE)).seconds(1e8)
     assert slow > 2 * fast
+
+
+def milliseconds(costs: MeshCosts, axis: int, nbytes: float) -> float:
+    """Of an all-reduce of nbytes on each device over one axis."""
+    before = [REPLICATE] * costs.mesh.num_axes
+    before[axis] = PARTIAL
+    after = (REPLICATE,) * costs.mesh.num_axes
+    return 1e3 * costs.reshard((), tuple(before), after).seconds(nbytes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),  # by hand: 42.5 GB/s a card, 342 over NVLink
+    [
+        ((128,), (6.431,)),
+        ((16, 8), (44.283, 5.189)),
+        ((32, 4), (23.022, 4.442)),
+        ((64, 2), (11.931, 2.973)),
+    ],
+)
+def test_all_reduce_of_a_gigabyte_over_sixteen_nodes(
+    shape: tuple[int, ...], expected: tuple[float, ...]
+) -> None:
+    cluster = Cluster.parse("h100:16x8")
+    costs = MeshCosts(cluster, Submesh(16, 8).view(shape))
+    found = tuple(milliseconds(costs, axis, 1e9) for axis in range(len(shape)))
+    assert found == pytest.approx(expected, abs=5e-4)
+
+
+def test_one_axis_over_all_nodes_competes_with_two() -> None:
+    """Flat, or in node, between nodes and in node again: within a factor of two of each other."""
+    cluster = Cluster.parse("h100:16x8")
+    flat = MeshCosts(cluster, Submesh(16, 8).view((128,)))
+    grid = MeshCosts(cluster, Submesh(16, 8).view((16, 8)))
+    inside = milliseconds(grid, 1, 1e9)
+    nested = inside + milliseconds(grid, 0, 1e9 / 8)
+    assert nested / 2 < milliseconds(flat, 0, 1e9) < nested
+
+
+def test_each_group_has_its_own_device_and_links() -> None:
+    cluster = Cluster.parse("h100:1x8+a100:2x8")
+    fast, slow = (MeshCosts(cluster, Submesh(1, 8, group).view((8,))) for group in (0, 1))
+    assert (fast.device.name, slow.device.name) == ("h100", "a100")
+    assert milliseconds(fast, 0, 1e9) < milliseconds(slow, 0, 1e9)
+    assert fast.receive_seconds(1e8) == slow.receive_seconds(1e8)  # between nodes
 
 
 def test_operators_get_cheaper_when_shared() -> None:
@@ -86,7 +130,7 @@ def test_rows_that_go_to_their_experts_are_charged() -> None:
     choices = strategies(rule, sample.call.operands, (4,))
     seconds = costs.operator_seconds(sample.op, sample.call, rule, choices, metas)
     by_name = dict(zip((s.text for s in choices), seconds, strict=True))
-    link = costs.mesh.link(0, costs.cluster)
+    link = costs.mesh.path(0, costs.cluster)
     exchange = collective_coefficients(CollectiveKind.ALL_TO_ALL, 4, link)
     moved = exchange.seconds(rows.nbytes / 4 * 2 * EXPERT_IMBALANCE)
     assert by_name["x"] > 2 * moved + exchange.seconds(0)

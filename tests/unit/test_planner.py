@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autopar.candidate import place_stages
+from autopar.candidate import budgets, place_stages
 from autopar.errors import MeshError, NoFeasiblePlan, OptionError
 from autopar.graph.program import Graph
 from autopar.mesh import Submesh, submeshes
@@ -187,9 +187,19 @@ def test_stages_lie_inside_nodes() -> None:
         assert sorted(rank for ranks in placed for rank in ranks) == list(range(16))
         for submesh, ranks in zip(cut, placed, strict=True):
             assert len({rank // 8 for rank in ranks}) == submesh.num_nodes
-    with pytest.raises(MeshError, match="use 2 of the 16"):
+    with pytest.raises(MeshError, match="use 2 of the 16 devices of h100:2x8"):
         place_stages((Submesh(1, 2),), cluster)
     assert all(s.num_devices <= 16 for s in submeshes(cluster))
+
+
+def test_stages_lie_on_the_devices_of_their_group() -> None:
+    cluster = Cluster.parse("h100:1x4+a100:2x2")
+    stages = (Submesh(1, 1, 1), Submesh(1, 2), Submesh(1, 2), Submesh(1, 2, 1), Submesh(1, 1, 1))
+    assert place_stages(stages, cluster) == ((6,), (0, 1), (2, 3), (4, 5), (7,))
+    with pytest.raises(MeshError, match="use 0 of the 4 devices of a100:2x2"):
+        place_stages((Submesh(1, 4),), cluster)
+    h100, a100 = (group.device.memory_bytes for group in cluster.groups)
+    assert budgets(cluster, 0.5) == (h100 / 2, a100 / 2)
 
 
 def test_a_graph_without_layers_gets_them() -> None:

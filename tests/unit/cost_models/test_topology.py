@@ -67,6 +67,12 @@ def test_text_form_allows_spaces_between_groups() -> None:
     assert Cluster.parse(" h100:1x8 + a100:2x8 ") == Cluster.parse("h100:1x8+a100:2x8")
 
 
+def test_equal_neighbours_are_one_group_and_ranks_go_by_group() -> None:
+    assert str(Cluster.parse("h100:1x8+h100:2x8+h100:1x4")) == "h100:3x8+h100:1x4"
+    cluster = Cluster.parse("h100:1x8+a100:2x4")
+    assert (cluster.ranks(0), cluster.ranks(1)) == (range(8), range(8, 16))
+
+
 @pytest.mark.parametrize("text", ["", "h100", "h100:8", "h100:1x", "h100:1x8+", "h100:-1x8", "1x8"])
 def test_bad_text_says_what_was_got_and_how_to_write_it(text: str) -> None:
     with pytest.raises(ClusterError) as error:

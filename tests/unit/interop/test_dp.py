@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from autopar.errors import NoFeasiblePlan, OptionError
-from autopar.interop.dp import solve
+from autopar.interop.dp import feasible_counts, solve, solve_each_count
 from autopar.interop.problem import InterOpProblem, InterOpSolution
+from autopar.interop.tables import CostTables
 from autopar.schedule import ScheduleKind, in_flight_count
 
 
@@ -33,7 +35,7 @@ def random_problem(seed: int) -> InterOpProblem:
     high = None if rng.random() < 0.6 else low + int(rng.integers(0, 3))
     return InterOpProblem(
         num_layers=layers,
-        num_devices=devices,
+        num_devices=(devices,),
         submesh_devices=sizes,
         num_microbatches=microbatches,
         stage_seconds=seconds,
@@ -54,20 +56,37 @@ def stage_costs(problem: InterOpProblem, cuts: list[int], chosen: tuple[int, ...
     return costs
 
 
-def brute_force(problem: InterOpProblem) -> float:
-    """The least step over all cuts and all submesh assignments; inf where there is none."""
-    best, layers, sizes = math.inf, problem.num_layers, problem.submesh_devices
+def devices_used(problem: InterOpProblem, chosen: tuple[int, ...]) -> tuple[int, ...]:
+    """Of each group."""
+    used = [0] * len(problem.num_devices)
+    for m in chosen:
+        used[problem.submesh_groups[m]] += problem.submesh_devices[m]
+    return tuple(used)
+
+
+def brute_force_each(problem: InterOpProblem) -> dict[int, float]:
+    """The least step over all cuts and all submesh assignments, for each feasible number of
+    stages."""
+    found: dict[int, float] = {}
+    layers, choices = problem.num_layers, range(len(problem.submesh_devices))
     for num_stages in range(problem.min_stages, min(layers, problem.max_stages or layers) + 1):
         assignments = [
             chosen
-            for chosen in product(range(len(sizes)), repeat=num_stages)
-            if sum(sizes[m] for m in chosen) == problem.num_devices
+            for chosen in product(choices, repeat=num_stages)
+            if devices_used(problem, chosen) == problem.num_devices
         ]
+        best = math.inf
         for inner in combinations(range(1, layers), num_stages - 1):
             for chosen in assignments:
                 t = stage_costs(problem, [0, *inner, layers], chosen)
                 best = min(best, sum(t) + (problem.num_microbatches - 1) * max(t))
-    return best
+        if math.isfinite(best):
+            found[num_stages] = best
+    return found
+
+
+def brute_force(problem: InterOpProblem) -> float:
+    return min(brute_force_each(problem).values(), default=math.inf)
 
 
 def check_solution(problem: InterOpProblem, solution: InterOpSolution) -> None:
@@ -76,7 +95,7 @@ def check_solution(problem: InterOpProblem, solution: InterOpSolution) -> None:
     assert cuts[0] == 0
     assert [stage.last_layer + 1 for stage in stages] == cuts[1:]
     chosen = tuple(stage.submesh for stage in stages)
-    assert sum(problem.submesh_devices[m] for m in chosen) == problem.num_devices
+    assert devices_used(problem, chosen) == problem.num_devices
     assert problem.min_stages <= len(stages) <= (problem.max_stages or problem.num_layers)
     t = stage_costs(problem, cuts, chosen)
     assert [stage.seconds for stage in stages] == t
@@ -102,6 +121,83 @@ def test_solver_matches_brute_force(seed: int) -> None:
     loose = solve(problem, relative_gap=0.1)
     assert expected <= loose.seconds <= expected * 1.1 + 1e-12
     assert loose.stats.lower_bound_s <= expected
+
+
+def two_groups(seed: int) -> InterOpProblem:
+    """A random problem and half of its devices again in a second group, 1.5 times as slow."""
+    rng = np.random.default_rng(seed)
+    one = random_problem(seed)
+    sizes, first = one.submesh_devices, np.asarray(one.stage_seconds)
+    low = min(one.min_stages, 2)
+    return replace(
+        one,
+        num_devices=(int(rng.choice(sizes, 2).sum()), int(rng.choice(sizes, 1 + seed % 2).sum())),
+        submesh_devices=sizes + sizes,
+        submesh_groups=(0,) * len(sizes) + (1,) * len(sizes),
+        stage_seconds=np.concatenate([first, 1.5 * first], axis=3),
+        transfer_seconds=np.concatenate([one.transfer_seconds] * 2, axis=1),
+        min_stages=low,
+        max_stages=low + 2,
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_two_groups_match_brute_force(seed: int) -> None:
+    problem = two_groups(seed)
+    expected = brute_force_each(problem)
+    if not expected:
+        with pytest.raises(NoFeasiblePlan):
+            solve(problem)
+        return
+    solution = solve(problem)
+    assert solution.seconds == min(expected.values())
+    check_solution(problem, solution)
+
+
+def test_two_groups_cover_both_outcomes() -> None:
+    feasible = sum(bool(brute_force_each(two_groups(seed))) for seed in range(150))
+    assert 40 <= feasible <= 120
+
+
+@pytest.mark.parametrize("make", [random_problem, two_groups])
+def test_each_number_of_stages_matches_brute_force(make: Callable[[int], InterOpProblem]) -> None:
+    for seed in range(60):
+        problem = make(seed)
+        expected = brute_force_each(problem)
+        assert feasible_counts(problem) == sorted(expected)
+        if not expected:
+            continue
+        found = solve_each_count(problem)
+        assert {count: solution.seconds for count, solution in found.items()} == expected
+        for count, solution in found.items():
+            assert len(solution.stages) == count
+            check_solution(problem, solution)
+        limit = 1.2 * min(expected.values())
+        near = solve_each_count(problem, within=1.2)
+        assert {c: s.seconds for c, s in near.items()} == {
+            c: seconds for c, seconds in expected.items() if seconds <= limit
+        }
+
+
+def test_slower_devices_get_fewer_layers() -> None:
+    """Three kinds of speed 4, 2 and 1 with four devices each share 28 layers as 16, 8 and 4."""
+    layers, speeds = 28, np.array([4.0, 2.0, 1.0])
+    first, last = np.indices((layers, layers))
+    seconds = np.maximum(last - first + 1, 1)[None, :, :, None] / speeds
+    problem = InterOpProblem(
+        num_layers=layers,
+        num_devices=(4, 4, 4),
+        submesh_devices=(4, 4, 4),
+        submesh_groups=(0, 1, 2),
+        num_microbatches=16,
+        stage_seconds=seconds,
+        transfer_seconds=np.zeros((layers, 3)),
+        in_flight=(1, 1, 1),
+    )
+    solution = solve(problem)
+    held = {s.submesh: s.last_layer - s.first_layer + 1 for s in solution.stages}
+    assert held == {0: 16, 1: 8, 2: 4}
+    assert solution.t_max == 4.0
 
 
 @pytest.mark.parametrize("seed", range(200, 230))
@@ -146,7 +242,7 @@ def shaped_problem(
     ]
     return InterOpProblem(
         num_layers=num_layers,
-        num_devices=num_devices,
+        num_devices=(num_devices,),
         submesh_devices=sizes,
         num_microbatches=num_microbatches,
         stage_seconds=seconds,
@@ -186,9 +282,9 @@ def test_a_layer_that_fits_nowhere_is_named() -> None:
 def test_devices_that_no_submeshes_sum_to() -> None:
     problem = shaped_problem(6, 4, 4)
     with pytest.raises(NoFeasiblePlan, match="use exactly 5 devices"):
-        solve(replace(problem, num_devices=5, submesh_devices=(2, 2, 4)))
+        solve(replace(problem, num_devices=(5,), submesh_devices=(2, 2, 4)))
     with pytest.raises(NoFeasiblePlan, match=r"no 1 stage .* use exactly 3 devices"):
-        solve(replace(problem.with_stages(1), num_devices=3))
+        solve(replace(problem.with_stages(1), num_devices=(3,)))
 
 
 def test_a_binding_pin_is_named() -> None:
@@ -224,3 +320,17 @@ def test_forty_eight_layers_on_sixty_four_devices_are_quick() -> None:
     print(f"K=48 D=64: {elapsed_s:.2f} s, {solution.stats}")
     check_solution(problem, solution)
     assert elapsed_s < 30  # shared machines; about 0.2 s on one quiet core
+
+
+def test_all_stage_counts_of_a_hundred_layers_on_a_thousand_devices() -> None:
+    """In nodes of eight: 128 units. All in-flight rows are kept for the layers there are, once."""
+    problem = replace(shaped_problem(126, 128, 64), max_stages=64)
+    start = time.perf_counter()
+    tables = CostTables.of(problem)
+    found = solve_each_count(problem, relative_gap=1e-2, within=1.1)
+    elapsed_s = time.perf_counter() - start
+    print(f"K=126 D=128: {elapsed_s:.2f} s, counts {sorted(found)}")
+    for solution in found.values():
+        check_solution(problem, solution)
+    assert tables.cost.nbytes + tables.choice.nbytes < 100 * 2**20
+    assert elapsed_s < 30
