@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,18 +37,21 @@ FloatArray = NDArray[np.float64]
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
-_COUNT_MARGIN = 1.25  # a number of stages this much worse than the best one is not followed
+_COUNT_MARGIN = 1.1  # a number of stages this much worse than the best one is not followed
 
 
-@dataclass(order=True, slots=True)
-class _Item:
-    """A number of microbatches, and a number of stages (0: all of them), by its least step."""
+@dataclass(slots=True)
+class _Found:
+    """The cuts of one number of microbatches by number of stages, those still to come. They are
+    optimal while nothing on their paths has been priced higher since."""
 
-    seconds: float
-    num_microbatches: int
-    num_stages: int
-    found: InterOpSolution | None = field(default=None, compare=False)
-    version: int = field(default=0, compare=False)  # of the tables in which it was found
+    by_stages: dict[int, InterOpSolution]
+    done: set[int] = field(default_factory=set)
+
+    @property
+    def best(self) -> InterOpSolution | None:
+        left = [f for s, f in self.by_stages.items() if s not in self.done]
+        return min(left, key=lambda f: (f.seconds, len(f.stages)), default=None)
 
 
 class _Tables:
@@ -157,7 +160,8 @@ class CutSearch:
         self.num_programs = 0
         self._mesh_costs, self._clock = mesh_costs, clock
         self._by_count: dict[int, _Tables] = {}
-        self._heap: list[_Item] = []
+        self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
+        self._found: dict[int, _Found] = {}
         self._best = math.inf
 
     def __iter__(self) -> Iterator[Cut]:
@@ -166,23 +170,33 @@ class CutSearch:
             for view in self.space.views[submesh]:
                 self.raise_view(view, first)
         for count in self.space.microbatch_counts:
-            self._heap.append(_Item(0.0, count, 0))
+            self._solve(count)
         while self._heap:
-            item = heapq.heappop(self._heap)
-            tables = self.tables(item.num_microbatches)
+            _, count = heapq.heappop(self._heap)
+            best = self._found[count].best
+            if best is None:
+                continue
+            tables = self.tables(count)
             problem = tables.refresh()
-            if item.num_stages == 0:
-                self._open(item, problem)
-            elif self._exact(item, tables):
-                self._best = min(self._best, item.seconds)
-                yield self._cut(item, tables)
-            elif item.seconds < _WORTH_PRICING * self._best:
-                self._raise_path(item, tables)
+            if not _still_holds(best, problem):
+                self._solve(count)
+                continue
+            ranked = [tables.ranked_views(stage) for stage in best.stages]
+            inexact = {r[0].view: r[0].fits for r in ranked if not r[0].exact}
+            if not inexact:
+                self._best = min(self._best, best.seconds)
+                yield self._cut(count, best, ranked)
+                self._found[count].done.add(len(best.stages))
+                self._push(count)
+            elif best.seconds < _WORTH_PRICING * self._best:
+                for view, fits in inexact.items():
+                    self.raise_view(view, count, fits=fits)
+                self._push(count)
 
     @property
     def bound(self) -> float:
         """No cut that is still to come has a smaller table value."""
-        return self._heap[0].seconds if self._heap else math.inf
+        return self._heap[0][0] if self._heap else math.inf
 
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
@@ -215,63 +229,53 @@ class CutSearch:
             self._by_count[count] = _Tables(self, count)
         return self._by_count[count]
 
-    def _open(self, item: _Item, problem: InterOpProblem) -> None:
-        """From all numbers of stages to each that is near the best."""
-        pinned = self.space.options.num_stages
-        version = self.tables(item.num_microbatches).version
-        for num_stages, found in self._solve(problem, pinned).items():
-            new = _Item(found.seconds, item.num_microbatches, num_stages, found, version)
-            heapq.heappush(self._heap, new)
+    def _push(self, count: int) -> None:
+        best = self._found[count].best
+        if best is not None:
+            heapq.heappush(self._heap, (best.seconds, count))
 
-    def _solve(self, problem: InterOpProblem, num_stages: int | None) -> dict[int, InterOpSolution]:
-        """By number of stages, all of them or one; empty where nothing fits."""
+    def _solve(self, count: int) -> None:
+        """The inter-op program for all numbers of stages that are left, in tables as they are."""
+        problem = self.tables(count).refresh()
+        found = self._found.setdefault(count, _Found({}))
+        pinned = self.space.options.num_stages
         self.num_programs += 1
-        if num_stages is not None:
-            problem = problem.with_stages(num_stages)
         try:
-            with self._clock.passes("stage cut", f"{num_stages or 'any number of'} stages"):
-                return dp.solve_each_count(problem, within=_COUNT_MARGIN)
+            with self._clock.passes("stage cut", f"{count} microbatch(es)"):
+                found.by_stages = dp.solve_each_count(
+                    problem.with_stages(pinned) if pinned else problem, within=_COUNT_MARGIN
+                )
         except NoFeasiblePlan as error:
             self.failures.append(error)
-            return {}
+            found.by_stages = {}
+        self._push(count)
 
-    def _exact(self, item: _Item, tables: _Tables) -> bool:
-        """Whether the item was found in tables that are still those, and exact on its path."""
-        assert item.found is not None
-        return item.version == tables.version and all(
-            tables.ranked_views(stage)[0].exact for stage in item.found.stages
-        )
-
-    def _raise_path(self, item: _Item, tables: _Tables) -> None:
-        """Prices better what was not exact on the item's path; the item goes back with its new
-        least step."""
-        assert item.found is not None
-        wanted = [tables.ranked_views(s)[0] for s in item.found.stages]
-        if item.version == tables.version:
-            inexact = {w.view: w.fits for w in wanted if not w.exact}
-            for view, fits in inexact.items():
-                self.raise_view(view, item.num_microbatches, fits=fits)
-        for found in self._solve(tables.refresh(), item.num_stages).values():
-            again = _Item(
-                found.seconds, item.num_microbatches, item.num_stages, found, tables.version
-            )
-            heapq.heappush(self._heap, again)
-
-    def _cut(self, item: _Item, tables: _Tables) -> Cut:
-        assert item.found is not None
-        space = self.space
+    def _cut(
+        self, count: int, found: InterOpSolution, ranked: Sequence[Sequence[RankedView]]
+    ) -> Cut:
         views = tuple(
             tuple(
                 (entry.seconds, entry.view)
-                for entry in ranked[:_VIEWS]
-                if entry.seconds <= _WORTH_SOLVING * ranked[0].seconds
+                for entry in entries[:_VIEWS]
+                if entry.seconds <= _WORTH_SOLVING * entries[0].seconds
             )
-            for ranked in map(tables.ranked_views, item.found.stages)
+            for entries in ranked
         )
         return Cut(
-            first_layers=tuple(s.first_layer for s in item.found.stages),
-            submeshes=tuple(space.submeshes[s.submesh] for s in item.found.stages),
+            first_layers=tuple(s.first_layer for s in found.stages),
+            submeshes=tuple(self.space.submeshes[s.submesh] for s in found.stages),
             views=views,
-            seconds=item.found.seconds,
-            num_microbatches=item.num_microbatches,
+            seconds=found.seconds,
+            num_microbatches=count,
         )
+
+
+def _still_holds(found: InterOpSolution, problem: InterOpProblem) -> bool:
+    """Whether the tables have not risen on the path: then it is still optimal, as elsewhere they
+    can only have risen."""
+    return all(
+        problem.stage_seconds[s.in_flight - 1][s.first_layer, s.last_layer, s.submesh]
+        + problem.transfer_seconds[s.first_layer, s.submesh]
+        == s.seconds
+        for s in found.stages
+    )
