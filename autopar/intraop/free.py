@@ -25,6 +25,8 @@ TABLE_LIMIT = 30_000_000
 _EASY_TABLE = 200_000
 """A table this small is eliminated at once: cheaper than one sweep over a graph of that width."""
 _ROUNDS = 4
+_NEAR = 0.1
+"""Of the target gap: sweeps stop sooner from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ def minimise(
             graph,
             deadline=effort.deadline,
             close_enough=effort.close_enough,
+            near=_NEAR * effort.target_gap,
             warm=warm if attempt == 0 else None,
         )
         best.sweeps += dual.sweeps

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes, local_numel
-from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind
+from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind, TensorMeta
 from autopar.intraop.build import (
     Chosen,
     ParameterChoice,
@@ -29,7 +29,7 @@ from autopar.intraop.fold import fold_problem
 from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
-from autopar.layout import Layout, coarsen
+from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
 from autopar.plan import StagePrediction
 from autopar.sharding.registry import RuleTable
@@ -253,7 +253,8 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
     """Of the once-per-step reductions, beyond the accumulated gradients."""
     held, metas = _held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
-    gradients, sizes = [], costs.mesh.axis_sizes
+    gradients: list[tuple[TensorMeta, Dims, Layout, Layout]] = []
+    sizes = costs.mesh.axis_sizes
     folded: dict[int, list[int]] = {}  # fold -> rows of its first copy
     for out in graph.outputs_of(OutputKind.GRADIENT):
         first = held[owner[out.target]]
@@ -262,6 +263,6 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
         if copy is not None and copy.which == 0:
             folded.setdefault(copy.fold, []).append(len(gradients))
         elif copy is not None and copy.fold in folded:  # the copies between come first
-            gradients += [gradients[i] for i in folded.pop(copy.fold)] * (copy.count - 2)
+            gradients += [gradients[i] for i in folded.pop(copy.fold)] * (copy.times - 2)
         gradients.append((metas[out.ref], dims, layout, chosen.parameters[first.name].rest))
     return reduce_bytes(gradients, sizes)
