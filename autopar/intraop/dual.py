@@ -37,7 +37,7 @@ CLOSED_GAP = 1e-10
 """Relative gap below which bound and primal are the same number in float64 sums of 1e4 terms."""
 WarmMessages = dict[tuple[int, int], FloatArray]
 """msg[v->w] by (v, w)."""
-_MAX_SWEEPS = 400
+MAX_SWEEPS = 400
 _STALL_SWEEPS = 6
 _FUSE_SWEEPS = 10
 """Every so many sweeps assignments are fused."""
@@ -201,6 +201,7 @@ def ascend(
     deadline: float,
     close_enough: float = CLOSED_GAP,
     near: float = 0.0,
+    max_sweeps: int = MAX_SWEEPS,
     warm: WarmMessages | None = None,
 ) -> DualResult:
     """Sweep until the relative gap is close_enough, or the bound stalls, or time.monotonic() =
@@ -214,7 +215,7 @@ def ascend(
     messages = TreeReweighted(graph, _forbidden_seconds(graph), warm)
     best, best_position, history = np.inf, dict.fromkeys(graph.unary, 0), [-np.inf]
     last: list[dict[int, int]] = []
-    for _ in range(_MAX_SWEEPS):
+    for _ in range(max_sweeps):
         bound, position = messages.forward()
         history.append(max(bound, history[-1]))
         last = [*last[-_FUSE_KEPT + 1 :], position]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import SolverError
-from autopar.intraop.dual import CLOSED_GAP, DualResult, WarmMessages, ascend
+from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, WarmMessages, ascend
 from autopar.intraop.eliminate import eliminate, elimination_order
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.problem import FloatArray, IntraOpProblem
@@ -25,8 +25,6 @@ TABLE_LIMIT = 30_000_000
 _EASY_TABLE = 200_000
 """A table this small is eliminated at once: cheaper than one sweep over a graph of that width."""
 _ROUNDS = 4
-_NEAR = 0.1
-"""Of the target gap: sweeps stop sooner from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,9 @@ class Effort:
     """How hard to try: until target_gap (relative) or time.monotonic() = deadline.
 
     close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
-    table_limit: entries of the largest table that exact elimination may build. allow_mip: HiGHS
-    may finish.
+    near: relative gap from which on sweeps stop sooner when they gain little.
+    max_sweeps: of each round. table_limit: entries of the largest table that exact elimination may
+    build. allow_mip: HiGHS may finish.
     """
 
     deadline: float
@@ -43,6 +42,8 @@ class Effort:
     allow_mip: bool
     table_limit: int = TABLE_LIMIT
     close_enough: float = CLOSED_GAP
+    near: float = 0.0
+    max_sweeps: int = MAX_SWEEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +59,20 @@ class FreeResult:
     fixed: int
     largest_table: int
     used_mip: bool
+    mip_error: str | None = None  # why HiGHS was asked and gave nothing
 
 
 class _Best:
     """The incumbent and the bound of one solve, the graph's constant included."""
 
-    __slots__ = ("bound", "choice", "fixed", "largest", "sweeps", "used_mip", "value")
+    __slots__ = ("bound", "choice", "fixed", "largest", "mip_error", "sweeps", "used_mip", "value")
 
     def __init__(self) -> None:
         self.choice: tuple[int, ...] | None = None
         self.value, self.bound = np.inf, -np.inf
         self.sweeps = self.fixed = self.largest = 0
         self.used_mip = False
+        self.mip_error: str | None = None
 
     def offer(self, graph: Graph, choice: dict[int, int], value: float) -> None:
         if value < self.value:
@@ -84,7 +87,14 @@ class _Best:
     def result(self) -> FreeResult:
         bound = min(self.bound, self.value)
         return FreeResult(
-            self.choice, self.value, bound, self.sweeps, self.fixed, self.largest, self.used_mip
+            self.choice,
+            self.value,
+            bound,
+            self.sweeps,
+            self.fixed,
+            self.largest,
+            self.used_mip,
+            self.mip_error,
         )
 
 
@@ -117,7 +127,8 @@ def minimise(
             graph,
             deadline=effort.deadline,
             close_enough=effort.close_enough,
-            near=_NEAR * effort.target_gap,
+            near=effort.near,
+            max_sweeps=effort.max_sweeps,
             warm=warm if attempt == 0 else None,
         )
         best.sweeps += dual.sweeps
@@ -174,8 +185,9 @@ def _remainder(graph: Graph, best: _Best, effort: Effort) -> None:
         found = solve_mathopt(
             rest, Engine.HIGHS, time_limit_s=seconds_left, target_gap=effort.target_gap, start=start
         )
-    except SolverError:
-        return  # no better than the incumbent within the time
+    except SolverError as error:  # no better than the incumbent within the time
+        best.mip_error = str(error)
+        return
     best.used_mip = True
     chosen = {v: int(graph.labels[v][s]) for v, s in zip(nodes, found.choice, strict=True)}
     best.offer(graph, chosen, found.seconds + graph.constant)

@@ -26,6 +26,7 @@ from autopar.intraop.build import (
     weight,
 )
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
@@ -52,7 +53,8 @@ class SolverOptions:
 @dataclass(frozen=True, slots=True, eq=False)
 class StageSolution:
     """The chosen strategies and layouts of a stage. seconds and bound: objective per microbatch.
-    tight: without the budget it would have been another one."""
+    tight: without the budget it would have been another one. notes: what a reader of the plan
+    should know of the solve: a backend that failed, where the gap comes from."""
 
     mesh: LogicalMesh
     strategies: Mapping[str, Strategy]
@@ -64,6 +66,7 @@ class StageSolution:
     bound: float
     receive_s: Mapping[str, float]  # per received value
     tight: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -85,6 +88,7 @@ def solve_stage(
     if context.folds:
         built = fold_problem(built, graph, context.folds)
     deadline = time.monotonic() + options.time_limit_s
+    earlier = Earlier()
 
     def solve_within(limit: float | None, fallback: bool) -> StageSolution:
         found = solve(
@@ -93,6 +97,7 @@ def solve_stage(
             time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
             target_gap=options.target_gap,
             fallback=fallback,
+            earlier=earlier,
         )
         return _read(graph, built, found, costs, context)
 
@@ -103,8 +108,24 @@ def solve_stage(
     if best.gap > options.target_gap and options.fallback and time.monotonic() <= deadline:
         proven = solve_within(limit, True)
         fits = proven.prediction.peak_bytes <= budget_bytes
-        best = proven if fits and proven.seconds <= best.seconds else best
-    return replace(best, tight=True)
+        if fits and proven.seconds <= best.seconds:
+            best = proven
+        else:
+            notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
+            best = replace(best, notes=notes)
+    return _with_true_bound(best, max(solution.bound, earlier.bound(budget_bytes)[0]), limit)
+
+
+def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSolution:
+    """The bound of a budgeted solve holds within the limit on its row, which transients set. What
+    holds for the stage is the bound of the row alone within the whole budget."""
+    notes = best.notes
+    if best.gap < relative_gap(best.seconds, bound):
+        notes += (
+            f"transients are outside of the program: within {limit / _GIB:.2f} GiB for what stands "
+            f"and is saved the gap is {best.gap:.2%}",
+        )
+    return replace(best, bound=min(bound, best.seconds), tight=True, notes=notes)
 
 
 def _solve_tight(
@@ -188,7 +209,15 @@ def _read(
             )
             for i in graph.inputs_of(InputKind.RECEIVED)
         },
+        notes=_notes(found),
     )
+
+
+def _notes(found: IntraOpSolution) -> tuple[str, ...]:
+    error = found.stats.get("fallback_error")
+    if error is None:
+        return ()
+    return (f"HiGHS did not narrow the gap of {found.gap:.2%}: {error}",)
 
 
 def _predict(
