@@ -96,17 +96,17 @@ class Fold:
 
 class Copy(NamedTuple):
     """Where a value of a folded stage is: in which written copy (0 or 1) of which fold, by number;
-    count of the fold."""
+    times: the fold's count."""
 
     fold: int
     which: int
-    count: int
+    times: int
 
 
 def weight(copies: Mapping[str, Copy], name: str) -> float:
     """How many of the stage written out one written value stands for."""
     copy = copies.get(name)
-    return 1.0 if copy is None else copy.count / 2
+    return 1.0 if copy is None else copy.times / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,10 @@ Nodes in index order; g_v = 1 / max(#earlier, #later neighbours); msg[v->w] in s
     slack      slack_v(s) = (1 - g_v #later)(belief_s - min belief)
                             + sum_later min_t [ g_v belief_s - msg[w->v]_s + R_st - msg[v->w]_t ]
 
+The assignments of a pass lag far behind the bound where it is all but tight. So the last few are
+fused now and then: each node keeps the strategies that it has in them and its two best by belief,
+and what is left is solved exactly (fusion moves: Lempitsky, Rother, Roth, Blake, PAMI 2010).
+
 Each edge term of the reparametrised objective has minimum 0, so `bound` holds for any messages,
 and an assignment with x_v = s costs at least bound + slack_v(s). Messages are never normalised, or
 the bound would be lost. Forbidden pairs enter as a large finite cost: a relaxation, so the bound
@@ -25,7 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.intraop.problem import FloatArray
+from autopar.intraop.eliminate import eliminate, elimination_order
+from autopar.intraop.problem import FloatArray, IntArray
 from autopar.intraop.reduce import Graph
 
 CLOSED_GAP = 1e-10
@@ -34,9 +39,20 @@ WarmMessages = dict[tuple[int, int], FloatArray]
 """msg[v->w] by (v, w)."""
 MAX_SWEEPS = 400
 _STALL_SWEEPS = 6
+_FUSE_SWEEPS = 10
+"""Every so many sweeps assignments are fused."""
+_FUSE_KEPT = 5
+"""Of so many last assignments, and the two best strategies by belief of each node."""
+_FUSE_TABLES = (300_000, 10_000)
+"""Entries of the largest table with and without the two best by belief."""
+_WORTH_FIXING = 0.5
+"""Share of the strategies: sweeps stop for a smaller graph where fixing drops so many."""
 _STALL_SHARE = 0.02
-"""Stalled: six sweeps moved the bound by less than 2 % of the gap (empirical; llama, GPT, MoE
-graphs).
+_STALL_NEAR = 0.3
+_STALL_GAIN = 1e-5
+"""Stalled: six sweeps moved the bound by less than 2 % of the gap (30 % where it is near enough),
+and by less than this share of itself: assignments stay far off until the bound is nearly tight
+(empirical; llama, GPT, MoE and T5 graphs).
 """
 
 
@@ -145,6 +161,10 @@ class TreeReweighted:
             rows = arc.matrix + (shared - self._msg[arc.reply])[:, None]
             self._msg[arc.message] = np.minimum.reduce(rows, axis=0)
 
+    def likely(self) -> dict[int, IntArray]:
+        """Per node its two best strategies by belief."""
+        return {v: np.argsort(self._belief(v), kind="stable")[:2] for v in self._nodes}
+
     def slack(self) -> dict[int, FloatArray]:
         """Per node and strategy; valid right after `forward`."""
         out: dict[int, FloatArray] = {}
@@ -180,26 +200,36 @@ def ascend(
     *,
     deadline: float,
     close_enough: float = CLOSED_GAP,
+    near: float = 0.0,
     max_sweeps: int = MAX_SWEEPS,
     warm: WarmMessages | None = None,
 ) -> DualResult:
     """Sweep until the relative gap is close_enough, or the bound stalls, or time.monotonic() =
     deadline.
 
-    warm: messages of an earlier solve on a similar graph, used where sizes agree, and replaced by
-    the last ones: any messages give a valid bound. Needs every living node to have a finite
-    strategy and only finite ones (Graph.keep).
+    near: relative gap from which on less patience is worth it. warm: messages of an earlier solve
+    on a similar graph, used where sizes agree, and replaced by the last ones: any messages give a
+    valid bound. Needs every living node to have a finite strategy and only finite ones
+    (Graph.keep).
     """
     messages = TreeReweighted(graph, _forbidden_seconds(graph), warm)
     best, best_position, history = np.inf, dict.fromkeys(graph.unary, 0), [-np.inf]
+    last: list[dict[int, int]] = []
     for _ in range(max_sweeps):
         bound, position = messages.forward()
-        primal = cost_of(graph, position)
-        if primal < best:
-            best, best_position = primal, position
         history.append(max(bound, history[-1]))
-        if _finished(best, history, close_enough) or time.monotonic() > deadline:
+        last = [*last[-_FUSE_KEPT + 1 :], position]
+        value = cost_of(graph, position)
+        if value < best:
+            best, best_position = value, position
+        if _finished(best, history, close_enough, near) or time.monotonic() > deadline:
             break
+        if (len(history) - 1) % _FUSE_SWEEPS == 0:
+            value, position = _fused(graph, last, messages.likely())
+            if value < best:
+                best, best_position = value, position
+            if _finished(best, history, close_enough, near) or _fixes(messages, history[-1], best):
+                break
         messages.backward()
     if warm is not None:
         messages.save(warm)
@@ -207,15 +237,50 @@ def ascend(
     return DualResult(choice, best, min(bound, best), len(history) - 1, messages.slack())
 
 
-def _finished(best: float, history: list[float], close_enough: float) -> bool:
+def _fused(
+    graph: Graph, last: list[dict[int, int]], likely: dict[int, IntArray]
+) -> tuple[float, dict[int, int]]:
+    """The best assignment made of these; (inf, {}) where the tables would be too large."""
+    for limit, more in zip(_FUSE_TABLES, (likely, None), strict=True):
+        masks = {v: np.zeros(len(c_v), dtype=np.bool_) for v, c_v in graph.unary.items()}
+        for v, mask in masks.items():
+            mask[[position[v] for position in last]] = True
+            if more is not None:
+                mask[more[v]] = True
+        small = graph.copy()
+        small.keep(masks)
+        small.reduce()
+        order = elimination_order(small, limit)
+        if order is not None:
+            choice, value = eliminate(small, order)
+            if not np.isfinite(value):
+                break
+            full = small.restore(choice)
+            found = {v: int(np.searchsorted(graph.labels[v], full[v])) for v in graph.unary}
+            return cost_of(graph, found), found
+    return np.inf, {}
+
+
+def _fixes(messages: TreeReweighted, bound: float, best: float) -> bool:
+    """Whether fixing would drop most strategies now. Valid right after `forward`."""
+    if not np.isfinite(best):
+        return False
+    slack = messages.slack()
+    dropped = sum(int(np.count_nonzero(bound + s_v > best)) for s_v in slack.values())
+    return dropped > _WORTH_FIXING * sum(len(s_v) for s_v in slack.values())
+
+
+def _finished(best: float, history: list[float], close_enough: float, near: float) -> bool:
     bound = history[-1]
     if best - bound <= close_enough * abs(best):
         return True
     if len(history) <= _STALL_SWEEPS + 1:
         return False
     gain = bound - history[-1 - _STALL_SWEEPS]
-    reference = best - bound if np.isfinite(best) else abs(bound)
-    return gain < _STALL_SHARE * reference
+    gap = best - bound if np.isfinite(best) else abs(bound)
+    if gap <= near * abs(best):
+        return gain < _STALL_NEAR * gap
+    return gain < min(_STALL_SHARE * gap, _STALL_GAIN * abs(bound))
 
 
 def _forbidden_seconds(graph: Graph) -> float:

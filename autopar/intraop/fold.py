@@ -95,7 +95,7 @@ class _Matcher:
         return Twins(self.copy, self.first, frozenset(self.shared))
 
     def _in_order(self, *, hubs: bool) -> list[tuple[Operator, Operator]]:
-        pairs = []
+        pairs: list[tuple[Operator, Operator]] = []
         for phase in Phase:
             one, two = (
                 [

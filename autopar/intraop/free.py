@@ -32,8 +32,9 @@ class Effort:
     """How hard to try: until target_gap (relative) or time.monotonic() = deadline.
 
     close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
-    table_limit: entries of the largest table that exact elimination may build. allow_mip: HiGHS
-    may finish. max_sweeps: of each ascent.
+    near: relative gap from which on sweeps stop sooner when they gain little.
+    max_sweeps: of each round. table_limit: entries of the largest table that exact elimination may
+    build. allow_mip: HiGHS may finish.
     """
 
     deadline: float
@@ -41,6 +42,7 @@ class Effort:
     allow_mip: bool
     table_limit: int = TABLE_LIMIT
     close_enough: float = CLOSED_GAP
+    near: float = 0.0
     max_sweeps: int = MAX_SWEEPS
 
 
@@ -57,18 +59,20 @@ class FreeResult:
     fixed: int
     largest_table: int
     used_mip: bool
+    mip_error: str | None = None  # why HiGHS was asked and gave nothing
 
 
 class _Best:
     """The incumbent and the bound of one solve, the graph's constant included."""
 
-    __slots__ = ("bound", "choice", "fixed", "largest", "sweeps", "used_mip", "value")
+    __slots__ = ("bound", "choice", "fixed", "largest", "mip_error", "sweeps", "used_mip", "value")
 
     def __init__(self) -> None:
         self.choice: tuple[int, ...] | None = None
         self.value, self.bound = np.inf, -np.inf
         self.sweeps = self.fixed = self.largest = 0
         self.used_mip = False
+        self.mip_error: str | None = None
 
     def offer(self, graph: Graph, choice: dict[int, int], value: float) -> None:
         if value < self.value:
@@ -83,7 +87,14 @@ class _Best:
     def result(self) -> FreeResult:
         bound = min(self.bound, self.value)
         return FreeResult(
-            self.choice, self.value, bound, self.sweeps, self.fixed, self.largest, self.used_mip
+            self.choice,
+            self.value,
+            bound,
+            self.sweeps,
+            self.fixed,
+            self.largest,
+            self.used_mip,
+            self.mip_error,
         )
 
 
@@ -116,6 +127,7 @@ def minimise(
             graph,
             deadline=effort.deadline,
             close_enough=effort.close_enough,
+            near=effort.near,
             max_sweeps=effort.max_sweeps,
             warm=warm if attempt == 0 else None,
         )
@@ -173,8 +185,9 @@ def _remainder(graph: Graph, best: _Best, effort: Effort) -> None:
         found = solve_mathopt(
             rest, Engine.HIGHS, time_limit_s=seconds_left, target_gap=effort.target_gap, start=start
         )
-    except SolverError:
-        return  # no better than the incumbent within the time
+    except SolverError as error:  # no better than the incumbent within the time
+        best.mip_error = str(error)
+        return
     best.used_mip = True
     chosen = {v: int(graph.labels[v][s]) for v, s in zip(nodes, found.choice, strict=True)}
     best.offer(graph, chosen, found.seconds + graph.constant)

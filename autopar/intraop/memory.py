@@ -16,7 +16,7 @@ solves.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,11 @@ there.
 """
 STEP_CLOSE_ENOUGH = 5e-5
 """Relative gap at which the sweeps of one step stop; it is part of the stated gap."""
+STEP_SWEEPS = 40
+"""Of one round of a step: messages go on from there in the next."""
+_FIRST_SLOPE = 0.1
+"""Of the slope to the lightest assignment: the hull is convex, so it is flatter at the budget, and
+messages crawl where a byte costs too much."""
 _MAX_STEPS = 14
 _SMALL_GAP = 1e-3
 """Walking the hull stops here: the primal is found by switches, and the bound is good enough."""
@@ -55,18 +60,43 @@ class BudgetResult:
     largest_table: int
 
 
+@dataclass(slots=True)
+class Earlier:
+    """What is known of one program whatever its budget (a builder, local to its solves): optimal
+    assignments at multipliers, min over x of c + l m by l, and messages to start from."""
+
+    points: list[Assignment] = field(default_factory=list)
+    lines: list[tuple[float, float]] = field(default_factory=list)  # (l, lower bound of c + l m)
+    warm: WarmMessages = field(default_factory=dict)
+    lightest: Assignment | None = None
+
+    def note(self, problem: IntraOpProblem, multiplier: float, found: FreeResult) -> None:
+        self.lines.append((multiplier, found.bound))
+        if found.choice is not None:
+            self.points.append(Assignment.of(problem, found.choice))
+
+    def bound(self, budget_bytes: float) -> tuple[float, float]:
+        """(max over l of L(l), that l): no assignment within the budget takes fewer seconds."""
+        return max(
+            ((value - rate * budget_bytes, rate) for rate, value in self.lines),
+            default=(-np.inf, 0.0),
+        )
+
+
 class _Walk:
     """The points seen so far (a builder, local to one solve)."""
 
-    def __init__(self, problem: IntraOpProblem, effort: Effort) -> None:
+    def __init__(self, problem: IntraOpProblem, effort: Effort, earlier: Earlier) -> None:
         assert problem.budget_bytes is not None
         self.problem, self.effort = problem, effort
         self.budget = problem.budget_bytes
-        self.bound, self.multiplier = -np.inf, 0.0
+        self.earlier = earlier
+        self.bound, self.multiplier = earlier.bound(self.budget)
         self.best: Assignment | None = None
         self.tried: list[float] = []
         self.sweeps = self.fixed = self.largest = 0
-        self.warm: WarmMessages = {}
+        for point in earlier.points:
+            self.offer(point)
 
     def note(self, found: FreeResult) -> Assignment | None:
         self.sweeps += found.sweeps
@@ -88,7 +118,8 @@ class _Walk:
         """argmin of L(multiplier); its bound counts."""
         pairs = zip(self.problem.node_seconds, self.problem.node_bytes, strict=True)
         unary = [c_v + multiplier * m_v for c_v, m_v in pairs]
-        found = minimise(self.problem, unary, effort=self.effort, warm=self.warm)
+        found = minimise(self.problem, unary, effort=self.effort, warm=self.earlier.warm)
+        self.earlier.note(self.problem, multiplier, found)
         self.tried.append(multiplier)
         lagrangian = found.bound - multiplier * self.budget
         if lagrangian > self.bound:
@@ -103,7 +134,8 @@ class _Walk:
         for c_v, m_v in zip(self.problem.node_seconds, self.problem.node_bytes, strict=True):
             least = m_v[np.isfinite(c_v)].min()
             unary.append(np.where(m_v <= least, c_v, np.inf))
-        return self.note(minimise(self.problem, unary, effort=self.effort))
+        self.earlier.lightest = self.note(minimise(self.problem, unary, effort=self.effort))
+        return self.earlier.lightest
 
     def gap(self) -> float:
         return np.inf if self.best is None else relative_gap(self.best.seconds, self.bound)
@@ -120,22 +152,45 @@ class _Walk:
         )
 
 
-def minimise_within_budget(problem: IntraOpProblem, *, effort: Effort) -> BudgetResult:
-    """The module docstring's walk. Raises NoFeasiblePlan with the least bytes; needs a budget."""
+def minimise_within_budget(
+    problem: IntraOpProblem, *, effort: Effort, earlier: Earlier | None = None
+) -> BudgetResult:
+    """The module docstring's walk. Raises NoFeasiblePlan with the least bytes; needs a budget.
+    earlier: of the same program under other budgets, used and added to."""
     least = least_bytes(problem)
     if not problem.fits(least.bytes):
         raise infeasible(problem, least=least.bytes, exact=least.exact)
-    walk = _Walk(problem, effort)
-    heavy = walk.solve(0.0)
-    if heavy is None and walk.bound == np.inf:
-        raise infeasible(problem.with_budget(None))
-    if heavy is None or problem.fits(heavy.bytes):
+    walk = _Walk(problem, effort, Earlier() if earlier is None else earlier)
+    heavy, light = _bracket(walk)
+    if heavy is None:
+        heavy = walk.solve(0.0)
+        if heavy is None and walk.bound == np.inf:
+            raise infeasible(problem.with_budget(None))
+        if heavy is None:
+            return walk.result()
+    if problem.fits(heavy.bytes):
         return walk.result()
-    light = walk.lightest() or walk.note(_lightest_exact(problem, effort))
-    if light is None or not problem.fits(light.bytes):
-        return walk.result()
+    if light is None:
+        light = walk.lightest() or walk.note(_lightest_exact(problem, effort))
+        if light is None or not problem.fits(light.bytes):
+            return walk.result()
     _walk_hull(walk, heavy, light, Neighbourhood(problem))
     return walk.result()
+
+
+def _bracket(walk: _Walk) -> tuple[Assignment | None, Assignment | None]:
+    """The known points next to the budget: the lightest that does not fit, and the heaviest that
+    does; the fastest of all twice if it fits."""
+    points = walk.earlier.points
+    fastest = min(points, key=lambda p: p.seconds, default=None)
+    if fastest is None or walk.problem.fits(fastest.bytes):
+        return fastest, fastest
+    fitting = [p for p in points if walk.problem.fits(p.bytes)]
+    others = [p for p in points if not walk.problem.fits(p.bytes)]
+    light = min(fitting, key=lambda p: p.seconds, default=walk.earlier.lightest)
+    if light is not None and not walk.problem.fits(light.bytes):
+        light = None
+    return min(others, key=lambda p: p.bytes), light
 
 
 def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighbourhood) -> None:
@@ -143,12 +198,17 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
     what lies between.
     """
     stop = min(_SMALL_GAP, walk.effort.target_gap)
+    flat = False
     for _ in range(_MAX_STEPS):
         if time.monotonic() > walk.effort.deadline:
             break
         slope = (light.seconds - heavy.seconds) / (heavy.bytes - light.bytes)
         if slope <= 0:
             break
+        first = False
+        if light is walk.earlier.lightest and not flat:
+            flat = first = True
+            slope *= _FIRST_SLOPE
         middle = walk.solve(slope)
         if middle is None:
             break
@@ -162,7 +222,7 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
         walk.offer(mixed)
         if relative_gap(mixed.seconds, walk.bound) <= _NEAR:
             walk.offer(around.move_nodes(mixed))
-        if walk.gap() <= stop or below <= _ON_LINE * abs(line):
+        if walk.gap() <= stop or (below <= _ON_LINE * abs(line) and not first):
             break
     walk.offer(around.move_nodes(around.switch_parts(light, heavy)))
     if walk.best is not None:

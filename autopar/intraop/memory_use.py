@@ -209,14 +209,14 @@ class _Lives:
             copy = self._copies.get(name)
             if copy is not None and copy.which == 1:
                 yield self._times(copy, memory), 0, self._turn[copy.fold] - 1
-        for memory, name in (self._kept | leaves).items():
+        for memory, name in {**self._kept, **leaves}.items():
             copy = self._copies.get(name)
             if copy is not None and copy.which == 0 and memory in self._born:
                 start = max(self._turn[copy.fold], self._born[memory])
                 yield self._times(copy, memory), start, self._time
 
     def _times(self, copy: Copy, memory: _Copy) -> float:
-        return (copy.count - 2) * self._bytes(memory.ref, memory.layout)
+        return (copy.times - 2) * self._bytes(memory.ref, memory.layout)
 
     def _note_turn(self, op: Operator) -> None:
         copy = self._copies.get(op.name)

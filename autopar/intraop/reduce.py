@@ -121,6 +121,15 @@ class Graph:
             self._set_edge(u, v, r_uv)
         self.keep({v: np.isfinite(c_v) for v, c_v in self.unary.items()})
 
+    def copy(self) -> Graph:
+        """One that shrinks on its own; arrays and products are shared."""
+        other = object.__new__(Graph)
+        other.products, other.constant = self.products, self.constant
+        other.unary, other.labels = dict(self.unary), dict(self.labels)
+        other.adj = {v: dict(neighbours) for v, neighbours in self.adj.items()}
+        other._trail = list(self._trail)
+        return other
+
     def _set_edge(self, u: int, v: int, r_uv: FloatArray) -> None:
         r_vu = self.products.transpose(r_uv)
         self.adj[u][v] = self.products.transpose(r_vu)

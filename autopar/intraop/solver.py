@@ -15,15 +15,17 @@ import numpy as np
 
 from autopar.errors import OptionError, SolverError
 from autopar.intraop.cbc import solve_cbc
-from autopar.intraop.dual import CLOSED_GAP
+from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS
 from autopar.intraop.fallback import solve_remainder
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible, solution
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.memory import (
     STEP_CLOSE_ENOUGH,
+    STEP_SWEEPS,
     STEP_TABLE_LIMIT,
     BudgetResult,
+    Earlier,
     minimise_within_budget,
 )
 from autopar.intraop.problem import IntraOpProblem, IntraOpSolution, relative_gap
@@ -45,6 +47,7 @@ def solve(
     time_limit_s: float = 60.0,
     target_gap: float = 0.01,
     fallback: bool = True,
+    earlier: Earlier | None = None,
 ) -> IntraOpSolution:
     """The assignment of least seconds within the budget, and a proven lower bound.
 
@@ -52,7 +55,8 @@ def solve(
     solution that is not proven optimal says so. Raises NoFeasiblePlan when nothing fits,
     SolverError when the time limit came before any assignment or a backend is missing.
     fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS; a
-    search over many problems asks for that and comes back to the winner.
+    search over many problems asks for that and comes back to the winner. earlier: what DUAL found
+    on the same program under other budgets, used and added to.
     """
     if not time_limit_s > 0:
         raise OptionError(f"time_limit_s must be > 0, got {time_limit_s}")
@@ -60,7 +64,7 @@ def solve(
         raise OptionError(f"target_gap must be in [0, 1), got {target_gap}")
     match solver:
         case Solver.DUAL:
-            return _solve_dual(problem, time_limit_s, target_gap, fallback)
+            return _solve_dual(problem, time_limit_s, target_gap, fallback, earlier or Earlier())
         case Solver.CBC:
             return solve_cbc(problem, time_limit_s=time_limit_s, target_gap=target_gap)
         case Solver.CP_SAT | Solver.HIGHS:
@@ -69,14 +73,21 @@ def solve(
 
 
 def _solve_dual(
-    problem: IntraOpProblem, time_limit_s: float, target_gap: float, fallback: bool
+    problem: IntraOpProblem,
+    time_limit_s: float,
+    target_gap: float,
+    fallback: bool,
+    earlier: Earlier,
 ) -> IntraOpSolution:
     started = time.monotonic()
     deadline = started + time_limit_s
     if problem.budget_bytes is not None:
-        return _solve_budgeted(problem, started, deadline, target_gap, fallback)
-    effort = Effort(deadline=deadline, target_gap=target_gap, allow_mip=fallback)
-    found = minimise(problem, problem.node_seconds, effort=effort)
+        return _solve_budgeted(problem, started, deadline, target_gap, fallback, earlier)
+    effort = Effort(
+        deadline=deadline, target_gap=target_gap, allow_mip=fallback, near=0.1 * target_gap
+    )
+    found = minimise(problem, problem.node_seconds, effort=effort, warm=earlier.warm)
+    earlier.note(problem, 0.0, found)
     if found.choice is None:
         if found.bound == np.inf:
             raise infeasible(problem)
@@ -89,6 +100,8 @@ def _solve_dual(
         "largest_table": found.largest_table,
         "fallback": "highs" if found.used_mip else None,
     }
+    if found.mip_error is not None:
+        stats["fallback_error"] = found.mip_error
     return solution(problem, found.choice, found.bound, solver="dual", started=started, stats=stats)
 
 
@@ -98,15 +111,18 @@ def _solve_budgeted(
     deadline: float,
     target_gap: float,
     fallback: bool,
+    earlier: Earlier,
 ) -> IntraOpSolution:
     effort = Effort(
         deadline=deadline,
         target_gap=min(target_gap, 1e-3),
         allow_mip=False,
         table_limit=STEP_TABLE_LIMIT,
+        near=0.1 * target_gap,
+        max_sweeps=STEP_SWEEPS if target_gap else MAX_SWEEPS,
         close_enough=min(0.02 * target_gap, STEP_CLOSE_ENOUGH) if target_gap else CLOSED_GAP,
     )
-    known = minimise_within_budget(problem, effort=effort)
+    known = minimise_within_budget(problem, effort=effort, earlier=earlier)
     stats: dict[str, object] = {
         "sweeps": known.sweeps,
         "fixed": known.fixed,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes, local_numel
-from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind
+from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind, TensorMeta
 from autopar.intraop.build import (
     Chosen,
     ParameterChoice,
@@ -26,10 +26,11 @@ from autopar.intraop.build import (
     weight,
 )
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
-from autopar.layout import Layout, coarsen
+from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
 from autopar.plan import StagePrediction
 from autopar.sharding.registry import RuleTable
@@ -52,7 +53,8 @@ class SolverOptions:
 @dataclass(frozen=True, slots=True, eq=False)
 class StageSolution:
     """The chosen strategies and layouts of a stage. seconds and bound: objective per microbatch.
-    tight: without the budget it would have been another one."""
+    tight: without the budget it would have been another one. notes: what a reader of the plan
+    should know of the solve: a backend that failed, where the gap comes from."""
 
     mesh: LogicalMesh
     strategies: Mapping[str, Strategy]
@@ -64,6 +66,7 @@ class StageSolution:
     bound: float
     receive_s: Mapping[str, float]  # per received value
     tight: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -85,6 +88,7 @@ def solve_stage(
     if context.folds:
         built = fold_problem(built, graph, context.folds)
     deadline = time.monotonic() + options.time_limit_s
+    earlier = Earlier()
 
     def solve_within(limit: float | None, fallback: bool) -> StageSolution:
         found = solve(
@@ -93,6 +97,7 @@ def solve_stage(
             time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
             target_gap=options.target_gap,
             fallback=fallback,
+            earlier=earlier,
         )
         return _read(graph, built, found, costs, context)
 
@@ -103,8 +108,24 @@ def solve_stage(
     if best.gap > options.target_gap and options.fallback and time.monotonic() <= deadline:
         proven = solve_within(limit, True)
         fits = proven.prediction.peak_bytes <= budget_bytes
-        best = proven if fits and proven.seconds <= best.seconds else best
-    return replace(best, tight=True)
+        if fits and proven.seconds <= best.seconds:
+            best = proven
+        else:
+            notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
+            best = replace(best, notes=notes)
+    return _with_true_bound(best, max(solution.bound, earlier.bound(budget_bytes)[0]), limit)
+
+
+def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSolution:
+    """The bound of a budgeted solve holds within the limit on its row, which transients set. What
+    holds for the stage is the bound of the row alone within the whole budget."""
+    notes = best.notes
+    if best.gap < relative_gap(best.seconds, bound):
+        notes += (
+            f"transients are outside of the program: within {limit / _GIB:.2f} GiB for what stands "
+            f"and is saved the gap is {best.gap:.2%}",
+        )
+    return replace(best, bound=min(bound, best.seconds), tight=True, notes=notes)
 
 
 def _solve_tight(
@@ -188,7 +209,15 @@ def _read(
             )
             for i in graph.inputs_of(InputKind.RECEIVED)
         },
+        notes=_notes(found),
     )
+
+
+def _notes(found: IntraOpSolution) -> tuple[str, ...]:
+    error = found.stats.get("fallback_error")
+    if error is None:
+        return ()
+    return (f"HiGHS did not narrow the gap of {found.gap:.2%}: {error}",)
 
 
 def _predict(
@@ -253,7 +282,8 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
     """Of the once-per-step reductions, beyond the accumulated gradients."""
     held, metas = _held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
-    gradients, sizes = [], costs.mesh.axis_sizes
+    gradients: list[tuple[TensorMeta, Dims, Layout, Layout]] = []
+    sizes = costs.mesh.axis_sizes
     folded: dict[int, list[int]] = {}  # fold -> rows of its first copy
     for out in graph.outputs_of(OutputKind.GRADIENT):
         first = held[owner[out.target]]
@@ -262,6 +292,6 @@ def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: Mesh
         if copy is not None and copy.which == 0:
             folded.setdefault(copy.fold, []).append(len(gradients))
         elif copy is not None and copy.fold in folded:  # the copies between come first
-            gradients += [gradients[i] for i in folded.pop(copy.fold)] * (copy.count - 2)
+            gradients += [gradients[i] for i in folded.pop(copy.fold)] * (copy.times - 2)
         gradients.append((metas[out.ref], dims, layout, chosen.parameters[first.name].rest))
     return reduce_bytes(gradients, sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.errors import NoFeasiblePlan
+from autopar.errors import NoFeasiblePlan, SolverError
 from autopar.intraop.build import StageContext
 from autopar.intraop.solver import Solver
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
@@ -98,3 +98,18 @@ def test_nothing_fits_a_thousand_bytes() -> None:
 def test_backends_find_the_same(solver: Solver) -> None:
     found = solved(options=SolverOptions(solver, 20.0, 0.0))
     assert found.seconds == pytest.approx(solved(options=SolverOptions(target_gap=0.0)).seconds)
+
+
+def test_a_backend_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise SolverError("OR-Tools is missing")
+
+    monkeypatch.setattr("autopar.intraop.fallback.solve_mathopt", missing)
+    context = StageContext(num_microbatches=8, in_flight=2)
+    free = solved("mlp", (2, 2), None, context)
+    options = SolverOptions(time_limit_s=3.0, target_gap=0.0)
+    budget = 0.9 * free.prediction.peak_bytes
+    tight = solved("mlp", (2, 2), budget, context, options)
+    assert tight.gap > 0 and free.notes == ()
+    assert any("OR-Tools is missing" in note for note in tight.notes)
+    assert tight.bound >= free.bound * (1 - 1e-9)
