@@ -180,6 +180,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "divided by their number": (lambda: Counted(blocks()), (1, 1, 5, 1, 1)),
     "constants of their own": (lambda: Embedded(blocks(kind=Constant)), (1, 1, 5, 1, 1)),
     "a shared value": (lambda: Gated(blocks(kind=GatedBlock)), (1, 1, 1, 4, 1, 1)),
+    "one activation for all": (lambda: Embedded(blocks(act=nn.ReLU())), (1, 1, 5, 1, 1)),
     "another last one": (
         lambda: Embedded([*blocks(), Block(7, act=torch.tanh)]),
         (1, 1, 5, 1, 1, 1),
@@ -193,6 +194,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 WHOLE: dict[str, Callable[[], nn.Module]] = {
     "one module listed often": lambda: Embedded([Block()] * 6),
+    "one module without weights listed often": lambda: Embedded([nn.Dropout(0.1)] * 6),
     "two share a weight": tied,
     "rates that grow": lambda: Embedded([Block(i, p=0.1 * i) for i in range(6)]),
     "in turn": lambda: Embedded([Block(i, act=(torch.relu, torch.tanh)[i % 2]) for i in range(8)]),
