@@ -10,6 +10,7 @@ equal has to make sure that nothing reads it.
 from __future__ import annotations
 
 import enum
+import functools
 import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +112,9 @@ def _text(value: Any, owner: nn.Module, depth: int) -> str:
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, types.MethodType) and value.__self__ is owner:
         return f"method {id(value.__func__)}"
+    if depth and isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return f"partial {_text(parts, owner, depth - 1)}"
     if depth and isinstance(value, Mapping):
         pairs = (f"{key!r}: {_text(item, owner, depth - 1)}" for key, item in value.items())
         return f"{type(value).__name__} {{{', '.join(pairs)}}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,6 +182,10 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "constants of their own": (lambda: Embedded(blocks(kind=Constant)), (1, 1, 5, 1, 1)),
     "a shared value": (lambda: Gated(blocks(kind=GatedBlock)), (1, 1, 1, 4, 1, 1)),
     "one activation for all": (lambda: Embedded(blocks(act=nn.ReLU())), (1, 1, 5, 1, 1)),
+    "equal partial functions": (
+        lambda: Embedded([Block(i, act=partial(torch.softmax, dim=-1)) for i in range(7)]),
+        (1, 1, 5, 1, 1),
+    ),
     "another last one": (
         lambda: Embedded([*blocks(), Block(7, act=torch.tanh)]),
         (1, 1, 5, 1, 1, 1),
