@@ -10,6 +10,7 @@ equal has to make sure that nothing reads it.
 from __future__ import annotations
 
 import enum
+import functools
 import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,12 +46,12 @@ class Run:
 
 def equal_runs(model: nn.Module, least: int) -> list[Run]:
     """Runs of at least so many equal blocks in the outermost lists of a model. A list is left out
-    where a block shares a module, parameter or buffer with anything else. O(modules)."""
-    shared = _shared(model)
+    where a block shares a parameter or buffer with anything else. O(modules)."""
+    shared = frozenset(part for part, count in Counter(_tensors(model)).items() if count > 1)
     runs: list[Run] = []
     for path, module in _lists(model):
         blocks = [block for block in module._modules.values() if block is not None]
-        if len(blocks) < least or any(not shared.isdisjoint(_parts(block)) for block in blocks):
+        if len(blocks) < least or any(not shared.isdisjoint(_tensors(block)) for block in blocks):
             continue
         features = [_features(block) for block in blocks]
         counters = _counters(features)
@@ -74,15 +75,10 @@ def _lists(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from _lists(child, f"{path}.{name}" if path else name)
 
 
-def _parts(module: nn.Module) -> Iterator[int]:
-    """ids of all modules, parameters and buffers, once for each name."""
-    yield from (id(m) for _, m in module.named_modules(remove_duplicate=False))
+def _tensors(module: nn.Module) -> Iterator[int]:
+    """ids of all parameters and buffers, once for each name."""
     yield from (id(p) for _, p in module.named_parameters(remove_duplicate=False))
     yield from (id(b) for _, b in module.named_buffers(remove_duplicate=False))
-
-
-def _shared(model: nn.Module) -> frozenset[int]:
-    return frozenset(part for part, count in Counter(_parts(model)).items() if count > 1)
 
 
 def _features(block: nn.Module) -> Features:
@@ -116,6 +112,9 @@ def _text(value: Any, owner: nn.Module, depth: int) -> str:
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, types.MethodType) and value.__self__ is owner:
         return f"method {id(value.__func__)}"
+    if depth and isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return f"partial {_text(parts, owner, depth - 1)}"
     if depth and isinstance(value, Mapping):
         pairs = (f"{key!r}: {_text(item, owner, depth - 1)}" for key, item in value.items())
         return f"{type(value).__name__} {{{', '.join(pairs)}}}"

@@ -50,7 +50,7 @@ def capture_graph(
     precision: Precision = Precision(),
 ) -> Graph:
     """The joint graph of one microbatch, at the shapes of the example batch, in the model's own
-    mode.
+    mode. Every block is traced; `graph.fold` makes the same graph from a few of them.
 
     model:         real or on meta; parameters, buffers, mode and hooks are as before afterwards.
     example_batch: a tensor -> model(t); a tuple or list -> model(*b); a dict -> model(**b). Tensors

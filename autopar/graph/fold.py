@@ -205,8 +205,8 @@ class _StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         hidden = self.__dict__.get("_stands_in")
-        value = None if hidden is None else vars(hidden[2]).get(name)
-        if isinstance(value, (bool, int, float, str)):
+        value = self if hidden is None else vars(hidden[2]).get(name, self)
+        if isinstance(value, (bool, int, float, str, type(None))):
             return value
         return super().__getattr__(name)
 
