@@ -86,10 +86,22 @@ def test_every_number_of_stages_packs_the_nodes(nodes: int) -> None:
 )
 def test_large_clusters_have_a_least_submesh(cluster: str, layers: int, least: int) -> None:
     made = Cluster.parse(cluster)
-    assert least_devices(made, layers) == least
+    assert least_devices(made, layers) == (least,)
     sizes = {s.num_devices for s in submeshes(made, layers)}
     assert min(sizes) == least and max(sizes) == made.num_devices and len(sizes) <= 24
     assert made.num_devices // math.gcd(*sizes) <= 2 * max(128, layers)
+
+
+def test_states_of_several_groups_stay_few() -> None:
+    made = Cluster.parse("h100:32x8+a100:64x8+v100:1x8")
+    assert least_devices(Cluster.parse("h100:1x8+a100:2x8"), 126) == (1, 1)
+    assert least_devices(Cluster.parse("h100:32x8+a100:64x8"), 126) == (16, 32)
+    states = 1
+    for group, least in enumerate(least_devices(made, 126)):
+        own = [s.num_devices for s in submeshes(made, 126) if s.group == group]
+        assert min(own) == least and max(own) == made.groups[group].num_devices
+        states *= 1 + max(own) // math.gcd(*own)
+    assert states <= 1100
 
 
 def test_paths() -> None:
