@@ -45,6 +45,8 @@ class Submesh:
         """This submesh as a grid. Ranks are node by node, so of an axis with stride s and size n,
         the ranks i s, 0 <= i < n, of one node are runs of equal length where s divides the node.
         Where they are not equal, the shortest counts."""
+        if math.prod(axis_sizes) != self.num_devices:
+            raise MeshError(f"a view of {self} has {self.num_devices} devices: got {axis_sizes}")
         inside = []
         for axis, size in enumerate(axis_sizes):
             stride = math.prod(axis_sizes[axis + 1 :])

@@ -37,6 +37,8 @@ def test_bad_submesh_and_links() -> None:
         Submesh(0, 4)
     with pytest.raises(MeshError):
         LogicalMesh((2, 2), (True,))
+    with pytest.raises(MeshError, match="a view of 2x4 has 8 devices"):
+        Submesh(2, 4).view((2, 2))
 
 
 def test_parts_of_an_axis_in_a_node() -> None:
