@@ -45,6 +45,8 @@ class Submesh:
         """This submesh as a grid. Ranks are node by node, so of an axis with stride s and size n,
         the ranks i s, 0 <= i < n, of one node are runs of equal length where s divides the node.
         Where they are not equal, the shortest counts."""
+        if math.prod(axis_sizes) != self.num_devices:
+            raise MeshError(f"a view of {self} has {self.num_devices} devices: got {axis_sizes}")
         inside = []
         for axis, size in enumerate(axis_sizes):
             stride = math.prod(axis_sizes[axis + 1 :])
@@ -127,16 +129,20 @@ class LogicalMesh:
         return "x".join(map(str, self.axis_sizes))
 
 
-def least_devices(cluster: Cluster, num_layers: int = 1) -> int:
-    """The fewest devices of a submesh: the largest power of two within D / max(128, num_layers).
+def least_devices(cluster: Cluster, num_layers: int = 1) -> tuple[int, ...]:
+    """The fewest devices of a submesh of each group: the largest power of two within
+    D_g / max(128, num_layers)^(1/G), with D_g devices in group g of G.
 
-    An even cut into S <= num_layers stages gives each D / S devices, so that a smaller submesh is
-    below every even share of a model of up to 128 layers, and a step from one size to the next is
-    below 1 % of the cluster: stages can be as uneven as layers are. It bounds the inter-op
-    program: 2 max(128, num_layers) steps at most, however large the cluster.
+    In one group, an even cut into S <= num_layers stages gives each D / S devices, so that a
+    smaller submesh is below every even share of a model of up to 128 layers, and a step from one
+    size to the next is below 1 % of the cluster: stages can be as uneven as layers are. It bounds
+    the inter-op program: 2 max(128, num_layers) states of used devices at most, however large the
+    cluster. The states of groups multiply, hence the root: of two groups no stage has fewer than
+    1/22 of its group.
     """
-    share = cluster.num_devices // max(_FINEST_SHARE, num_layers)
-    return 1 << max(0, share.bit_length() - 1)
+    parts = max(_FINEST_SHARE, num_layers) ** (1 / len(cluster.groups))
+    shares = (int(group.num_devices / parts) for group in cluster.groups)
+    return tuple(1 << max(0, share.bit_length() - 1) for share in shares)
 
 
 def submeshes(cluster: Cluster, num_layers: int = 1) -> tuple[Submesh, ...]:
@@ -152,7 +158,7 @@ def submeshes(cluster: Cluster, num_layers: int = 1) -> tuple[Submesh, ...]:
     return tuple(
         submesh
         for index, group in enumerate(cluster.groups)
-        for submesh in _group_submeshes(index, group, least)
+        for submesh in _group_submeshes(index, group, least[index])
     )
 
 

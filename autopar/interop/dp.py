@@ -134,8 +134,11 @@ class _Search:
         while self.heap:
             _, _, low, highs, sums = heapq.heappop(self.heap)
             highs = self._trimmed(low, highs, sums)
-            if (longest := int(highs.max())) > low + 1:
-                self._split((low + longest) // 2, low, highs, sums)
+            high = int(highs.max())
+            if high > low + 1:  # halved by value: candidates are dense where no optimum is
+                between = self.candidates[low + 1 : high]
+                half = int(np.searchsorted(between, (between[0] + between[-1]) / 2))
+                self._split(low + 1 + min(half, len(between) - 1), low, highs, sums)
         return True
 
     def _start(self) -> bool:

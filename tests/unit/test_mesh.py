@@ -37,6 +37,8 @@ def test_bad_submesh_and_links() -> None:
         Submesh(0, 4)
     with pytest.raises(MeshError):
         LogicalMesh((2, 2), (True,))
+    with pytest.raises(MeshError, match="a view of 2x4 has 8 devices"):
+        Submesh(2, 4).view((2, 2))
 
 
 def test_parts_of_an_axis_in_a_node() -> None:
@@ -86,10 +88,22 @@ def test_every_number_of_stages_packs_the_nodes(nodes: int) -> None:
 )
 def test_large_clusters_have_a_least_submesh(cluster: str, layers: int, least: int) -> None:
     made = Cluster.parse(cluster)
-    assert least_devices(made, layers) == least
+    assert least_devices(made, layers) == (least,)
     sizes = {s.num_devices for s in submeshes(made, layers)}
     assert min(sizes) == least and max(sizes) == made.num_devices and len(sizes) <= 24
     assert made.num_devices // math.gcd(*sizes) <= 2 * max(128, layers)
+
+
+def test_states_of_several_groups_stay_few() -> None:
+    made = Cluster.parse("h100:32x8+a100:64x8+v100:1x8")
+    assert least_devices(Cluster.parse("h100:1x8+a100:2x8"), 126) == (1, 1)
+    assert least_devices(Cluster.parse("h100:32x8+a100:64x8"), 126) == (16, 32)
+    states = 1
+    for group, least in enumerate(least_devices(made, 126)):
+        own = [s.num_devices for s in submeshes(made, 126) if s.group == group]
+        assert min(own) == least and max(own) == made.groups[group].num_devices
+        states *= 1 + max(own) // math.gcd(*own)
+    assert states <= 1100
 
 
 def test_paths() -> None:
