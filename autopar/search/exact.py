@@ -38,7 +38,9 @@ from autopar.sharding.registry import RuleTable
 
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
 _ATTEMPTS = 4
-_MANY_STAGES = 8  # with more, those with nearly the same microbatches in flight are solved alike
+_MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
+_ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
+_CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
@@ -123,7 +125,7 @@ class ExactSolver:
         flight = self._flight(cut, stage)
         frontiers = self.prices.frontiers(view, count)
         budget = self.space.budget_of(view)
-        mixture = stage_mixture(frontiers, counts, flight, budget)
+        mixture = stage_mixture(frontiers, counts, flight, _ROOM * budget)
         if mixture is None:
             mixture = stage_mixture(frontiers, counts, flight, math.inf)
             assert mixture is not None
@@ -210,8 +212,8 @@ class ExactSolver:
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
         for least, view in cut.views[index]:
-            if best is not None and best.seconds <= least:
-                break  # the tables are never above what is left to find, but for rounding
+            if best is not None and best.seconds <= _CLOSE * least:
+                break
             try:
                 found = self._on_view(stage, view, context, proven)
             except NoFeasiblePlan as error:
