@@ -127,9 +127,11 @@ def stage_plan(
     parameters = {}
     for inp in graph.inputs_of(InputKind.PARAMETER):
         own = dims[inp.ref]
-        rest = solution.parameters[sources[inp.owner]].rest
+        source = solution.parameters[sources[inp.owner]]
         step = solution.parameters[inp.name].step
-        parameters[inp.name] = ParameterPlacement(layout_text(own, rest), layout_text(own, step))
+        parameters[inp.name] = ParameterPlacement(
+            layout_text(own, source.rest), layout_text(own, step), source.host
+        )
     inputs = {
         i.name: layout_text(dims[i.ref], solution.inputs[i.name])
         for i in graph.inputs

@@ -3,7 +3,7 @@
     operator   roofline of its local FLOPs and bytes, plus the collectives that a composite adds;
                experts that are sharded wait for the device with the most rows
     reshard    the affine costs of its steps (sharding.reshard), and the copies that transposes need
-    parameter  once-per-step gather and optimizer, bytes at rest
+    parameter  once-per-step gather and optimizer, bytes at rest; the way to a host and back
 
 Seconds per microbatch unless a name says step; bytes per device.
 """
@@ -333,6 +333,23 @@ class MeshCosts:
     def optimizer_seconds(self, numel: float) -> float:
         """Seconds per step of the optimizer on the local elements."""
         return self.copy_seconds(numel * self.optimizer.moved_bytes_per_element)
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether the device has a host that parameters can live on."""
+        return self.device.can_offload
+
+    def host_copy_seconds(self, nbytes: float) -> float:
+        """Seconds of so many bytes between device and host, in either direction. Pre:
+        can_offload."""
+        assert self.device.host_bandwidth_bytes_per_s is not None
+        return self.device.launch_s + nbytes / self.device.host_bandwidth_bytes_per_s
+
+    def host_optimizer_seconds(self, numel: float) -> float:
+        """As `optimizer_seconds`, where it works on the host. Pre: can_offload."""
+        assert self.device.host_optimizer_bytes_per_s is not None
+        moved = numel * self.optimizer.moved_bytes_per_element
+        return moved / self.device.host_optimizer_bytes_per_s
 
     def receive_seconds(self, nbytes: float) -> float:
         """Seconds to receive a local shard from another stage, which may lie on another node."""

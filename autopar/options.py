@@ -46,6 +46,8 @@ class SearchOptions:
     rest
                       is for the allocator's fragmentation and the communication library's buffers.
     candidates:       how many stage cuts are solved exactly and simulated.
+    offload:          whether parameters may rest on the devices' hosts; None: where nothing fits
+                      without, and the devices' constants say what it costs.
     cache:            whether a plan that was found before may be taken, and this one kept.
     """
 
@@ -62,6 +64,7 @@ class SearchOptions:
     candidates: int = 3
     num_layers: int | None = None
     max_axes: int = 2
+    offload: bool | None = None
     cache: bool = True
     optimizer: OptimizerModel = field(default_factory=OptimizerModel)
 

@@ -47,10 +47,13 @@ class Remat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ParameterPlacement:
-    """rest: layout between steps (the optimizer's); step: layout held through a step."""
+    """rest: layout between steps (the optimizer's); step: layout held through a step. host: between
+    steps it is in the memory of each device's host, with its gradient and the optimizer's states;
+    only the stage that owns it says so."""
 
     rest: str
     step: str
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class StagePrediction:
     saved_bytes: float  # per microbatch in flight
     in_flight: int
     transient_bytes: float
+    host_bytes: float = 0.0  # of its host's memory: not in the peak
 
     @property
     def peak_bytes(self) -> float:
@@ -282,11 +286,18 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise PlanError(f"{where} is an object: got {_short(value)}")
     hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    unknown, missing = sorted(set(value) - set(names)), sorted(set(names) - set(value))
+    known = dataclasses.fields(kind)
+    required = {f.name for f in known if not _has_default(f)}
+    unknown, missing = sorted(set(value) - {f.name for f in known}), sorted(required - set(value))
     if unknown or missing:
         raise PlanError(f"{where}: unknown fields {unknown}, missing fields {missing}")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{n: _decode(hints[n], value[n], f"{where}.{n}") for n in hints if n in value})
+
+
+def _has_default(known: dataclasses.Field[Any]) -> bool:
+    """A field that was added later has one: plans of earlier versions lack it."""
+    missing = dataclasses.MISSING
+    return known.default is not missing or known.default_factory is not missing
 
 
 def _short(value: Any) -> str:

@@ -95,6 +95,11 @@ def find_plan(
 ) -> ParallelPlan:
     """The plan that simulates best among all numbers of microbatches of the workload. Ctrl-C ends
     the search: it returns the best plan so far, if there is one. Errors as for `make_plan`."""
+    if options.offload and not any(g.device.can_offload for g in cluster.groups):
+        raise OptionError(
+            f"offload=True: {cluster} has no device with host_bandwidth_bytes_per_s and "
+            "host_optimizer_bytes_per_s: give them in a cluster TOML file"
+        )
     clock = Clock(options.time_limit_s, progress)
     with clock.passes("capture", f"{workload.counts[0]} microbatch(es)"):
         num_layers = workload.at(workload.counts[0]).num_layers
@@ -144,7 +149,10 @@ class _Search:
         known = remembered_plan(key) if key else None
         if known is not None:
             return known
-        prices = Prices(self.program, self.mesh_costs, self.space.policies, self.clock)
+        offload = bool(self.space.options.offload)
+        prices = Prices(
+            self.program, self.mesh_costs, self.space.policies, self.clock, offload=offload
+        )
         try:
             self._look(reference, prices)
         except KeyboardInterrupt:
@@ -152,13 +160,28 @@ class _Search:
                 raise
             self.cut_short = True
             self.notes.append("interrupted: the best plan so far")
-        if not self.solved:
+        if not self.solved and not prices.refused and self._may_offload():
+            plan = self._offloading().run()
+        elif not self.solved:
             raise prices.refused or self._nothing(reference, prices)
-        best = min(self.solved, key=lambda s: s.candidate.step_s)
-        plan = self._plan(self._proved(best, prices), prices)
+        else:
+            best = min(self.solved, key=lambda s: s.candidate.step_s)
+            plan = self._plan(self._proved(best, prices), prices)
         if key and not self.cut_short:
             remember_plan(key, plan)
         return plan
+
+    def _may_offload(self) -> bool:
+        """Whether another search, with parameters on hosts, is allowed and would differ."""
+        groups = self.space.cluster.groups
+        return self.space.options.offload is None and any(g.device.can_offload for g in groups)
+
+    def _offloading(self) -> _Search:
+        options = replace(self.space.options, offload=True)
+        again = _Search(self.workload, replace(self.space, options=options), self.clock)
+        again.programs, again.costs = self.programs, self.costs
+        again.notes.append("nothing fits without parameters on the hosts")
+        return again
 
     def _look(self, reference: Program, prices: Prices) -> None:
         """Solves cuts exactly, the most promising first, until no other is worth it."""

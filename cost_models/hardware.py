@@ -36,6 +36,11 @@ class DeviceKind:
     memory_efficiency              fraction of the bandwidth that a streaming kernel reaches
     matmul_half_flops              FLOP of the matmul at half the plateau, at the fastest dtype
     source                         where each number comes from
+    host_bandwidth_bytes_per_s     between device and host, one direction, all devices of a node at
+                                   work, as pinned memory reaches it; None where nothing can be
+                                   offloaded
+    host_optimizer_bytes_per_s     what the device's share of the host reads and writes per second
+                                   in an optimizer's step; given with the bandwidth or not at all
     """
 
     name: str
@@ -48,6 +53,8 @@ class DeviceKind:
     memory_efficiency: float
     matmul_half_flops: float
     source: str
+    host_bandwidth_bytes_per_s: float | None = None
+    host_optimizer_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         where = f"device {self.name!r}"
@@ -71,6 +78,19 @@ class DeviceKind:
         for key in ("matmul_efficiency", "memory_efficiency"):
             _check_fraction(getattr(self, key), f"{where}: {key}")
         as_text(self.source, f"{where}: source")
+        given = [key for key in _HOST_KEYS if getattr(self, key) is not None]
+        for key in given:
+            _check_positive(getattr(self, key), f"{where}: {key}")
+        if len(given) == 1:
+            raise HardwareError(
+                f"{where}: {given[0]} is given alone. Give both of {', '.join(_HOST_KEYS)}, or "
+                "neither where nothing can be offloaded."
+            )
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether it is known what keeping parameters on the host costs."""
+        return self.host_bandwidth_bytes_per_s is not None
 
     def peak(self, dtype: str) -> float:
         """Dense matmul FLOP/s of the datasheet; UnknownHardwareError where it has no such dtype."""
@@ -85,14 +105,15 @@ class DeviceKind:
 
     def to_dict(self) -> dict[str, object]:
         """Every constant but the name, under which the caller files it."""
-        record = {key: getattr(self, key) for key in _DEVICE_KEYS}
-        return {**record, "peak_flops": dict(self.peak_flops)}
+        record = {key: getattr(self, key) for key in (*_DEVICE_KEYS, *_HOST_KEYS)}
+        known = {key: value for key, value in record.items() if value is not None}
+        return {**known, "peak_flops": dict(self.peak_flops)}
 
     @classmethod
     def from_dict(cls, name: str, record: object) -> "DeviceKind":
         where = f"device {name!r}"
         values = as_record(record, where)
-        check_keys(values, where, required=_DEVICE_KEYS)
+        check_keys(values, where, required=_DEVICE_KEYS, optional=_HOST_KEYS)
         peaks = as_record(values["peak_flops"], f"{where}: peak_flops")
         return cls(
             name=name,
@@ -103,6 +124,9 @@ class DeviceKind:
             memory_bytes=as_int(values["memory_bytes"], f"{where}: memory_bytes"),
             source=as_text(values["source"], f"{where}: source"),
             **{key: as_float(values[key], f"{where}: {key}") for key in _DEVICE_FLOATS},
+            **{
+                key: as_float(values[key], f"{where}: {key}") for key in _HOST_KEYS if key in values
+            },
         )
 
 
@@ -161,7 +185,10 @@ class Link:
         )
 
 
-_DEVICE_KEYS = tuple(field.name for field in fields(DeviceKind) if field.name != "name")
+_HOST_KEYS = ("host_bandwidth_bytes_per_s", "host_optimizer_bytes_per_s")  # both are optional
+_DEVICE_KEYS = tuple(
+    field.name for field in fields(DeviceKind) if field.name not in ("name", *_HOST_KEYS)
+)
 _DEVICE_FLOATS = tuple(
     key for key in _DEVICE_KEYS if key not in ("peak_flops", "memory_bytes", "source")
 )

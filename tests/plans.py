@@ -34,8 +34,10 @@ def random_plan(
     remat: Remat = Remat.SELECTIVE,
     num_microbatches: int = 2,
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B,
+    offload: bool = False,
 ) -> ParallelPlan:
-    """One stage per mesh; `graph` is at the shape of one microbatch and has layers."""
+    """One stage per mesh; `graph` is at the shape of one microbatch and has layers. offload: every
+    second parameter rests on the host."""
     first = list(first_layers or even_cuts(graph, len(meshes)))
     last = [*(f - 1 for f in first[1:]), len(graph.layer_names) - 1]
     stages: list[StagePlan] = []
@@ -44,7 +46,8 @@ def random_plan(
         mesh = LogicalMesh(meshes[index])
         ranks = tuple(range(devices, devices + mesh.num_devices))
         devices += mesh.num_devices
-        stages.append(_random_stage(prepared, mesh, ranks, (first[index], last[index]), rng))
+        stage = _random_stage(prepared, mesh, ranks, (first[index], last[index]), rng)
+        stages.append(_offloaded(stage) if offload else stage)
     text = f"cpu:1x{devices}"
     return ParallelPlan(
         graph=graph.fingerprint(),
@@ -69,6 +72,14 @@ def with_strategy(plan: ParallelPlan, operator: str, text: str) -> ParallelPlan:
         return replace(stage, strategies={**stage.strategies, **dict.fromkeys(ours, text)})
 
     return replace(plan, stages=tuple(map(changed, plan.stages)))
+
+
+def _offloaded(stage: StagePlan) -> StagePlan:
+    placed = {
+        name: replace(placement, host=number % 2 == 0)
+        for number, (name, placement) in enumerate(stage.parameters.items())
+    }
+    return replace(stage, parameters=placed)
 
 
 def _random_stage(

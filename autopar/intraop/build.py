@@ -2,7 +2,7 @@
 
 Nodes are the stage graph's inputs, operators and outputs; what a node chooses:
 
-    parameter        (layout at rest, layout held through the step)
+    parameter        (layout at rest, layout held through the step, whether it rests on the host)
     batch, received  the layout in which the shard arrives
     operator, hub    a strategy
     gradient         the layout in which it accumulates over microbatches
@@ -64,8 +64,12 @@ class Part(StrEnum):
 
 
 class ParameterChoice(NamedTuple):
+    """host: at rest, with its gradient and the optimizer's states, in the memory of the device's
+    host; then the device holds a copy in the layout of the step, made anew in each."""
+
     rest: Layout
     step: Layout
+    host: bool = False
 
 
 Choice = Strategy | ParameterChoice | Layout
@@ -182,7 +186,7 @@ class StageContext:
 
     owned: canonical names of the parameters that this stage keeps between steps (None: all).
     pins: canonical parameter name -> layout at rest as text. folds: layers that are written twice
-    and count more often (`intraop.fold`).
+    and count more often (`intraop.fold`). offload: parameters may rest on the host.
     """
 
     num_microbatches: int = 1
@@ -190,6 +194,7 @@ class StageContext:
     owned: frozenset[str] | None = None
     pins: Mapping[str, str] | None = None
     folds: tuple[Fold, ...] = ()
+    offload: bool = False
 
 
 class _Builder:
@@ -276,17 +281,25 @@ class _Builder:
         if pin is not None:
             choices = _pinned(inp, dims, choices, pin)
         owned = self.context.owned is None or inp.owner in self.context.owned
+        if self.context.offload and owned and self.costs.can_offload:
+            choices += tuple(c._replace(host=True) for c in choices)
         seconds, nbytes = [], []
-        for rest, step in choices:
+        for rest, step, host in choices:
             numel = local_numel(inp.meta, dims, rest, self.sizes)
-            at_rest = size = local_bytes(inp.rest_meta, dims, rest, self.sizes)
+            at_rest = local_bytes(inp.rest_meta, dims, rest, self.sizes)
+            size = 0.0 if host else at_rest
             cost = self.costs.reshard(self.costs.uneven(dims), rest, step).seconds(inp.meta.nbytes)
-            if rest != step or inp.rest is not None:
+            if host or rest != step or inp.rest is not None:
                 size += local_bytes(inp.meta, dims, step, self.sizes)
             if inp.rest is not None:
                 narrow = local_bytes(inp.meta, dims, rest, self.sizes)
                 cost += self.costs.copy_seconds(at_rest + narrow)
-            if owned and inp.requires_grad:
+            if host:
+                cost += self.costs.host_copy_seconds(at_rest)
+            if host and inp.requires_grad:  # the gradient goes there, in the type at rest
+                cost += self.costs.host_copy_seconds(at_rest)
+                cost += self.costs.host_optimizer_seconds(numel)
+            elif owned and inp.requires_grad:
                 cost += self.costs.optimizer_seconds(numel)
                 size += numel * self.costs.optimizer.state_bytes_per_element
             if not owned:

@@ -11,7 +11,8 @@ copy in it, made once. So do the values that leave a phase:
 
     transient = max over both phases and moments of  (alive - saved - gradients, where counted)
 
-At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`.
+At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`. At
+its beginning parameters come from there: `fetch_bytes`.
 Of layers that are folded (`intraop.fold`) two copies are written, and count - 2 run between them.
 From one of these to the next only what stays changes: a layer's saved bytes in forward, in backward
 those less its gradients. That is linear, so that each of them holds at any time at most what the
@@ -35,7 +36,7 @@ from autopar.estimate import local_bytes
 from autopar.graph.hubs import is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.graph.work import is_view
-from autopar.intraop.build import Copy, weight
+from autopar.intraop.build import Copy, ParameterChoice, weight
 from autopar.intraop.workspace import workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
@@ -107,6 +108,27 @@ def reduce_bytes(
         peak = max(peak, extra + new + more)
         extra += new - local_bytes(meta, dims, source, sizes)
     return max(peak, extra)
+
+
+def fetch_bytes(
+    parameters: Iterable[tuple[TensorMeta, TensorMeta, Dims, ParameterChoice]],
+    sizes: tuple[int, ...],
+) -> float:
+    """At most what taking parameters to the step needs beyond those at rest and their copies in
+    the step: a shard that is cast or gathered, and what comes from the host.
+
+    parameters: meta at rest, meta in the step, dims, choice. All casts come first, then one gather
+    after the other; what is cast is never larger than what is gathered from it.
+    """
+    peak = 0.0
+    for wide, narrow, dims, (rest, step, host) in parameters:
+        cast = wide.dtype != narrow.dtype
+        if host and cast:
+            peak = max(peak, local_bytes(wide, dims, rest, sizes))
+        if rest != step:
+            made = local_bytes(narrow, dims, rest, sizes) if host or cast else 0.0
+            peak = max(peak, made + reshard_extra_bytes(narrow.nbytes, dims, rest, step, sizes))
+    return peak
 
 
 def reshard_extra_bytes(

@@ -27,7 +27,7 @@ from autopar.intraop.build import (
 )
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.memory import Earlier
-from autopar.intraop.memory_use import reduce_bytes, transient_bytes
+from autopar.intraop.memory_use import fetch_bytes, reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
 from autopar.intraop.solver import Solver, solve
 from autopar.layout import Dims, Layout, coarsen
@@ -230,7 +230,7 @@ def _predict(
 ) -> StagePrediction:
     seconds = built.part_seconds(choice)
     nbytes = built.kind_bytes(choice)
-    optimizer = _optimizer_bytes(graph, built, chosen, costs, context)
+    optimizer, on_host = _kept_bytes(graph, built, chosen, costs, context)
     sizes = costs.mesh.axis_sizes
     in_step = transient_bytes(
         graph,
@@ -243,6 +243,11 @@ def _predict(
         copies=built.copies,
     )
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
+    held = [
+        (inp.rest_meta, inp.meta, built.dims[inp.ref], chosen.parameters[inp.name])
+        for inp in _held_parameters(graph).values()
+    ]
+    at_start = fetch_bytes(held, sizes) - nbytes["saved"] - nbytes["gradient"]
     return StagePrediction(
         forward_s=seconds[Part.FORWARD],
         backward_s=seconds[Part.BACKWARD],
@@ -252,22 +257,31 @@ def _predict(
         optimizer_bytes=optimizer,
         saved_bytes=nbytes["saved"] / context.in_flight,
         in_flight=context.in_flight,
-        transient_bytes=max(in_step, at_end),
+        transient_bytes=max(in_step, at_end, at_start),
+        host_bytes=on_host,
     )
 
 
-def _optimizer_bytes(
+def _kept_bytes(
     graph: Graph, built: StageProblem, chosen: Chosen, costs: MeshCosts, context: StageContext
-) -> float:
-    """States of the parameters that this stage keeps, each once."""
-    total = 0.0
+) -> tuple[float, float]:
+    """Of the parameters that this stage keeps, each once: the optimizer's states on the device; and
+    all that is on the host: values, gradients and states."""
+    states = on_host = 0.0
+    sizes = costs.mesh.axis_sizes
     for inp in _held_parameters(graph).values():
-        if inp.requires_grad and (context.owned is None or inp.owner in context.owned):
-            rest = chosen.parameters[inp.name].rest
-            numel = local_numel(inp.meta, built.dims[inp.ref], rest, costs.mesh.axis_sizes)
-            nbytes = numel * costs.optimizer.state_bytes_per_element
-            total += weight(built.copies, inp.name) * nbytes
-    return total
+        if context.owned is not None and inp.owner not in context.owned:
+            continue
+        dims, (rest, _, host) = built.dims[inp.ref], chosen.parameters[inp.name]
+        count = weight(built.copies, inp.name)
+        numel = local_numel(inp.meta, dims, rest, sizes) if inp.requires_grad else 0.0
+        mine = count * numel * costs.optimizer.state_bytes_per_element
+        if host:
+            values = count * local_bytes(inp.rest_meta, dims, rest, sizes)
+            on_host += mine + values * (2 if inp.requires_grad else 1)
+        else:
+            states += mine
+    return states, on_host
 
 
 def _held_parameters(graph: Graph) -> dict[str, GraphInput]:

@@ -69,6 +69,7 @@ class StageParameter:
     use of a tied weight in the same stage, the first one.
     owned: this stage keeps the value between steps; otherwise it comes from its owner's stage at
     each step, and its gradient goes back there.
+    host: at rest, with its gradient, in the memory of the device's host; False where not owned.
     meta, rest_meta: in the step and at rest. reduce_dtype: of its gradient, None as it is made.
     """
 
@@ -84,6 +85,7 @@ class StageParameter:
     dims: Dims
     rest: Layout
     step: Layout
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,6 +221,7 @@ def _lower_stage(
                 f"parameter {i.target!r} at rest",
             ),
             step=layouts[i.name],
+            host=plan.parameters[sources[i.owner]].host and owners[i.owner] == index,
         )
         for i in graph.inputs_of(InputKind.PARAMETER)
     )
@@ -349,14 +352,16 @@ def _phase_program(
 
 
 def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> LocalProgram:
-    """Casts first: what is gathered is narrow."""
+    """Casts first: what is gathered is narrow. What rests on the host comes from there shard by
+    shard, each cast before the next one comes."""
     build = Relayout(mesh)
     narrow = {}
     for p in parameters:
         if p.source == p.name:
-            narrow[p.name] = build.cast(
-                build.take(p.name, p.rest_meta, p.dims, p.rest), p.meta.dtype, p.rest
-            )
+            at_rest = build.take(p.name, p.rest_meta, p.dims, p.rest)
+            if p.host:
+                at_rest = build.load(at_rest, p.rest)
+            narrow[p.name] = build.cast(at_rest, p.meta.dtype, p.rest)
     for p in parameters:
         build.give(p.name, narrow[p.source], p.step)
     return build.program()

@@ -23,7 +23,7 @@ class Relayout:
         self._mesh = mesh
         self._inputs: dict[str, Port] = {}
         self._values: dict[Ref, Port] = {}
-        self._casts: list[Operator] = []
+        self._copies: list[Operator] = []
         self._outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
 
     def take(self, name: str, meta: TensorMeta, dims: Dims, layout: Layout) -> Ref:
@@ -34,15 +34,23 @@ class Relayout:
 
     def cast(self, ref: Ref, dtype: torch.dtype | None, layout: Layout) -> Ref:
         """The value, in this layout, in another type; the value itself where it has that type."""
-        source = self._values[ref]
-        if dtype is None or dtype == source.meta.dtype:
+        meta = self._values[ref].meta
+        if dtype is None or dtype == meta.dtype:
             return ref
-        meta = TensorMeta(source.meta.shape, dtype)
-        name, kwargs = f"{ref.name}_{str(dtype).removeprefix('torch.')}", {"dtype": dtype}
-        target = torch.ops.aten._to_copy.default
-        self._casts.append(Operator(name, target, (ref,), kwargs, (meta,), Phase.FORWARD))
-        made = Ref(name)
-        self._values[made] = Port(made, meta, source.dims, layout)
+        name = f"{ref.name}_{str(dtype).removeprefix('torch.')}"
+        return self._copy(name, ref, TensorMeta(meta.shape, dtype), layout, dtype=dtype)
+
+    def load(self, ref: Ref, layout: Layout) -> Ref:
+        """A copy of the value, which is in the host's memory, on the device. The device is that of
+        whoever plays the program; the copy may still run when the next instruction starts."""
+        meta, device = self._values[ref].meta, torch.device("cpu")
+        name = f"{ref.name}_device"
+        return self._copy(name, ref, meta, layout, device=device, non_blocking=True)
+
+    def _copy(self, name: str, ref: Ref, meta: TensorMeta, layout: Layout, **kwargs: object) -> Ref:
+        target, made = torch.ops.aten._to_copy.default, Ref(name)
+        self._copies.append(Operator(name, target, (ref,), kwargs, (meta,), Phase.FORWARD))
+        self._values[made] = Port(made, meta, self._values[ref].dims, layout)
         return made
 
     def give(self, name: str, ref: Ref, layout: Layout) -> None:
@@ -52,11 +60,11 @@ class Relayout:
     def program(self) -> LocalProgram:
         dims = {ref: port.dims for ref, port in self._values.items()}
         metas = {ref: port.meta for ref, port in self._values.items()}
-        calls = {op.name: make_call(op, dims, metas, set()) for op in self._casts}
-        made_in = {op.name: (self._values[Ref(op.name)].layout,) for op in self._casts}
+        calls = {op.name: make_call(op, dims, metas, set()) for op in self._copies}
+        made_in = {op.name: (self._values[Ref(op.name)].layout,) for op in self._copies}
         nowhere = (None,) * self._mesh.num_axes
         return lower_program(
-            self._casts,
+            self._copies,
             inputs=self._inputs,
             outputs=self._outputs,
             strategies={n: Strategy(nowhere, where, where, 1) for n, where in made_in.items()},

@@ -143,6 +143,8 @@ def _memory_lines(plan: ParallelPlan, stage: StagePlan) -> Text:
         f"saved {p.in_flight} x": p.saved_bytes,
         "transient": p.transient_bytes,
     }
+    if p.host_bytes:
+        kinds["and on the host"] = p.host_bytes
     bar = f"{bar_text(share)} {percent_text(share)} of the budget" if plan.budget_bytes else ""
     detail = " · ".join(f"{kind} {bytes_text(nbytes)}" for kind, nbytes in kinds.items())
     return Text.assemble(
@@ -159,8 +161,9 @@ def _parameter_table(stage: StagePlan, graph: Graph | None) -> Table:
         table.add_column("bytes", justify="right")
     groups = parameter_groups(stage, graph)
     for group in groups[:_MAX_ROWS]:
-        same = group.placement.step == group.placement.rest
-        row = [group.pattern, group.placement.rest, "same" if same else group.placement.step]
+        rest, step = group.placement.rest, group.placement.step
+        row = [group.pattern, f"{rest} host" if group.placement.host else rest]
+        row.append("same" if step == rest else step)
         row.append(str(group.count))
         if graph is not None:
             row.append("?" if group.nbytes is None else bytes_text(group.nbytes))

@@ -36,6 +36,7 @@ from autopar.lowering.lower import LoweredPlan, LoweredStage
 from autopar.lowering.program import CollectiveOp
 from autopar.lowering.transfer import Tile, Transfer
 from autopar.mesh import AXIS_NAMES
+from autopar.runtime.host import HOST
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, channels, cut_tile, join_tiles, tile_shape
 
@@ -43,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25  # between two looks into the store
 _FAILURE = "autopar/failure"
 _LOCALHOST = "127.0.0.1"
+_BOTH = "cpu:gloo,cuda:nccl"
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
@@ -204,13 +206,16 @@ def _text_of(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageComm:
-    """What one rank uses of a plan's groups. rank: in the stage's mesh."""
+    """What one rank uses of a plan's groups. rank: in the stage's mesh. host_mesh: the mesh for
+    DTensors in the memory of the devices' hosts; `mesh` where no parameter of the stage rests
+    there."""
 
     stage: int
     rank: int
     collectives: ProcessCollectives
     transport: ProcessTransport
     mesh: DeviceMesh
+    host_mesh: DeviceMesh
 
 
 def connect_stage(world: World, lowered: LoweredPlan) -> StageComm:
@@ -231,12 +236,9 @@ def connect_stage(world: World, lowered: LoweredPlan) -> StageComm:
     index = next(s.index for s in lowered.stages if world.rank in s.devices)
     stage = lowered.stages[index]
     rank = stage.devices.index(world.rank)
-    mesh = DeviceMesh.from_group(
-        axis_groups[index],
-        world.device.type,
-        mesh=torch.tensor(stage.devices).reshape(stage.mesh.axis_sizes),
-        mesh_dim_names=AXIS_NAMES[: stage.mesh.num_axes],
-    )
+    mesh = _device_mesh(stage, axis_groups[index], world.device.type)
+    host = HOST.type
+    separate = _uses_hosts(stage) and host != world.device.type
     return StageComm(
         stage=index,
         rank=rank,
@@ -245,16 +247,35 @@ def connect_stage(world: World, lowered: LoweredPlan) -> StageComm:
         ),
         transport=ProcessTransport(lowered.stages, index, rank, pairs, world.device),
         mesh=mesh,
+        host_mesh=_device_mesh(stage, axis_groups[index], host) if separate else mesh,
     )
+
+
+def _device_mesh(
+    stage: LoweredStage, groups: list[dist.ProcessGroup], device_type: str
+) -> DeviceMesh:
+    return DeviceMesh.from_group(
+        groups,
+        device_type,
+        mesh=torch.tensor(stage.devices).reshape(stage.mesh.axis_sizes),
+        mesh_dim_names=AXIS_NAMES[: stage.mesh.num_axes],
+    )
+
+
+def _uses_hosts(stage: LoweredStage) -> bool:
+    return any(p.host for p in stage.parameters)
 
 
 def _axis_group(
     world: World, stage: LoweredStage, axis: int, name: str
 ) -> dist.ProcessGroup | None:
-    """The group of this rank over one axis of a stage; all ranks make all groups of the axis."""
+    """The group of this rank over one axis of a stage; all ranks make all groups of the axis. One
+    of a stage that uses hosts takes tensors of both."""
     mine = None
+    backend = _BOTH if _uses_hosts(stage) and world.device.type == "cuda" else None
     for members in stage.mesh.groups(axis):
-        group = _new_group(world, [stage.devices[m] for m in members], f"{name}/{members[0]}")
+        ranks = [stage.devices[m] for m in members]
+        group = _new_group(world, ranks, f"{name}/{members[0]}", backend)
         mine = group or mine
     return mine
 
@@ -271,11 +292,17 @@ def _keep_order(ranks: Sequence[int]) -> dict[str, Any]:
     return {}
 
 
-def _new_group(world: World, ranks: Sequence[int], name: str) -> dist.ProcessGroup | None:
-    """None on ranks outside of it. A CUDA group is used once at birth, so that no later
-    point-to-point call has to make its communicator."""
+def _new_group(
+    world: World, ranks: Sequence[int], name: str, backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """None on ranks outside of it. backend: by default that of the job. A CUDA group is used once
+    at birth, so that no later point-to-point call has to make its communicator."""
     group = dist.new_group(
-        list(ranks), timeout=world.timeout, group_desc=name, **_keep_order(ranks)
+        list(ranks),
+        timeout=world.timeout,
+        backend=backend,
+        group_desc=name,
+        **_keep_order(ranks),
     )
     if world.rank not in ranks:
         return None

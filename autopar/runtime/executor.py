@@ -25,6 +25,7 @@ from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram
 from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies
+from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import Collectives, InterpretedProgram, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
@@ -42,7 +43,8 @@ class Mode(StrEnum):
 class StepInputs:
     """What one step of a stage starts from.
 
-    parameters: owned ones at rest, by the name of the input that holds them. buffers: by input
+    parameters: owned ones at rest, on the device or its host, by the name of the input that holds
+    them. buffers: by input
     name. seed: of the step.
     """
 
@@ -54,8 +56,9 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """loss: None on stages that do not make it. gradients: of owned parameters, at rest, by the
-    name of the input that holds them. buffers: those after the step, by input name."""
+    """loss: None on stages that do not make it. gradients: of owned parameters, at rest and where
+    these rest, by the name of the input that holds them. buffers: those after the step, by input
+    name."""
 
     loss: Shards | None
     gradients: Mapping[str, Shards]
@@ -94,6 +97,7 @@ class StageExecutor:
         self.backward = player(self.stage.backward)
         self.gather = player(self.stage.gather)
         self.reduce = player(self.stage.reduce)
+        self.on_host = frozenset(p.name for p in self.stage.parameters if p.host)
         self.backward_saves = tuple(k for k in self.stage.saved if k in self.stage.backward.inputs)
         self.backward_buffers = tuple(
             k for k in self.stage.backward.inputs if k in self.stage.buffers
@@ -197,12 +201,15 @@ class StagePlayer:
     def _fetch(self) -> None:
         """Lends and borrows parameters, then takes each to its layout in the step."""
         routes, stage = self._executor.routes, self._executor.stage
-        at_rest = dict(self._inputs.parameters)
-        self._send(routes.fetch_out, at_rest)
+        at_rest, device = dict(self._inputs.parameters), self._executor.device
+        lent = {t.source_key: at_rest[t.source_key] for t in routes.fetch_out}
+        self._send(routes.fetch_out, {k: [t.to(device) for t in v] for k, v in lent.items()})
         self._receive(routes.fetch_in, at_rest)
         wanted = {key: at_rest[key] for key in stage.gather.inputs}
         del at_rest
         self._state.parameters = self._executor.gather(wanted)
+        if self._executor.on_host:
+            wait_for_copies(device)  # an optimizer may write them as soon as the step returns
 
     def _forward(self, microbatch: int) -> None:
         executor, state = self._executor, self._state
@@ -255,6 +262,15 @@ class StagePlayer:
             _add(at_rest, transfer.target_key, value)
         owned = {p.source for p in executor.stage.parameters if p.owned}
         state.gradients = own_copies({n: value for n, value in at_rest.items() if n in owned})
+        self._take_to_host(state.gradients)
+
+    def _take_to_host(self, gradients: dict[str, Shards]) -> None:
+        """Those of parameters that rest there."""
+        device = self._executor.device
+        for name in self._executor.on_host & gradients.keys():
+            gradients[name] = [to_host(shard, device) for shard in gradients[name]]
+        if self._executor.on_host:
+            wait_for_copies(device)
 
     def _send(self, route: Route, values: Mapping[str, Shards]) -> None:
         if route:

@@ -2,8 +2,9 @@
 
 A torch.nn.Module with the model's own parameter and buffer names. Parameters are DTensors on the
 mesh of the stage that owns them, so that optimizers, torch.distributed.checkpoint and gradient
-clipping work on them; a rank has those of its stage only. A plan for one device without a process
-group has plain tensors instead. Inside a step there are only local tensors.
+clipping work on them; a rank has those of its stage only. Those that the plan keeps on the host
+are on the CPU, with their gradients, and an optimizer updates them there. A plan for one device
+without a process group has plain tensors instead. Inside a step there are only local tensors.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class ParallelModel(nn.Module):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         infinite = norm_type == float("inf")
         if mine:
-            norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in mine])
+            parts = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in mine]
+            norms = torch.stack([part.to(self._device) for part in parts])
             total += norms.max() if infinite else norms.double().pow(norm_type).sum()
         if self._world is not None:
             with self._world.guard("clip_grad_norm_"):
@@ -146,7 +148,7 @@ class ParallelModel(nn.Module):
         norm = total if infinite else total.pow(1.0 / norm_type)
         scale = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
         for _, gradient in gradients:
-            gradient.mul_(scale.to(gradient.dtype))
+            gradient.mul_(scale.to(gradient.device, gradient.dtype))
         return norm.to(dtype)
 
     def load_state_dict(
@@ -217,7 +219,7 @@ class ParallelModel(nn.Module):
             return shard
         return DTensor.from_local(
             self._valid(kept, shard),
-            self._comm.mesh,
+            self._comm.host_mesh if kept.host else self._comm.mesh,
             to_placements(kept.dims, kept.rest, self._stage.mesh.axis_sizes),
             run_check=False,
             shape=torch.Size(kept.shape),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autopar.errors import OptionError, PlanError
 from autopar.layout import Dims, Layout, raw_dims, replicated
 from autopar.lowering.lower import LoweredPlan, LoweredStage
+from autopar.runtime.host import HOST, to_host
 from autopar.runtime.inputs import local_part
 
 # name, whole shape -> the whole value. Called for one parameter or buffer at a time.
@@ -30,6 +31,7 @@ class KeptParameter:
     """A parameter that the ranks of a stage keep.
 
     names: its own first, then tied ones. key: the stage's input that it feeds, "" if none does.
+    host: it rests in the memory of the device's host.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,7 @@ class KeptParameter:
     requires_grad: bool
     dims: Dims
     rest: Layout
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,10 @@ def kept_parameters(
         shape = tuple(value.shape)
         if owner in owned:
             p = owned.pop(owner)
-            placed = (p.name, p.rest_meta.dtype, p.dims, p.rest)
+            placed = (p.name, p.rest_meta.dtype, p.dims, p.rest, p.host)
         elif owner not in read and stage.index == 0:
-            placed = ("", value.dtype, raw_dims(shape), replicated(stage.mesh.num_axes))
+            unread = replicated(stage.mesh.num_axes)
+            placed = ("", value.dtype, raw_dims(shape), unread, False)
         else:
             continue
         kept.append(
@@ -104,14 +108,17 @@ def kept_buffers(
 def shard_of(
     kept: KeptParameter, stage: LoweredStage, rank: int, whole: Tensor, device: torch.device
 ) -> Tensor:
-    """This rank's part, in memory of its own. PlanError on a value of another shape."""
+    """This rank's part, in memory of its own: on the device, or on its host if it rests there.
+    PlanError on a value of another shape."""
     if tuple(whole.shape) != kept.shape:
         raise PlanError(
             f"parameter {kept.names[0]!r} has shape {kept.shape}, its value {tuple(whole.shape)}"
         )
     coords = stage.mesh.coordinates(rank)
     part = local_part(whole.detach(), kept.dims, kept.rest, stage.mesh, coords)
-    return part.to(device=device, dtype=kept.dtype, copy=True).contiguous()
+    home = HOST if kept.host else device
+    shard = part.to(device=home, dtype=kept.dtype, copy=True).contiguous()
+    return to_host(shard, device) if kept.host else shard
 
 
 def model_values(model: nn.Module, initialiser: Initialiser | None, seed: int) -> Initialiser:

@@ -18,6 +18,7 @@ from autopar.graph.program import Graph, InputKind
 from autopar.lowering.lower import LoweredPlan, LoweredStage, StageParameter
 from autopar.lowering.transfer import Transfer
 from autopar.runtime.executor import Mode, StageExecutor, StagePlayer, StageResult, StepInputs
+from autopar.runtime.host import HOST
 from autopar.runtime.inputs import local_part, valid_part, whole_feed
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, cut_tile, join_tiles
@@ -186,7 +187,10 @@ class VirtualRun:
             whole = parameters[p.owner].detach()
             coordinates = map(stage.mesh.coordinates, range(stage.mesh.num_devices))
             placed[p.name] = [
-                _copy(local_part(whole, p.dims, p.rest, stage.mesh, coords), self._device)
+                _copy(
+                    local_part(whole, p.dims, p.rest, stage.mesh, coords),
+                    HOST if p.host else self._device,
+                )
                 for coords in coordinates
             ]
         return placed

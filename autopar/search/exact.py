@@ -207,6 +207,7 @@ class ExactSolver:
             owned,
             self.space.options.placements,
             folds=window.folds(index),
+            offload=bool(self.space.options.offload),
         )
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []

@@ -79,8 +79,10 @@ class Prices:
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         policies: Sequence[Remat],
         clock: Clock,
+        *,
+        offload: bool = False,
     ) -> None:
-        self._program, self._mesh_costs = program, mesh_costs
+        self._program, self._mesh_costs, self._offload = program, mesh_costs, offload
         self._policies, self._clock = tuple(policies), clock
         self._views: dict[LogicalMesh, _View] = {}
         self.num_solves = 0
@@ -172,7 +174,9 @@ class Prices:
         program, costs = self._program(count), self._mesh_costs(view)
         found = []
         for kind, stage in zip(program.classes, program.prepared(policy), strict=True):
-            context = StageContext(count, owned=kind.owned, pins=program.pins)
+            context = StageContext(
+                count, owned=kind.owned, pins=program.pins, offload=self._offload
+            )
             self.num_solves += 1
             try:
                 points = layer_points(
@@ -208,7 +212,7 @@ class Prices:
             fastest = free if first else self._solve(view, count, policy)
             for number, kind in enumerate(program.classes):
                 stage = program.prepared(policy)[number]
-                context = StageContext(count, owned=kind.owned, pins=None)
+                context = StageContext(count, owned=kind.owned, offload=self._offload)
                 built = build_problem(stage.graph, stage.table, costs, context)
                 nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
                 for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):

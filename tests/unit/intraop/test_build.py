@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from autopar.errors import OptionError
 from autopar.graph.hubs import is_save
 from autopar.graph.program import InputKind, OutputKind, Phase
-from autopar.intraop.build import Part, StageContext, build_problem, parameter_choices
+from autopar.estimate import MeshCosts
+from autopar.intraop.build import (
+    ParameterChoice,
+    Part,
+    StageContext,
+    build_problem,
+    parameter_choices,
+)
 from autopar.layout import coarsen, local_atoms
+from autopar.mesh import LogicalMesh
+from cost_models import Cluster
 from tests.unit.intraop.stages import costs_of, stage_of
 
 CONTEXT = StageContext(num_microbatches=4, in_flight=3)
@@ -18,10 +28,13 @@ CONTEXT = StageContext(num_microbatches=4, in_flight=3)
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied"])
 @pytest.mark.parametrize("mesh", [(2,), (2, 2)], ids=str)
-def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+def test_objective_and_bytes_equal_a_recount(
+    name: str, mesh: tuple[int, ...], offload: bool
+) -> None:
     stage, costs = stage_of(name), costs_of(mesh)
     graph, table, metas = stage.graph, stage.table, stage.graph.metas()
-    built = build_problem(graph, table, costs, CONTEXT)
+    built = build_problem(graph, table, costs, replace(CONTEXT, offload=offload))
     rng = random.Random(0)
     for _ in range(5):
         choice = tuple(rng.randrange(len(node.choices)) for node in built.nodes)
@@ -48,7 +61,7 @@ def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -
         held: dict[str, str] = {}
         standing = 0.0
         for inp in graph.inputs_of(InputKind.PARAMETER):
-            rest, step = chosen.parameters[inp.name]
+            rest, step, host = chosen.parameters[inp.name]
             first = held.setdefault(inp.owner, inp.name)
             shards = {"rest": 1, "step": 1}
             for size, r, s in zip(mesh, rest, step, strict=True):
@@ -56,9 +69,15 @@ def test_objective_and_bytes_equal_a_recount(name: str, mesh: tuple[int, ...]) -
                 shards["step"] *= size if s >= 0 else 1
             if first == inp.name:
                 once += costs.reshard(table.dims[inp.ref], rest, step).seconds(inp.meta.nbytes)
-                once += costs.optimizer_seconds(inp.meta.numel / shards["rest"])
-                standing += 3 * inp.meta.nbytes / shards["rest"]
-                standing += 0 if rest == step else inp.meta.nbytes / shards["step"]
+                numel, nbytes = (
+                    whole / shards["rest"] for whole in (inp.meta.numel, inp.meta.nbytes)
+                )
+                if host:  # there and back, and AdamW on it: 28 bytes moved per element
+                    once += 2 * (5e-6 + nbytes / 53.6e9) + 28 * numel / 38.4e9
+                else:
+                    once += costs.optimizer_seconds(numel)
+                    standing += 3 * nbytes
+                standing += 0 if rest == step and not host else inp.meta.nbytes / shards["step"]
             else:
                 source = chosen.parameters[first].rest
                 once += costs.reshard(table.dims[inp.ref], source, step).seconds(inp.meta.nbytes)
@@ -98,6 +117,21 @@ def test_zero_stages_are_choices() -> None:
         ((1,), (1,)),
         ((1,), (-1,)),
     }
+
+
+def test_hosts_are_choices_where_they_are_allowed_and_known() -> None:
+    stage, cpu = stage_of("tied"), MeshCosts(Cluster.parse("cpu:1x2"), LogicalMesh((2,)))
+    allowed, other = StageContext(offload=True), StageContext(offload=True, owned=frozenset())
+    for costs, context, num_on_host in (
+        (costs_of((2,)), StageContext(), 0),
+        (costs_of((2,)), other, 0),  # another stage has it
+        (cpu, allowed, 0),
+        (costs_of((2,)), allowed, 5),  # of the first use: the second one is made from it
+    ):
+        built = build_problem(stage.graph, stage.table, costs, context)
+        choices = [c for node in built.nodes for c in node.choices]
+        found = [c for c in choices if isinstance(c, ParameterChoice) and c.host]
+        assert len(found) == num_on_host
 
 
 def test_pins_are_honoured() -> None:

@@ -113,3 +113,28 @@ def test_a_backend_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tight.gap > 0 and free.notes == ()
     assert any("OR-Tools is missing" in note for note in tight.notes)
     assert tight.bound >= free.bound * (1 - 1e-9)
+
+
+OFFLOAD = StageContext(offload=True)
+
+
+def test_what_rests_on_the_host_leaves_its_copy_on_the_device() -> None:
+    """Of one device's two weights W, with their gradients W and states 2 W: the copy and the
+    gradient stay, 2 W each."""
+    both = solved(mesh=(1,), context=OFFLOAD)
+    assert not any(c.host for c in both.parameters.values())  # it costs, and there is room
+    assert both.prediction.host_bytes == 0
+    budget = both.prediction.peak_bytes - 2 * W
+    with pytest.raises(NoFeasiblePlan):
+        solved(mesh=(1,), budget=budget)
+    one = solved(mesh=(1,), budget=budget, context=OFFLOAD)
+    assert sum(c.host for c in one.parameters.values()) == 1
+    p = one.prediction
+    assert (p.parameter_bytes, p.gradient_bytes) == (2 * W, 2 * W)
+    assert (p.optimizer_bytes, p.host_bytes) == (2 * W, 4 * W)
+    assert p.peak_bytes <= budget
+    slower = 2 * (5e-6 + W / 53.6e9) + 28 * (W / 4) / 38.4e9
+    slower -= 28 * (W / 4) / (0.9 * 3.35e12)
+    assert p.step_s - both.prediction.step_s == pytest.approx(slower)
+    with pytest.raises(NoFeasiblePlan):
+        solved(mesh=(1,), budget=budget - 2.1 * W, context=OFFLOAD)
