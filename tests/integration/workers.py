@@ -19,12 +19,16 @@ from tests.plans import random_plan, with_strategy
 from tests.unit.runtime.reference import Case, zoo_case
 
 SEED, RATE, MAX_NORM = 11, 1e-3, 0.1
+ON_HOSTS = " on hosts"  # ends the name of a case in which every second parameter rests there
 
 
-def make_case(name: str) -> tuple[Case, ParallelPlan]:
-    """The same on every rank: two stages of two devices, two microbatches, float64."""
-    case = zoo_case(name)
-    return case, random_plan(case.graph, [(2,), (2,)], random.Random(0))
+def make_case(
+    name: str, meshes: Sequence[tuple[int, ...]] = ((2,), (2,))
+) -> tuple[Case, ParallelPlan]:
+    """The same on every rank: two microbatches, float64, by default two stages of two devices."""
+    case = zoo_case(name.removesuffix(ON_HOSTS))
+    offload = name.endswith(ON_HOSTS)
+    return case, random_plan(case.graph, meshes, random.Random(0), offload=offload)
 
 
 def parallel(world: World, name: str) -> tuple[Case, ParallelModel]:
@@ -110,4 +114,43 @@ def step_of(world: World, *which: Any) -> dict[str, Any]:
     case, plan = random_case(*which)
     model = ParallelModel(case.model, case.graph, plan, world=world)
     loss = model.train_step(case.batch, seed=SEED)
-    return {"loss": loss.cpu(), "gradients": {n: g.cpu() for n, g in gradients(model).items()}}
+    return {"loss": loss.cpu(), "gradients": _on_cpu(gradients(model))}
+
+
+def on_hosts(world: World | None, meshes: Sequence[tuple[int, ...]], folder: str) -> dict[str, Any]:
+    """A clipped, fused AdamW step on CUDA with parameters on hosts, and where everything is.
+
+    Without a world in this process. Results on the CPU.
+    """
+    case, plan = make_case("gpt2" + ON_HOSTS, meshes)
+    device = torch.device("cuda", 0) if world is None else world.device
+    model = ParallelModel(case.model, case.graph, plan, world=world, device=device)
+    there = {
+        path
+        for stage in model.lowered.stages
+        for p in stage.parameters
+        for path in (p.path, p.owner)
+        if p.host
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    loss = model.train_step(case.batch, seed=SEED)
+    record = {"loss": loss.cpu(), "gradients": _on_cpu(gradients(model))}
+    record["norm"] = model.clip_grad_norm_(MAX_NORM).cpu()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        held = [parameter, parameter.grad, *optimizer.state[parameter].values()]
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in held if t is not None]
+        kinds = {t.device.type for t in local}
+        assert kinds == {"cpu" if name in there else "cuda"}, (name, kinds)
+        assert local[0].is_pinned() == (name in there), name
+    record["on_host"] = sorted(there & dict(model.named_parameters()).keys())
+    record["parameters"] = _on_cpu(wholes(dict(model.named_parameters())))
+    optimizer.zero_grad()
+    if world is not None:
+        _check_checkpoint(model, folder)
+    record["second"] = model.train_step(case.batch, seed=SEED + 1).cpu()
+    return record
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

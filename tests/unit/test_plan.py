@@ -69,6 +69,18 @@ def test_a_saved_plan_is_read_back(tmp_path: Path) -> None:
     assert path.read_bytes() == again.read_bytes()
 
 
+def test_plans_of_earlier_versions_have_nothing_on_hosts() -> None:
+    placed = replace(plan().stages[0], parameters={"w": ParameterPlacement("S0", "R", True)})
+    record = replace(plan(), stages=(placed, plan().stages[1])).to_json()
+    assert ParallelPlan.from_json(record).stages[0].parameters["w"].host
+    record["version"] = 2
+    for old in record["stages"]:
+        del old["parameters"]["w"]["host"], old["prediction"]["host_bytes"]
+    loaded = ParallelPlan.from_json(record)
+    assert not loaded.stages[0].parameters["w"].host
+    assert loaded.stages[0].prediction.host_bytes == 0
+
+
 def test_derived_figures() -> None:
     assert PREDICTION.peak_bytes == 10 + 20 + 40 + 2 * 3 + 5
     assert plan().num_devices == 4 and plan().stage_of(2) == 1

@@ -56,6 +56,15 @@ def test_datasheet_figures() -> None:
     assert link("eth-25g").bandwidth_bytes_per_s == 25e9 / 8 / 8
 
 
+def test_what_is_not_known_of_a_host_is_left_out() -> None:
+    record = device("h100").to_dict()
+    assert DeviceKind.from_dict("d", record).can_offload
+    older = {key: value for key, value in record.items() if not key.startswith("host_")}
+    kind = DeviceKind.from_dict("d", older)
+    assert not kind.can_offload and kind.to_dict() == older
+    assert not device("cpu").can_offload
+
+
 def test_constants_cannot_change() -> None:
     kind = device("h100")
     with pytest.raises(AttributeError):
@@ -97,6 +106,8 @@ def test_unknown_dtype_is_not_guessed() -> None:
         ("matmul_efficiency", 1.5, "matmul_efficiency is a fraction, above 0 and at most 1"),
         ("source", " ", "source must be a text that is not empty"),
         ("name", "my chip", "a name is not empty and has no space, colon or plus sign"),
+        ("host_bandwidth_bytes_per_s", 0, "host_bandwidth_bytes_per_s must be above 0; got 0"),
+        ("host_optimizer_bytes_per_s", None, "host_bandwidth_bytes_per_s is given alone. Give bo"),
     ],
 )
 def test_device_is_checked_at_birth(key: str, value: Any, message: str) -> None:

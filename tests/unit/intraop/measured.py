@@ -78,7 +78,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def peak_bytes(graph: Graph, plan: ParallelPlan, leaves: Sequence[Tensor]) -> float:
-    """Parameters at rest and everything that one step of rank 0 of a single stage makes."""
+    """Parameters at rest on the device, and everything that one step of rank 0 of a single stage
+    makes."""
     lowered: LoweredPlan = lower_plan(graph, plan)
     (stage,) = lowered.stages
     device = torch.device("cpu")
@@ -106,7 +107,8 @@ def peak_bytes(graph: Graph, plan: ParallelPlan, leaves: Sequence[Tensor]) -> fl
         {i.name: i.meta for i in batch},
         plan.num_microbatches,
     )
-    at_rest = sum(t.nbytes for shards in parameters.values() for t in shards)
+    on_host = {p.name for p in owned(stage) if p.host}
+    at_rest = sum(t.nbytes for n, v in parameters.items() if n not in on_host for t in v)
     with LiveBytes() as live:
         executor.start(StepInputs(parameters, buffers, feed, 0)).play()
     return at_rest + live.peak

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from autopar.errors import OptionError
+from autopar.estimate import MeshCosts
 from autopar.graph.hubs import is_save
 from autopar.graph.program import InputKind, OutputKind, Phase
-from autopar.estimate import MeshCosts
 from autopar.intraop.build import (
     ParameterChoice,
     Part,
