@@ -20,7 +20,7 @@ from autopar.runtime.simulated import VirtualRun
 from tests.integration import failing, workers
 from tests.unit.runtime.reference import worst_error
 
-MODELS = ("gpt2", "wide_resnet", "llama", "uneven gpt2", "uneven gpt2 on hosts")
+MODELS = ("gpt2", "wide_resnet", "llama", "uneven gpt2 on hosts")
 TIMEOUT = timedelta(seconds=60)
 
 

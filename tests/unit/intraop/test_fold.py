@@ -161,7 +161,7 @@ def twins_of(case: Case, remat: Remat) -> dict[str, str]:
 def test_any_choice_costs_and_holds_the_same(case: Case, num_microbatches: int) -> None:
     """Of the folded program and of the layers written out: seconds, bytes, transients."""
     remat, costs = Remat.SELECTIVE, costs_of((2, 4))
-    context = StageContext(num_microbatches, in_flight=2)
+    context = StageContext(num_microbatches, in_flight=2, offload=True)
     short, long = stage(case.name, case.written, remat), stage(case.name, case.whole, remat)
     folded = fold_problem(
         build_problem(short.graph, short.table, costs, context), short.graph, (case.fold,)
