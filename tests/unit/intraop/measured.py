@@ -96,7 +96,7 @@ def peak_bytes(graph: Graph, plan: ParallelPlan, leaves: Sequence[Tensor]) -> fl
     def filled(dims: Any, layout: Any, dtype: torch.dtype) -> Shards:
         return [torch.rand(local_shape(dims, layout, stage.mesh.axis_sizes)).to(dtype)]
 
-    parameters = {p.name: filled(p.dims, p.rest, p.meta.dtype) for p in owned(stage)}
+    parameters = {p.name: filled(p.dims, p.rest, p.rest_meta.dtype) for p in owned(stage)}
     buffers = {
         i.name: [torch.zeros(i.meta.shape, dtype=i.meta.dtype)]
         for i in graph.inputs_of(InputKind.BUFFER)
