@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import MeshError, OptionError
-from autopar.graph.program import Graph, InputKind, Phase
+from autopar.graph.program import Graph, InputKind, Phase, Ref
 from autopar.intraop.stage import StageSolution
-from autopar.layout import layout_text
-from autopar.lowering.lower import PreparedStage
+from autopar.layout import Dims, layout_text
 from autopar.lowering.stages import parameter_sources
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
@@ -116,13 +115,13 @@ def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int
 
 
 def stage_plan(
-    stage: PreparedStage,
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
     solution: StageSolution,
     layers: tuple[int, int],
     devices: tuple[int, ...],
 ) -> StagePlan:
-    """The solution as texts."""
-    graph, dims = stage.graph, stage.table.dims
+    """The solution of a prepared stage graph as texts. dims: of its values."""
     sources = parameter_sources(graph)
     parameters = {}
     for inp in graph.inputs_of(InputKind.PARAMETER):

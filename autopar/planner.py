@@ -24,16 +24,16 @@ from dataclasses import replace
 from autopar.candidate import allowed_views, budgets, describe, place_stages, stage_plan
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
+from autopar.graph.hubs import insert_hubs
 from autopar.graph.layers import cluster_layers
 from autopar.graph.program import Graph, InputKind
 from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.stage import StageSolution
-from autopar.lowering.lower import prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
-from autopar.plan import ParallelPlan, Remat, SearchRecord
+from autopar.plan import ParallelPlan, Remat, SearchRecord, StagePlan
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.cuts import CutSearch
@@ -45,7 +45,6 @@ from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
 from autopar.search.unfold import unfold
 from autopar.search.workload import Workload, one_graph
-from autopar.sharding.registry import RuleTable
 from cost_models import Cluster
 
 _LOG = logging.getLogger(__name__)
@@ -229,21 +228,21 @@ class _Search:
         with self.clock.passes("unfold"):
             folded = self.workload.exact(cut.num_microbatches)
             graph = whole_graph(folded)
-            recomputed = apply_recompute(graph, best.policies)
-            table = RuleTable(recomputed)
             devices = place_stages(cut.submeshes, self.space.cluster)
             bounds = [*cut.first_layers[1:], folded.num_layers]
-            stages = []
-            for i, whole in enumerate(cut_stages(recomputed, cut.first_layers)):
-                prepared = prepare_stage(whole, table.dims)
-                solution = unfold(
-                    candidate.stages[i],
-                    best.prepared[i].graph,
-                    prepared.graph,
-                    best.window.written_layer,
-                )
+            recomputed = apply_recompute(graph, best.policies)
+            stages: list[StagePlan] = []
+            fallbacks: Counter[str] = Counter()
+            rules: dict[str, set[str]] = {}
+            for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
+                whole = insert_hubs(stage)
+                written = best.prepared[i]
+                found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
                 layers = (cut.first_layers[i], bounds[i] - 1)
-                stages.append(stage_plan(prepared, solution, layers, devices[i]))
+                stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
+                fallbacks.update(found.fallbacks)
+                for target, text in written.table.unwritten().items():
+                    rules.setdefault(target, set()).update(text.split(" | "))
         ranked = sorted((s.candidate for s in self.solved), key=lambda c: c.step_s)
         record = SearchRecord(
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
@@ -265,8 +264,8 @@ class _Search:
             bubble=candidate.timeline.bubble_fraction,
             budget_bytes=min(self.space.budgets),
             search=record,
-            fallbacks=dict(sorted(Counter(table.fallbacks.values()).items())),
-            rules=table.unwritten(),
+            fallbacks=dict(sorted(fallbacks.items())),
+            rules={target: " | ".join(sorted(rules[target])) for target in sorted(rules)},
         )
 
 
