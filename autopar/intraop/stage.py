@@ -26,6 +26,7 @@ from autopar.intraop.build import (
     weight,
 )
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.least_transient import least_transient_bytes
 from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
@@ -113,12 +114,17 @@ def solve_stage(
         else:
             notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
             best = replace(best, notes=notes)
-    return _with_true_bound(best, max(solution.bound, earlier.bound(budget_bytes)[0]), limit)
+    unavoidable = least_transient_bytes(
+        graph, built, costs.mesh.axis_sizes, context.num_microbatches
+    )
+    bound = max(solution.bound, earlier.bound(budget_bytes - unavoidable)[0])
+    return _with_true_bound(best, bound, limit)
 
 
 def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSolution:
     """The bound of a budgeted solve holds within the limit on its row, which transients set. What
-    holds for the stage is the bound of the row alone within the whole budget."""
+    holds for the stage is the bound of the row within the budget less the transients that no
+    solution avoids."""
     notes = best.notes
     if best.gap < relative_gap(best.seconds, bound):
         notes += (
