@@ -15,6 +15,7 @@ from autopar.graph.precision import Precision
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import World
 from autopar.runtime.module import ParallelModel
+from autopar.schedule import ScheduleKind
 from tests.plans import random_plan, with_strategy
 from tests.unit.runtime.reference import Case, zoo_case
 
@@ -94,12 +95,16 @@ def random_case(
     meshes: Sequence[tuple[int, ...]],
     precision: str = "",
     strategies: Mapping[str, str] | None = None,
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B,
+    num_workers: int | None = None,
 ) -> tuple[Case, ParallelPlan]:
     """A random plan on these meshes, but for the strategies of operators whose names begin so. In
-    float64, or in a precision."""
+    float64, or in a precision. num_workers: groups of devices, if stages share them."""
     kind = Precision.parse(precision or "model")
     case = zoo_case(name, double=not precision, precision=kind)
-    plan = random_plan(case.graph, meshes, random.Random(0))
+    plan = random_plan(
+        case.graph, meshes, random.Random(0), schedule=schedule, num_workers=num_workers
+    )
     for operator, text in (strategies or {}).items():
         plan = with_strategy(plan, operator, text)
     return case, plan
@@ -111,3 +116,8 @@ def step_of(world: World, *which: Any) -> dict[str, Any]:
     model = ParallelModel(case.model, case.graph, plan, world=world)
     loss = model.train_step(case.batch, seed=SEED)
     return {"loss": loss.cpu(), "gradients": {n: g.cpu() for n, g in gradients(model).items()}}
+
+
+def steps_of(world: World, cases: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """`step_of` for several cases: one start of processes for all of them."""
+    return [step_of(world, *which) for which in cases]

@@ -22,6 +22,7 @@ from tests.zoo import CORE
 
 SEED, TOLERANCE = 7, 1e-8
 GPIPE, ONE_F_ONE_B = ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B
+INTERLEAVED, ZB_H1 = ScheduleKind.INTERLEAVED, ScheduleKind.ZB_H1
 PLANS = {
     "2x2": ([(2, 2)], Remat.SELECTIVE, GPIPE),
     "2+2": ([(2,), (2,)], Remat.FULL, ONE_F_ONE_B),
