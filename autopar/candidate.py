@@ -56,24 +56,16 @@ def simulate_stages(
     stages: Sequence[StageSolution],
     options: SearchOptions,
     num_microbatches: int,
+    *,
+    num_workers: int | None = None,
+    overlap: bool = False,
 ) -> Timeline:
-    """Plays the schedule with the stages' predicted costs."""
-    costs = []
-    for stage in stages:
-        p = stage.prediction
-        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
-        costs.append(
-            StageCost(
-                forward_s=p.forward_s,
-                backward_s=p.backward_s,
-                step_s=p.step_s,
-                rest_bytes=int(standing),
-                saved_bytes_per_microbatch=int(p.saved_bytes),
-                transient_bytes=int(p.transient_bytes),
-            )
-        )
-    schedule = build_schedule(options.schedule, len(stages), num_microbatches)
-    return simulate(schedule, costs, _transfers(graphs, stages))
+    """Plays the schedule with the stages' predicted costs. num_workers: groups of devices on which
+    the stages take turns, one per stage by default. overlap: of collectives once per step with
+    compute, which the runtime does not do yet."""
+    costs = [StageCost.of(stage.prediction) for stage in stages]
+    schedule = build_schedule(options.schedule, len(stages), num_microbatches, num_workers)
+    return simulate(schedule, costs, _transfers(graphs, stages), overlap=overlap)
 
 
 def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
@@ -93,10 +85,20 @@ def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list
     return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
 
 
-def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+def place_stages(
+    stages: Sequence[Submesh], cluster: Cluster, num_workers: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Global ranks of each stage. The largest are placed first, so that a submesh inside a node
-    never straddles two (Alpa, OSDI'22, theorem 1)."""
-    order = sorted(range(len(stages)), key=lambda i: (-stages[i].num_devices, i))
+    never straddles two (Alpa, OSDI'22, theorem 1). num_workers: stage s gets the ranks of stage s
+    mod num_workers, and needs as many."""
+    workers = len(stages) if num_workers is None else num_workers
+    for index, submesh in enumerate(stages):
+        if submesh.num_devices != stages[index % workers].num_devices:
+            raise MeshError(
+                f"stage {index} takes turns with stage {index % workers} on the same devices: it"
+                f" has {submesh.num_devices} of {stages[index % workers].num_devices}"
+            )
+    order = sorted(range(workers), key=lambda i: (-stages[i].num_devices, i))
     placed: dict[int, tuple[int, ...]] = {}
     start = 0
     for index in order:
@@ -105,7 +107,7 @@ def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int
         start += size
     if start != cluster.num_devices:
         raise MeshError(f"the stages use {start} of the {cluster.num_devices} devices of {cluster}")
-    return tuple(placed[i] for i in range(len(stages)))
+    return tuple(placed[i % workers] for i in range(len(stages)))
 
 
 def stage_plan(

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final
 
 from autopar.errors import ScheduleError
+from autopar.plan import StagePrediction
 from autopar.schedule import (
     Action,
     ActionKind,
@@ -80,6 +81,23 @@ class StageCost:
             raise ScheduleError(
                 f"weight_s is a part of backward_s: got {self.weight_s} of {self.backward_s}"
             )
+
+    @classmethod
+    def of(cls, prediction: StagePrediction) -> StageCost:
+        """What a plan or a solved stage predicts."""
+        p = prediction
+        return cls(
+            forward_s=p.forward_s,
+            backward_s=p.backward_s,
+            reduce_s=p.reduce_s,
+            step_s=max(0.0, p.step_s - p.gather_s - p.reduce_s),
+            rest_bytes=int(p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes),
+            saved_bytes_per_microbatch=int(p.saved_bytes),
+            transient_bytes=int(p.transient_bytes),
+            weight_s=min(p.weight_s, p.backward_s),
+            gather_s=p.gather_s,
+            held_bytes_per_microbatch=int(p.weight_bytes),
+        )
 
     def seconds(self, kind: ActionKind, *, split: bool = False) -> float:
         """Of one action. split: backward is played in two actions."""

@@ -342,6 +342,13 @@ class _Arrival(NamedTuple):
     works: list[dist.Work]
 
 
+def _finish(works: list[dist.Work]) -> None:
+    """Waits for each, once: gloo would wait for another message. The list is empty afterwards, for
+    all that share it."""
+    while works:
+        works.pop().wait()
+
+
 class ProcessTransport:
     """Tiles between the ranks of two stages, in the fixed order of the routes.
 
@@ -409,8 +416,7 @@ class ProcessTransport:
         for channel, queue in posts.items():
             works[channel] += self._start(channel, queue)
         for arrival in arrivals:
-            for work in arrival.works:
-                work.wait()
+            _finish(arrival.works)
         return [
             [join_tiles(transfer, self._ends(transfer)[1].mesh, arrival.tiles, self._device)]
             for transfer, arrival in zip(transfers, arrivals, strict=True)
@@ -422,8 +428,7 @@ class ProcessTransport:
     def flush(self) -> None:
         """Waits until every value that was sent has left."""
         for works, _ in self._pending:
-            for work in works:
-                work.wait()
+            _finish(works)
         self._pending.clear()
 
     def _buffer(self, transfer: Transfer, tile: Tile) -> Tensor:
