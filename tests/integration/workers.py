@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ def _check_checkpoint(model: ParallelModel, folder: str) -> None:
         assert torch.equal(tensor, saved[key]), key
 
 
+@cache
+def cached_case(name: str) -> Case:
+    """In float64, captured once per process."""
+    return zoo_case(name)
+
+
 def random_case(
     name: str,
     meshes: Sequence[tuple[int, ...]],
@@ -101,7 +108,7 @@ def random_case(
     """A random plan on these meshes, but for the strategies of operators whose names begin so. In
     float64, or in a precision. num_workers: groups of devices, if stages share them."""
     kind = Precision.parse(precision or "model")
-    case = zoo_case(name, double=not precision, precision=kind)
+    case = cached_case(name) if not precision else zoo_case(name, double=False, precision=kind)
     plan = random_plan(
         case.graph, meshes, random.Random(0), schedule=schedule, num_workers=num_workers
     )
