@@ -58,24 +58,16 @@ def simulate_stages(
     stages: Sequence[StageSolution],
     schedule: ScheduleKind,
     num_microbatches: int,
+    *,
+    num_workers: int | None = None,
+    overlap: bool = False,
 ) -> Timeline:
-    """Plays the schedule with the stages' predicted costs."""
-    costs = []
-    for stage in stages:
-        p = stage.prediction
-        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
-        costs.append(
-            StageCost(
-                forward_s=p.forward_s,
-                backward_s=p.backward_s,
-                step_s=p.step_s,
-                rest_bytes=int(standing),
-                saved_bytes_per_microbatch=int(p.saved_bytes),
-                transient_bytes=int(p.transient_bytes),
-            )
-        )
-    built = build_schedule(schedule, len(stages), num_microbatches)
-    return simulate(built, costs, _transfers(graphs, stages))
+    """Plays the schedule with the stages' predicted costs. num_workers: groups of devices on which
+    the stages take turns, one per stage by default. overlap: of collectives once per step with
+    compute, which the runtime does not do yet."""
+    costs = [StageCost.of(stage.prediction) for stage in stages]
+    built = build_schedule(schedule, len(stages), num_microbatches, num_workers)
+    return simulate(built, costs, _transfers(graphs, stages), overlap=overlap)
 
 
 def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
@@ -95,13 +87,24 @@ def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list
     return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
 
 
-def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+def place_stages(
+    stages: Sequence[Submesh], cluster: Cluster, num_workers: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Global ranks of each stage, within those of its node group. The largest are placed first, so
-    that a submesh inside a node never straddles two (Alpa, OSDI'22, theorem 1)."""
+    that a submesh inside a node never straddles two (Alpa, OSDI'22, theorem 1). num_workers: stage
+    s gets the ranks of stage s mod num_workers, and needs as many."""
+    workers = len(stages) if num_workers is None else num_workers
+    for index, submesh in enumerate(stages):
+        first = stages[index % workers]
+        if (submesh.num_devices, submesh.group) != (first.num_devices, first.group):
+            raise MeshError(
+                f"stage {index} takes turns with stage {index % workers} on the same devices: it"
+                f" has {submesh.num_devices} of {first.num_devices}"
+            )
     placed: dict[int, tuple[int, ...]] = {}
     for group in range(len(cluster.groups)):
         ranks = cluster.ranks(group)
-        members = [i for i, submesh in enumerate(stages) if submesh.group == group]
+        members = [i for i, submesh in enumerate(stages[:workers]) if submesh.group == group]
         start = ranks.start
         for index in sorted(members, key=lambda i: (-stages[i].num_devices, i)):
             placed[index] = tuple(range(start, start + stages[index].num_devices))
@@ -111,7 +114,7 @@ def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int
                 f"the stages use {start - ranks.start} of the {len(ranks)} devices of "
                 f"{cluster.groups[group]}: a plan uses all"
             )
-    return tuple(placed[i] for i in range(len(stages)))
+    return tuple(placed[i % workers] for i in range(len(stages)))
 
 
 def stage_plan(
