@@ -19,7 +19,7 @@ from autopar.lowering.stages import parameter_sources
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParameterPlacement, StagePlan
-from autopar.schedule import ActionKind, ScheduleKind, build_schedule
+from autopar.schedule import ActionKind, ScheduleKind, build_schedule, in_flight_count
 from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 
@@ -27,13 +27,34 @@ from cost_models import Cluster
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Stages of a candidate: first layers, submesh of each, and the table's views for each; seconds
-    of the step by the tables."""
+    of the step by the tables. schedule: whose bytes in flight the stages have room for.
+    num_workers: groups of devices on which the stages take turns, None for one per stage."""
 
     first_layers: tuple[int, ...]
     submeshes: tuple[Submesh, ...]
     views: tuple[tuple[tuple[float, LogicalMesh], ...], ...]  # of each stage: seconds, best first
     seconds: float
     num_microbatches: int = 1
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    num_workers: int | None = None
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.first_layers)
+
+    @property
+    def stages_per_worker(self) -> int:
+        return 1 if self.num_workers is None else self.num_stages // self.num_workers
+
+    def in_flight(self, stage: int) -> int:
+        """Microbatches that a stage holds at most."""
+        return in_flight_count(
+            self.schedule,
+            self.num_stages - stage,
+            self.num_microbatches,
+            num_stages=self.num_stages,
+            num_workers=self.num_workers,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,7 @@ from autopar.search.clock import Clock
 from autopar.search.cuts import CutSearch
 from autopar.search.exact import ExactSolver, SolvedCut
 from autopar.search.infeasible import explain
+from autopar.search.interleave import interleaved_cuts
 from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
@@ -49,7 +50,7 @@ from cost_models import Cluster
 
 _LOG = logging.getLogger(__name__)
 _POLICIES = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
-_SCHEDULES = (ScheduleKind.ONE_F_ONE_B,)
+_SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLEAVED)
 
 # A cut whose table value is this much above the best is not solved exactly. Tables and exact
 # solutions differ by up to 3 % where memory is free, more where it binds
@@ -154,6 +155,7 @@ class _Search:
         if not self.solved:
             raise prices.refused or self._nothing(reference, prices)
         best = min(self.solved, key=lambda s: s.candidate.step_s)
+        best = self._interleaved(best, prices)
         plan = self._plan(self._proved(best, prices), prices)
         if key and not self.cut_short:
             remember_plan(key, plan)
@@ -187,8 +189,25 @@ class _Search:
         with self.clock.passes("what would fit"):
             search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
             error = explain(search, self.program(self.space.microbatch_counts[-1]))
-        fits = error.least_bytes is not None and error.least_bytes <= min(self.space.budgets)
-        return self.failures[-1] if fits and self.failures else error
+        if error is None or (error.least_bytes or 0.0) <= min(self.space.budgets):
+            return self.failures[-1]  # what binds is not memory
+        return error
+
+    def _interleaved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
+        """The winner with several stages per device, where that is faster and fits."""
+        options = self.space.options
+        pinned = options.num_stages is not None and options.schedule is None
+        if pinned or ScheduleKind.INTERLEAVED not in self.space.schedules or self.cut_short:
+            return best
+        cut = best.candidate.cut
+        program = self.program(cut.num_microbatches)
+        exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        for shorter in interleaved_cuts(program, prices, cut):
+            try:
+                self.solved.append(exact.solve(program, shorter))
+            except NoFeasiblePlan as error:
+                _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
+        return min(self.solved, key=lambda s: s.candidate.step_s)
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""
@@ -228,7 +247,7 @@ class _Search:
         with self.clock.passes("unfold"):
             folded = self.workload.exact(cut.num_microbatches)
             graph = whole_graph(folded)
-            devices = place_stages(cut.submeshes, self.space.cluster)
+            devices = place_stages(cut.submeshes, self.space.cluster, cut.num_workers)
             bounds = [*cut.first_layers[1:], folded.num_layers]
             recomputed = apply_recompute(graph, best.policies)
             stages: list[StagePlan] = []
