@@ -301,13 +301,25 @@ def best_schedule(
         )
         peaks = timeline.worker_peak_bytes
         fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
-        if fits or (kind is cut.schedule and cut.num_workers is None):
+        if kind is cut.schedule and cut.num_workers is None:
             return Candidate(cut, stages, timeline, timeline.step_s, kind)
+        if fits:
+            held = tuple(map(_with_peak, stages, timeline.peak_bytes))
+            return Candidate(cut, held, timeline, timeline.step_s, kind)
     raise NoFeasiblePlan(
         f"under the schedule {kinds[0]} some device would hold"
         f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
         least_bytes=max(peaks),
     )
+
+
+def _with_peak(stage: StageSolution, peak_bytes: float) -> StageSolution:
+    """What a schedule holds beyond what the stage was solved for counts as transient."""
+    more = peak_bytes - stage.prediction.peak_bytes
+    if more <= 0:
+        return stage
+    transient = stage.prediction.transient_bytes + more
+    return replace(stage, prediction=replace(stage.prediction, transient_bytes=transient))
 
 
 def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
