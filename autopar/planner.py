@@ -207,6 +207,7 @@ class _Search:
                 self.solved.append(exact.solve(program, shorter))
             except NoFeasiblePlan as error:
                 _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
+                break
         return min(self.solved, key=lambda s: s.candidate.step_s)
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
