@@ -222,7 +222,10 @@ class Mixture(NamedTuple):
 
 
 def stage_seconds(
-    frontiers: Sequence[Frontier], counts: IntArray, in_flight: int, budget_bytes: float
+    frontiers: Sequence[Frontier],
+    counts: IntArray | FloatArray,
+    in_flight: int,
+    budget_bytes: float,
 ) -> FloatArray:
     """[U]: t(f, n) of the module docstring, inf where nothing fits.
 
@@ -320,7 +323,7 @@ def _hull(points: Frontier, in_flight: int) -> list[tuple[float, float]]:
 
 
 def _sums(
-    steps: Sequence[Frontier], counts: IntArray, in_flight: int
+    steps: Sequence[Frontier], counts: IntArray | FloatArray, in_flight: int
 ) -> tuple[FloatArray, FloatArray]:
     """[prices, U] seconds and bytes of stages with so many layers of each class."""
     seconds = np.array([[p.seconds for p in step] for step in steps])

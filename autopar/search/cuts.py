@@ -31,6 +31,7 @@ from autopar.search.clock import Clock
 from autopar.search.prices import Prices, StagePrices
 from autopar.search.program import Program
 from autopar.search.space import Space
+from autopar.search.uniform import focus
 
 FloatArray = NDArray[np.float64]
 
@@ -176,14 +177,30 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._best = math.inf
+        counts = space.microbatch_counts
+        # the most microbatches may have one row each, whose graph is not like the others
+        self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+
+    def _focus(self) -> None:
+        """Only what is near the best equal pipeline."""
+
+        def transfer(count: int, submesh: Submesh) -> float:
+            nbytes = self.reference.crossing[1:].mean() * self.reference.num_microbatches / count
+            costs = self._mesh_costs(self.space.views[submesh][0])
+            return costs.receive_seconds(float(nbytes) / submesh.num_devices)
+
+        self.space = focus(
+            self.space, self.prices, self.reference, transfer, self.raise_views, self._clock
+        )
 
     def __iter__(self) -> Iterator[Cut]:
-        first = self.space.microbatch_counts[0]
+        if self.stage_limit > 1:
+            self._focus()
         usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
-        self.raise_views(dict.fromkeys(usable, True), first)
+        self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
         for count in self.space.microbatch_counts:
             self._solve(count)
-        while self._heap:
+        while self._heap and not (self._clock.expired and self._best < math.inf):
             _, count = heapq.heappop(self._heap)
             best = self._found[count].best
             if best is None:
@@ -229,12 +246,11 @@ class CutSearch:
 
     def raise_views(self, views: Mapping[LogicalMesh, bool], count: int) -> None:
         """views: with whether the stage that asks fits with its fastest solutions."""
-        counts = self.space.microbatch_counts
-        # the most microbatches may have one row each, whose graph is not like the others
-        largest = counts[-1] if len(counts) < 3 else counts[-2]
+        if not views:
+            return
         meshes = ", ".join(map(str, views)) if len(views) <= 3 else f"{len(views)} meshes"
         with self._clock.passes("layer points", f"{meshes}, {count} microbatch(es)"):
-            self.prices.raise_levels(views, count, counts[0], largest)
+            self.prices.raise_levels(views, count, *self._anchors)
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""

@@ -117,6 +117,10 @@ class Prices:
             return Level.FULL
         return Level.FREE if count in known.free else Level.SCALED
 
+    def known(self, view: LogicalMesh) -> bool:
+        """Whether anything is."""
+        return view in self._views
+
     def state(self, view: LogicalMesh, count: int) -> tuple[int, int, bool]:
         """Changes whenever what is known about the view at this number of microbatches does."""
         known = self._views.get(view)
@@ -190,7 +194,7 @@ class Prices:
         self,
         view: LogicalMesh,
         count: int,
-        counts: NDArray[np.int64],
+        counts: NDArray[np.int64] | FloatArray,
         in_flight: int,
         budget_bytes: float,
     ) -> StagePrices:
