@@ -39,7 +39,8 @@ _VIEWS = 2  # of a stage's submesh that are solved exactly
 _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
-_COUNT_MARGIN = 1.1  # a number of stages this much worse than the best one is not followed
+_PROGRAM_GAP = 1e-3  # of the inter-op program
+_COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
 
 
 @dataclass(slots=True)
@@ -272,7 +273,9 @@ class CutSearch:
         try:
             with self._clock.passes("stage cut", f"{count} microbatch(es)"):
                 found.by_stages = dp.solve_each_count(
-                    problem.with_stages(pinned) if pinned else problem, within=_COUNT_MARGIN
+                    problem.with_stages(pinned) if pinned else problem,
+                    relative_gap=_PROGRAM_GAP,
+                    within=_COUNT_MARGIN,
                 )
         except NoFeasiblePlan as error:
             self.failures.append(error)

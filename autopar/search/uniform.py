@@ -4,8 +4,8 @@ Equal stages on equal submeshes have a closed form: with S stages, each an S-th 
 
     step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer)
 
-It is evaluated for every number of microbatches and every view, lower bounds first, priced as far
-as the best of them go. A view that is not priced at all is bounded by the smallest submesh's
+It is evaluated for every number of microbatches and every view, priced as far as the most promising
+of them go. A view that is not priced at all is bounded by the smallest submesh's
 seconds in proportion to the devices: more are not saved. Cuts are then made only for the numbers of
 microbatches that come near the best, with submeshes about as large as the best ones have.
 Clusters of several groups have no equal stages: there everything is kept.
@@ -22,12 +22,15 @@ import numpy as np
 
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
-from autopar.search.prices import Prices
+from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
 from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
 _MOST = 3  # numbers of microbatches
+# What bounds are expected to rise by until they are exact: of views that are not priced, of other
+# numbers of microbatches, of solutions that do not fit. Empirical.
+_LOOSE, _LOOSE_SCALED, _LOOSE_FREE = 1.25, 1.08, 1.03
 _SIZES = 2  # submeshes between a half and twice the best sizes are kept
 
 
@@ -79,7 +82,7 @@ def focus(
         if math.isinf(seconds):
             continue
         if seconds > bound * (1 + 1e-9):
-            heapq.heappush(heap, (seconds, order, pipeline))
+            heapq.heappush(heap, (seconds, order, pipeline))  # it was priced higher since
         elif exact:
             kept.append((seconds, pipeline))
         else:
@@ -127,7 +130,17 @@ class _Uniform:
         stages, count = pipeline.num_stages, pipeline.num_microbatches
         seconds, exact, fits = self._stage(pipeline)
         seconds += self._transfer(count, pipeline.submesh) if stages > 1 else 0.0
-        return (count - 1 + stages) * seconds, exact, fits
+        return (count - 1 + stages) * seconds * self._trust(pipeline, exact), exact, fits
+
+    def _trust(self, pipeline: _Pipeline, exact: bool) -> float:
+        """What a bound is expected to rise by: bounds are loose, and without it nearly everything
+        would be priced before anything is exact."""
+        if exact:
+            return 1.0
+        if not self._prices.known(pipeline.view):
+            return _LOOSE
+        level = self._prices.level(pipeline.view, pipeline.num_microbatches)
+        return _LOOSE_SCALED if level is Level.SCALED else _LOOSE_FREE
 
     def _stage(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
