@@ -68,9 +68,12 @@ class StagePrediction:
     transient_bytes: float
 
     @property
+    def standing_bytes(self) -> float:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @property
     def peak_bytes(self) -> float:
-        standing = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return standing + self.saved_bytes * self.in_flight + self.transient_bytes
+        return self.standing_bytes + self.saved_bytes * self.in_flight + self.transient_bytes
 
 
 @dataclass(frozen=True, slots=True)

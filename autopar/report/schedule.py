@@ -28,6 +28,9 @@ def plan_timeline(plan: ParallelPlan) -> Timeline:
             forward_s=s.prediction.forward_s,
             backward_s=s.prediction.backward_s,
             step_s=s.prediction.step_s,
+            rest_bytes=s.prediction.standing_bytes,
+            saved_bytes_per_microbatch=s.prediction.saved_bytes,
+            transient_bytes=s.prediction.transient_bytes,
         )
         for s in plan.stages
     ]
