@@ -38,7 +38,8 @@ def parse_bytes(value: str | float | None) -> float | None:
 class SearchOptions:
     """None means that the search decides.
 
-    num_stages:       pipeline stages.
+    num_stages:       pipeline stages, each on devices of its own; under schedule=INTERLEAVED the
+                      groups of devices, of which each takes several stages.
     mesh_shape:       logical mesh of every stage, such as (2, 4).
     num_microbatches: of a global batch; must divide its rows.
     microbatch_limit: the most microbatches that the search may choose.

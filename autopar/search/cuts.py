@@ -62,7 +62,7 @@ class _Tables:
         space = search.space
         limit = search.stage_limit
         self.count = count
-        self.flights = [in_flight_count(space.schedules[0], s + 1, count) for s in range(limit)]
+        self.flights = [in_flight_count(space.table_schedule, s + 1, count) for s in range(limit)]
         self.rows = sorted(set(self.flights))
         self._search = search
         self._levels: dict[LogicalMesh, tuple[int, int, bool]] = {}
@@ -267,6 +267,7 @@ class CutSearch:
             views=views,
             seconds=found.seconds,
             num_microbatches=count,
+            schedule=self.space.table_schedule,
         )
 
 

@@ -71,6 +71,13 @@ def test_show_draws_the_schedule(plan_file: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith("stage 0  F0")
 
 
+def test_show_writes_a_trace(plan_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    assert main(["show", str(plan_file), "--trace", str(path)]) == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    assert main(["show", str(plan_file), "--trace", "/no/such/folder/trace.json"]) == 2
+
+
 def test_show_lists_operators(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(plan_file), "--operators", "bmm"]) == 0
     assert "1 of 11 operators" in capsys.readouterr().out
