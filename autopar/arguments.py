@@ -151,7 +151,7 @@ def search_plan(
     options = search_options(search)
     from autopar.api import plan_model
     from autopar.graph.precision import Precision
-    from autopar.report.console import SearchLine
+    from autopar.report.console import SearchLine, show_note
 
     with SearchLine(f"planning {model}", quiet=quiet) as line:
 
@@ -167,7 +167,11 @@ def search_plan(
             )
 
         line("building the model")
-        return on_meta_first(model, plan)
+        try:
+            return on_meta_first(model, plan)
+        except KeyboardInterrupt:
+            show_note("Interrupted before there was any plan.")
+            raise
 
 
 def on_meta_first(model: str, work: Callable[[LoadedModel], T]) -> T:

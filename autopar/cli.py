@@ -108,10 +108,6 @@ def plan(
 def show(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A saved plan.")],
     schedule: Annotated[bool, typer.Option("--schedule", help="Draw the schedule.")] = False,
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the predicted step for ui.perfetto.dev."),
-    ] = None,
     operators: Annotated[
         str | None,
         typer.Option(metavar="PATTERN", help="List the strategy of each operator that matches."),
@@ -120,13 +116,6 @@ def show(
 ) -> None:
     """Show a saved plan: stages, layouts, predictions."""
     found = ParallelPlan.load(plan_file)
-    if trace is not None:
-        if not trace.parent.is_dir():
-            raise typer.BadParameter(f"there is no directory {trace.parent}", param_hint="--trace")
-        from autopar.report.schedule import plan_timeline
-        from autopar.report.trace import trace_record
-
-        trace.write_text(json.dumps(trace_record(plan_timeline(found))), encoding="utf-8")
     if as_json:
         _print_json(found.to_json())
     elif operators is not None:

@@ -27,6 +27,7 @@ from autopar.explain import (
 from autopar.graph.hubs import SAVE_SUFFIX
 from autopar.graph.program import Phase
 from autopar.plan import ParallelPlan
+from autopar.report.schedule import plan_timeline
 from autopar.report.units import bytes_text, mesh_text, percent_text, seconds_text
 
 _LEAST_S = 1e-12  # less is rounding
@@ -71,7 +72,7 @@ def binding(plan: ParallelPlan, stages: Sequence[ExplainedStage]) -> tuple[str, 
             f"{pace}; devices are idle {percent_text(plan.bubble)} of the step"
             f" ({plan.schedule}, {plan.num_microbatches} microbatches, {len(stages)} stages)"
         )
-    found += _memory_sentences(plan, stages)
+    found += _memory_sentences(plan)
     for stage in stages:
         change = best_change(stage)
         if change is not None:
@@ -80,10 +81,11 @@ def binding(plan: ParallelPlan, stages: Sequence[ExplainedStage]) -> tuple[str, 
     return tuple(found)
 
 
-def _memory_sentences(plan: ParallelPlan, stages: Sequence[ExplainedStage]) -> list[str]:
-    shares = [stage.plan.prediction.peak_bytes / plan.budget_bytes for stage in stages]
+def _memory_sentences(plan: ParallelPlan) -> list[str]:
+    """Of the devices of each stage, or of several that share them."""
+    shares = [peak / plan.budget_bytes for peak in plan_timeline(plan).worker_peak_bytes]
     full = [
-        f"memory binds in stage {index}: {percent_text(share)} of the budget"
+        f"memory binds on the devices of stage {index}: {percent_text(share)} of the budget"
         for index, share in enumerate(shares)
         if share >= _BINDS
     ]
@@ -94,11 +96,11 @@ def _change_sentence(
     plan: ParallelPlan, stage: ExplainedStage, decision: Decision, change: Alternative
 ) -> str:
     room = plan.budget_bytes - stage.plan.prediction.peak_bytes
-    fits = "fits, so that the solution is not the optimum" if change.nbytes <= room else "no room"
+    fits = "a pin, or the gap of the search" if change.nbytes <= room else "there is no room"
     return (
         f"stage {stage.index} would be {seconds_text(-change.seconds)} per step faster with"
         f" {decision.kind} {decision.name} {_chosen_text(change.text)} for"
-        f" {_chosen_text(decision.chosen)}, at {_signed_bytes(change.nbytes)}: {fits}"
+        f" {_chosen_text(decision.chosen)}, bytes {_signed_bytes(change.nbytes)}: {fits}"
     )
 
 

@@ -58,7 +58,7 @@ class ParameterGroup:
 
 def parameter_groups(stage: StagePlan, graph: Graph | None = None) -> tuple[ParameterGroup, ...]:
     """In the order of the model. Where equal parameters of different blocks are placed differently
-    the pattern says which blocks: "h.0-3.up.weight". O(parameters)."""
+    the pattern says which blocks, such as "h.0-3.up.weight". O(parameters)."""
     known = {} if graph is None else {i.name: i for i in graph.inputs_of(InputKind.PARAMETER)}
     counts: Counter[tuple[str, ParameterPlacement]] = Counter()
     sizes: Counter[tuple[str, ParameterPlacement]] = Counter()
@@ -96,8 +96,11 @@ def _block_numbers(name: str) -> list[int]:
 
 
 def _in_blocks(pattern: str, blocks: Sequence[int]) -> str:
-    """ "h.0-3.up" for "h.*.up"; patterns with more numbers than one stay."""
-    return pattern.replace("*", range_text(sorted(blocks))) if pattern.count("*") == 1 else pattern
+    """ "h.0-3.up" or "h.{0-3, 5}.up" for "h.*.up"; patterns with more numbers than one stay."""
+    if pattern.count("*") != 1:
+        return pattern
+    runs = range_text(sorted(blocks))
+    return pattern.replace("*", f"{{{runs}}}" if "," in runs else runs)
 
 
 def _merged(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, ...]:

@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autopar.errors import ScheduleError
+from autopar.errors import PlanError, ScheduleError
 from autopar.plan import ParallelPlan
 from autopar.report.schedule import plan_timeline, schedule_picture
 from autopar.report.units import bytes_text, percent_text, seconds_text
@@ -40,7 +40,7 @@ class Scenario:
     @property
     def peak_bytes(self) -> float:
         """Of the device that needs most."""
-        return max(self.timeline.peak_bytes)
+        return max(self.timeline.worker_peak_bytes)
 
     @property
     def microbatch_s(self) -> float:
@@ -55,7 +55,7 @@ class Scenario:
 def scenario(
     plan: ParallelPlan, schedule: ScheduleKind | None = None, num_microbatches: int | None = None
 ) -> Scenario:
-    """None: as the plan has it. ScheduleError where these stages cannot play it."""
+    """None: as the plan has it. ScheduleError or PlanError where these stages cannot play it."""
     changed = replace(
         plan,
         schedule=schedule or plan.schedule,
@@ -70,7 +70,7 @@ def scenarios(plan: ParallelPlan) -> Iterator[Scenario]:
         for times in _MORE:
             try:
                 yield scenario(plan, schedule, times * plan.num_microbatches)
-            except ScheduleError:  # a family that wants other numbers
+            except (ScheduleError, PlanError):  # a family that wants other numbers
                 continue
 
 
