@@ -209,6 +209,7 @@ class _Search:
                 self.solved.append(exact.solve(program, shorter))
             except NoFeasiblePlan as error:
                 _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
+                break
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""

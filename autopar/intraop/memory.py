@@ -30,7 +30,7 @@ STEP_TABLE_LIMIT = 1_000_000
 """Largest elimination table within one step on the hull: more certainty is not worth its time
 there.
 """
-STEP_CLOSE_ENOUGH = 5e-5
+STEP_CLOSE_ENOUGH = 2e-4
 """Relative gap at which the sweeps of one step stop; it is part of the stated gap."""
 STEP_SWEEPS = 40
 """Of one round of a step: messages go on from there in the next."""
@@ -40,7 +40,7 @@ messages crawl where a byte costs too much."""
 _ROUGH = 0.05
 """Relative gap at which the lightest assignment, where the walk starts, is fast enough."""
 _MAX_STEPS = 14
-_SMALL_GAP = 1e-3
+_SMALL_GAP = 2.5e-3
 """Walking the hull stops here: the primal is found by switches, and the bound is good enough."""
 _NEAR = 0.05
 """Single-node moves are tried on the way only when they may end the walk: from a gap below 5 %."""

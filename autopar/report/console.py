@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class SearchLine:
         self._console = console or stderr_console()
         self._quiet = quiet
         self._live: Live | None = None
+        self._process = os.getpid()
         self._started = self._shown = time.monotonic()
         self._last = ""
 
@@ -67,7 +69,9 @@ class SearchLine:
             self._live.stop()
 
     def __call__(self, text: str) -> None:
-        """Cheap: the line is drawn by a clock of its own."""
+        """Cheap: the line is drawn by a clock of its own. Forks of the process are silent."""
+        if os.getpid() != self._process:
+            return
         self._last = text
         now = time.monotonic()
         plain = self._live is None and not self._quiet

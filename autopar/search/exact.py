@@ -86,7 +86,9 @@ class ExactSolver:
         self._known: dict[object, _Known] = {}
 
     def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
-        """NoFeasiblePlan where some stage fits under no mixture of the policies."""
+        """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
+        is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
+        solutions or not at all."""
         extra = [0.0] * len(cut.first_layers)
         for attempt in range(_ATTEMPTS):
             policies = self._policies(program, cut, extra)
@@ -97,7 +99,7 @@ class ExactSolver:
                 return self._solve_window(program, cut, window, policies, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
-                if last or extra[error.stage] >= 1:
+                if last or cut.num_workers is not None or extra[error.stage] >= 1:
                     raise error.reason from None
                 extra[error.stage] += _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
@@ -214,7 +216,7 @@ class ExactSolver:
             if best is not None and best.seconds <= _CLOSE * least:
                 break
             try:
-                found = self._on_view(stage, view, context, self._budget(cut, view), proven)
+                found = self._on_view(stage, view, context, cut, proven)
             except NoFeasiblePlan as error:
                 failures.append(error)
                 continue
@@ -233,9 +235,10 @@ class ExactSolver:
         stage: PreparedStage,
         view: LogicalMesh,
         context: StageContext,
-        budget: float,
+        cut: Cut,
         proven: bool,
     ) -> StageSolution:
+        budget = self._budget(cut, view)
         first = min((op.layer for op in stage.graph.operators), default=0)
         owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
         pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
@@ -253,6 +256,10 @@ class ExactSolver:
         if prediction.peak_bytes <= budget:
             free = renamed(known.solution, known.graph, stage.graph)
             return replace(free, prediction=prediction)
+        if cut.num_workers is not None:
+            raise NoFeasiblePlan(
+                "its fastest solution does not fit its share of the worker's memory"
+            )
         tight_key = (*free_key, context.in_flight, budget)
         if tight_key not in self._known:
             try:

@@ -55,7 +55,7 @@ def closest_plan(search: CutSearch) -> Closest | None:
         closest, view = found
         if search.prices.level(view, count) is Level.FULL:
             return closest
-        search.raise_view(view, count, fits=False)
+        search.raise_views({view: False}, count)
 
 
 def _frontiers(search: CutSearch, count: int) -> dict[LogicalMesh, tuple[Frontier, ...]]:

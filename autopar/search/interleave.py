@@ -1,8 +1,8 @@
 """Interleaved pipelines made of plain ones: the same submeshes, each with several shorter stages.
 
 A cut of p equal submeshes becomes one of v p stages, stage s on submesh s mod p. Layers are shared
-out evenly by their seconds in the tables. Each stage has a v-th of its device's budget: a pipeline
-whose workers use their memory unevenly over their stages is not found.
+out evenly by their seconds in the tables. Each stage has a v-th of its device's budget, and its
+fastest solution has to fit it: where memory binds, more microbatches in flight do not pay.
 """
 
 from __future__ import annotations
