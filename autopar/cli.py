@@ -88,7 +88,11 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search for the best plan. Needs neither the cluster nor the model's weights."""
+    """Search for the best plan. Needs neither the cluster nor the model's weights.
+
+    Best is the least predicted time of a step of the whole batch: the most throughput. Ctrl-C ends
+    the search with the best plan so far.
+    """
     if output is not None and not output.parent.is_dir():  # before minutes of search
         raise typer.BadParameter(f"there is no directory {output.parent}", param_hint="--output")
     found, graph = search_plan(model, search, default_cluster=None, quiet=as_json)

@@ -87,11 +87,13 @@ class OperatorCost:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What stands through the step. layout: of a parameter "rest / step". nbytes: with copies and
-    optimizer states, and times the microbatches in flight."""
+    """What stands through the step. path: of the parameter, or of the module that makes a saved
+    value. layout: of a parameter "rest / step". nbytes: with copies and optimizer states, and times
+    the microbatches in flight."""
 
     kind: str  # "parameter", "gradient", "saved"
     name: str
+    path: str
     layout: str
     nbytes: float
 
@@ -346,8 +348,18 @@ def tensors(stage: ExplainedStage) -> tuple[Tensor, ...]:
     ):
         if kind and sizes[pick]:
             text = choice_text(built, graph, node, _layout(node.choices[pick]))
-            found.append(Tensor(kind, owner.get(node.name, node.name), text, float(sizes[pick])))
+            path = owner[node.name] if node.name in owner else _maker(stage, node.name)
+            name = owner.get(node.name, node.name)
+            found.append(Tensor(kind, name, path, text, float(sizes[pick])))
     return tuple(sorted(found, key=lambda t: (-t.nbytes, t.kind, t.name)))
+
+
+def _maker(stage: ExplainedStage, name: str) -> str:
+    """The module of the operator whose value a save keeps, "" of one that another stage makes."""
+    op = stage.operators.get(name)
+    while op is not None and is_hub(op):
+        op = stage.operators.get(op.operands[0].name)
+    return "" if op is None else op.module
 
 
 def _layout(choice: Choice) -> Choice:

@@ -4,7 +4,7 @@ operators and parameters what the other choices would cost."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,8 @@ from autopar.explain import (
     Decision,
     ExplainedStage,
     Kind,
+    OperatorCost,
+    Tensor,
     at_peak,
     best_change,
     ledger,
@@ -27,11 +29,13 @@ from autopar.explain import (
 from autopar.graph.hubs import SAVE_SUFFIX
 from autopar.graph.program import Phase
 from autopar.plan import ParallelPlan
+from autopar.report.names import operator_family, parameter_pattern
 from autopar.report.schedule import plan_timeline
 from autopar.report.units import bytes_text, mesh_text, percent_text, seconds_text
 
 _LEAST_S = 1e-12  # less is rounding
-_ROWS = 8  # of a list
+_ROWS = 10  # of a list
+_LARGEST = 3  # kinds of tensors
 _ALTERNATIVES = 12  # of a decision
 _DECISIONS = 8  # different ones that are shown in full
 _BINDS = 0.95  # share of the budget from which on memory is said to bind
@@ -89,7 +93,7 @@ def _memory_sentences(plan: ParallelPlan) -> list[str]:
         for index, share in enumerate(shares)
         if share >= _BINDS
     ]
-    return full or [f"memory does not bind: at most {percent_text(max(shares))} of the budget"]
+    return full or [f"memory is not full: at most {percent_text(max(shares))} of the budget"]
 
 
 def _change_sentence(
@@ -147,8 +151,7 @@ def _bytes_table(stage: ExplainedStage) -> Table:
         f"saved, {p.in_flight} in flight": ("saved", p.saved_bytes * p.in_flight),
     }
     for label, (kind, nbytes) in groups.items():
-        largest = list(islice((t for t in found if t.kind == kind), 3))
-        names = ", ".join(f"{t.name} {bytes_text(t.nbytes)}" for t in largest)
+        names = _largest([t for t in found if t.kind == kind])
         table.add_row(label, bytes_text(nbytes), percent_text(nbytes / p.peak_bytes), names)
     phase, alive = _peak(stage)
     names = ", ".join(f"{name} {bytes_text(n)}" for name, n in alive[:3])
@@ -156,6 +159,21 @@ def _bytes_table(stage: ExplainedStage) -> Table:
     label = f"transient (alive in {phase})"
     table.add_row(label, bytes_text(p.transient_bytes), share, names)
     return table
+
+
+def _largest(found: Sequence[Tensor]) -> str:
+    """The largest groups of equal tensors of different blocks."""
+    groups: dict[str, list[Tensor]] = {}
+    for t in found:
+        path = parameter_pattern("", t.path)
+        value = operator_family(t.name.removesuffix(SAVE_SUFFIX).partition(".")[0])
+        name = f"{value} in {path}" if t.kind == "saved" and path else path or t.name
+        groups.setdefault(name, []).append(t)
+    ranked = sorted(groups.items(), key=lambda item: -sum(t.nbytes for t in item[1]))
+    return ", ".join(
+        f"{name} {f'{len(ts)} x ' if len(ts) > 1 else ''}{bytes_text(ts[0].nbytes)}"
+        for name, ts in ranked[:_LARGEST]
+    )
 
 
 def _peak(stage: ExplainedStage) -> tuple[Phase, list[tuple[str, float]]]:
@@ -175,20 +193,25 @@ def _peak(stage: ExplainedStage) -> tuple[Phase, list[tuple[str, float]]]:
 
 
 def _operator_table(stage: ExplainedStage) -> Table:
-    table = _table("operators", "module", "strategy", "compute", "reshards", align=("left",) * 3)
-    costs = operator_costs(stage)
-    for cost in costs[:_ROWS]:
-        table.add_row(
-            cost.name,
-            cost.module,
-            cost.strategy,
-            seconds_text(cost.seconds),
-            seconds_text(cost.reshard_s),
-        )
-    rest = costs[_ROWS:]
+    """Operators of one kind in equal modules of different blocks are one row."""
+    table = _table(
+        "operators", "module", "strategy", "count", "compute", "reshards", align=("left",) * 3
+    )
+    groups: dict[tuple[str, str, str], list[OperatorCost]] = {}
+    for cost in operator_costs(stage):
+        key = (operator_family(cost.name), parameter_pattern("", cost.module), cost.strategy)
+        groups.setdefault(key, []).append(cost)
+
+    def seconds(costs: Iterable[OperatorCost]) -> tuple[float, float]:
+        pairs = [(c.seconds, c.reshard_s) for c in costs]
+        return sum(own for own, _ in pairs), sum(reads for _, reads in pairs)
+
+    ranked = sorted(groups.items(), key=lambda item: -sum(seconds(item[1])))
+    for key, costs in ranked[:_ROWS]:
+        table.add_row(*key, str(len(costs)), *map(seconds_text, seconds(costs)))
+    rest = [cost for _, costs in ranked[_ROWS:] for cost in costs]
     if rest:
-        seconds = [sum(c.seconds for c in rest), sum(c.reshard_s for c in rest)]
-        table.add_row(f"... and {len(rest)} more", "", "", *map(seconds_text, seconds))
+        table.add_row("... others", "", "", str(len(rest)), *map(seconds_text, seconds(rest)))
     return table
 
 
@@ -288,7 +311,13 @@ def _stage_record(stage: ExplainedStage) -> dict[str, Any]:
             "transient": p.transient_bytes,
         },
         "tensors": [
-            {"kind": t.kind, "name": t.name, "layout": t.layout, "bytes": t.nbytes}
+            {
+                "kind": t.kind,
+                "name": t.name,
+                "path": t.path,
+                "layout": t.layout,
+                "bytes": t.nbytes,
+            }
             for t in tensors(stage)[: 4 * _ROWS]
         ],
         "alive_at_peak": {

@@ -132,7 +132,7 @@ def test_patterns_name_parameters_modules_and_operators(explained: Explained) ->
 def test_the_report_says_what_binds(explained: Explained) -> None:
     _, plan, stages = explained
     sentences = " ".join(binding(plan, stages))
-    assert "memory does not bind" in sentences and "idle" in sentences
+    assert "memory is not full" in sentences and "idle" in sentences
     full = replace(plan, budget_bytes=stages[0].plan.prediction.peak_bytes)
     assert "memory binds on the devices of stage 0" in " ".join(binding(full, stages))
     text = rendered_text(explain_report(plan, stages), 120)
