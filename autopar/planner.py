@@ -214,7 +214,8 @@ class _Search:
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""
         target = self.space.options.target_gap
-        if self.clock.expired or all(s.gap <= target for s in best.candidate.stages):
+        ended = self.cut_short or self.clock.expired
+        if ended or all(s.gap <= target for s in best.candidate.stages):
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
