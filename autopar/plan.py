@@ -84,9 +84,12 @@ class StagePrediction:
     reduce_s: float = 0.0
 
     @property
+    def standing_bytes(self) -> float:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @property
     def peak_bytes(self) -> float:
-        standing = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return standing + self.saved_bytes * self.in_flight + self.transient_bytes
+        return self.standing_bytes + self.saved_bytes * self.in_flight + self.transient_bytes
 
 
 @dataclass(frozen=True, slots=True)

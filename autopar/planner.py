@@ -15,7 +15,6 @@ time limit or an interrupt ends the search: then it is the best so far.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.hubs import insert_hubs
 from autopar.graph.layers import cluster_layers
-from autopar.graph.program import Graph, InputKind
+from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.stage import StageSolution
 from autopar.lowering.recompute import apply_recompute
@@ -40,6 +39,7 @@ from autopar.search.cuts import CutSearch
 from autopar.search.exact import ExactSolver, SolvedCut
 from autopar.search.infeasible import explain
 from autopar.search.interleave import interleaved_cuts
+from autopar.search.pins import with_pins
 from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
@@ -97,6 +97,7 @@ def find_plan(
     the search: it returns the best plan so far, if there is one. Errors as for `make_plan`."""
     clock = Clock(options.time_limit_s, progress)
     with clock.passes("capture", f"{workload.counts[0]} microbatch(es)"):
+        workload, options = with_pins(workload, options)
         num_layers = workload.at(workload.counts[0]).num_layers
     submeshes, views = allowed_views(cluster, options, num_layers)
     own = budgets(cluster, options.budget_fraction)
@@ -147,6 +148,8 @@ class _Search:
         prices = Prices(self.program, self.mesh_costs, self.space.policies, self.clock)
         try:
             self._look(reference, prices)
+            if self.solved:
+                self._interleave(prices)
         except KeyboardInterrupt:
             if not self.solved:
                 raise
@@ -155,7 +158,6 @@ class _Search:
         if not self.solved:
             raise prices.refused or self._nothing(reference, prices)
         best = min(self.solved, key=lambda s: s.candidate.step_s)
-        best = self._interleaved(best, prices)
         plan = self._plan(self._proved(best, prices), prices)
         if key and not self.cut_short:
             remember_plan(key, plan)
@@ -193,13 +195,13 @@ class _Search:
             return self.failures[-1]  # what binds is not memory
         return error
 
-    def _interleaved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
-        """The winner with several stages per device, where that is faster and fits."""
+    def _interleave(self, prices: Prices) -> None:
+        """Solves the winner with several stages per device, where that may be faster and fits."""
         options = self.space.options
         pinned = options.num_stages is not None and options.schedule is None
         if pinned or ScheduleKind.INTERLEAVED not in self.space.schedules or self.cut_short:
-            return best
-        cut = best.candidate.cut
+            return
+        cut = min(self.solved, key=lambda s: s.candidate.step_s).candidate.cut
         program = self.program(cut.num_microbatches)
         exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
         for shorter in interleaved_cuts(program, prices, cut):
@@ -208,12 +210,12 @@ class _Search:
             except NoFeasiblePlan as error:
                 _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
                 break
-        return min(self.solved, key=lambda s: s.candidate.step_s)
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""
         target = self.space.options.target_gap
-        if self.clock.expired or all(s.gap <= target for s in best.candidate.stages):
+        ended = self.cut_short or self.clock.expired
+        if ended or all(s.gap <= target for s in best.candidate.stages):
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
@@ -303,10 +305,3 @@ def _check_pins(folded: Folded, cluster: Cluster, options: SearchOptions) -> Non
             f"num_stages is at most {most}, as the model has {folded.num_layers} layers and the "
             f"cluster {cluster.num_devices} devices: got {options.num_stages}"
         )
-    known = sorted({i.owner for i in folded.graph.inputs_of(InputKind.PARAMETER)})
-    for name in options.placements:
-        if name not in known:
-            close = " or ".join(difflib.get_close_matches(name, known, n=3) or known[:3])
-            raise OptionError(
-                f"placements pins {name!r}, which is no parameter: did you mean {close}?"
-            )
