@@ -94,11 +94,12 @@ class ModelWorkload:
 
 def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:
     """The numbers of microbatches that a search may choose from: the pinned one, or every divisor
-    of the rows."""
+    of the rows up to the limit."""
     if options.num_microbatches is not None:
         return (options.num_microbatches,)
     rows = batch_rows(example_batch) or 1
-    return tuple(n for n in range(1, rows + 1) if rows % n == 0)
+    most = min(rows, options.microbatch_limit or rows)
+    return tuple(n for n in range(1, most + 1) if rows % n == 0)
 
 
 def detect_cluster(world_size: int = 1, local_size: int | None = None) -> Cluster:

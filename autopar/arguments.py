@@ -34,6 +34,13 @@ class SolverName(StrEnum):
 
 
 CLUSTER_HELP = "Such as h100:1x8, v100:8x8, cpu:1x4, or a .toml file."
+MODEL_HELP = "file.py:factory, package.module:factory, or a name of `autopar models`."
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="A saved plan; no search is made then.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on stdout.")]
 
 
 def _option(text: str, *names: str, metavar: str | None = None) -> Any:
@@ -51,16 +58,25 @@ class Search:
         _option("model (as built), fp32, bf16, or bf16/bf16: compute / gradient reduction."),
     ] = None
     microbatches: Annotated[int | None, _option("Of a batch; must divide its rows.")] = None
+    microbatch_limit: Annotated[int | None, _option("The most that the search may choose.")] = None
     stages: Annotated[int | None, _option("Number of pipeline stages.")] = None
     mesh: Annotated[str | None, _option("Mesh of every stage, such as 2x4.")] = None
     schedule: Annotated[ScheduleKind | None, _option("Pipeline schedule.")] = None
     remat: Annotated[Remat | None, _option("What backward may recompute.")] = None
     place: Annotated[
         list[str] | None,
-        _option("Parameter and its layout at rest, such as lm_head.weight=S0; repeatable."),
+        _option(
+            "Layout at rest of the parameters that a pattern names, such as lm_head.weight=S0 or"
+            " 'layers.*.mlp.*=S1'; repeatable."
+        ),
     ] = None
     solver: Annotated[SolverName | None, _option("Of the integer programs.")] = None
-    time_limit: Annotated[float | None, _option("Seconds of the search.")] = None
+    time_limit: Annotated[
+        float | None, _option("Seconds of the search; then it gives the best plan so far.")
+    ] = None
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Search anew.", rich_help_panel="Search")
+    ] = False
 
 
 def with_search(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,13 +113,32 @@ def plan_for(
     from autopar.models import load_model
 
     if plan_file is not None:
-        given = [f.name for f in fields(Search) if getattr(search, f.name)]
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise typer.BadParameter(f"--plan leaves nothing to search: drop {options}")
-        return ParallelPlan.load(plan_file), load_model(model)
+        return _saved_plan(plan_file, search), load_model(model)
     found, _ = search_plan(model, search, default_cluster="cpu:1x4", quiet=quiet)
     return found, load_model(model)
+
+
+def graph_for(
+    model: str, plan_file: Path | None, search: Search, *, quiet: bool
+) -> tuple[ParallelPlan, Graph]:
+    """The saved plan, or one from the search options, and the graph that it is for, without
+    data."""
+    if plan_file is None:
+        return search_plan(model, search, default_cluster="cpu:1x4", quiet=quiet)
+    from autopar.api import graph_of_plan
+    from autopar.report.console import SearchLine
+
+    plan = _saved_plan(plan_file, search)
+    with SearchLine(f"capturing {model}", quiet=quiet):
+        return plan, on_meta_first(model, lambda m: graph_of_plan(m.module, m.example_batch, plan))
+
+
+def _saved_plan(plan_file: Path, search: Search) -> ParallelPlan:
+    given = [f.name for f in fields(Search) if getattr(search, f.name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"--plan leaves nothing to search: drop {options}")
+    return ParallelPlan.load(plan_file)
 
 
 def search_plan(
@@ -116,7 +151,7 @@ def search_plan(
     options = search_options(search)
     from autopar.api import plan_model
     from autopar.graph.precision import Precision
-    from autopar.report.console import SearchLine
+    from autopar.report.console import SearchLine, show_note
 
     with SearchLine(f"planning {model}", quiet=quiet) as line:
 
@@ -132,7 +167,11 @@ def search_plan(
             )
 
         line("building the model")
-        return on_meta_first(model, plan)
+        try:
+            return on_meta_first(model, plan)
+        except KeyboardInterrupt:
+            show_note("Interrupted before there was any plan.")
+            raise
 
 
 def on_meta_first(model: str, work: Callable[[LoadedModel], T]) -> T:
@@ -158,7 +197,9 @@ def search_options(search: Search) -> SearchOptions:
         "num_stages": search.stages,
         "num_microbatches": search.microbatches,
         "mesh_shape": None if search.mesh is None else _mesh(search.mesh),
+        "microbatch_limit": search.microbatch_limit,
         "placements": _placements(search.place or []),
+        "cache": not search.no_cache,
         "time_limit_s": search.time_limit or options.time_limit_s,
     }
     if search.schedule is not None:

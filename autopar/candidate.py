@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import MeshError, OptionError
-from autopar.graph.program import Graph, InputKind, Phase
+from autopar.graph.program import Graph, InputKind, Phase, Ref
 from autopar.intraop.stage import StageSolution
-from autopar.layout import layout_text
-from autopar.lowering.lower import PreparedStage
+from autopar.layout import Dims, layout_text
 from autopar.lowering.stages import parameter_sources
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParameterPlacement, StagePlan
-from autopar.schedule import ActionKind, ScheduleKind, build_schedule
+from autopar.schedule import ActionKind, ScheduleKind, build_schedule, in_flight_count
 from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 
@@ -28,13 +27,34 @@ from cost_models import Cluster
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Stages of a candidate: first layers, submesh of each, and the table's views for each; seconds
-    of the step by the tables."""
+    of the step by the tables. schedule: whose bytes in flight the stages have room for.
+    num_workers: groups of devices on which the stages take turns, None for one per stage."""
 
     first_layers: tuple[int, ...]
     submeshes: tuple[Submesh, ...]
     views: tuple[tuple[tuple[float, LogicalMesh], ...], ...]  # of each stage: seconds, best first
     seconds: float
     num_microbatches: int = 1
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    num_workers: int | None = None
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.first_layers)
+
+    @property
+    def stages_per_worker(self) -> int:
+        return 1 if self.num_workers is None else self.num_stages // self.num_workers
+
+    def in_flight(self, stage: int) -> int:
+        """Microbatches that a stage holds at most."""
+        return in_flight_count(
+            self.schedule,
+            self.num_stages - stage,
+            self.num_microbatches,
+            num_stages=self.num_stages,
+            num_workers=self.num_workers,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,24 +79,16 @@ def simulate_stages(
     stages: Sequence[StageSolution],
     schedule: ScheduleKind,
     num_microbatches: int,
+    *,
+    num_workers: int | None = None,
+    overlap: bool = False,
 ) -> Timeline:
-    """Plays the schedule with the stages' predicted costs."""
-    costs = []
-    for stage in stages:
-        p = stage.prediction
-        standing = p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes
-        costs.append(
-            StageCost(
-                forward_s=p.forward_s,
-                backward_s=p.backward_s,
-                step_s=p.step_s,
-                rest_bytes=int(standing),
-                saved_bytes_per_microbatch=int(p.saved_bytes),
-                transient_bytes=int(p.transient_bytes),
-            )
-        )
-    built = build_schedule(schedule, len(stages), num_microbatches)
-    return simulate(built, costs, _transfers(graphs, stages))
+    """Plays the schedule with the stages' predicted costs. num_workers: groups of devices on which
+    the stages take turns, one per stage by default. overlap: of collectives once per step with
+    compute, which the runtime does not do yet."""
+    costs = [StageCost.of(stage.prediction) for stage in stages]
+    built = build_schedule(schedule, len(stages), num_microbatches, num_workers)
+    return simulate(built, costs, _transfers(graphs, stages), overlap=overlap)
 
 
 def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
@@ -96,13 +108,24 @@ def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list
     return [Transfer(s, t, kinds[phase], value) for (s, t, phase), value in seconds.items()]
 
 
-def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+def place_stages(
+    stages: Sequence[Submesh], cluster: Cluster, num_workers: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Global ranks of each stage, within those of its node group. The largest are placed first, so
-    that a submesh inside a node never straddles two (Alpa, OSDI'22, theorem 1)."""
+    that a submesh inside a node never straddles two (Alpa, OSDI'22, theorem 1). num_workers: stage
+    s gets the ranks of stage s mod num_workers, and needs as many."""
+    workers = len(stages) if num_workers is None else num_workers
+    for index, submesh in enumerate(stages):
+        first = stages[index % workers]
+        if (submesh.num_devices, submesh.group) != (first.num_devices, first.group):
+            raise MeshError(
+                f"stage {index} takes turns with stage {index % workers} on the same devices: it"
+                f" has {submesh.num_devices} of {first.num_devices}"
+            )
     placed: dict[int, tuple[int, ...]] = {}
     for group in range(len(cluster.groups)):
         ranks = cluster.ranks(group)
-        members = [i for i, submesh in enumerate(stages) if submesh.group == group]
+        members = [i for i, submesh in enumerate(stages[:workers]) if submesh.group == group]
         start = ranks.start
         for index in sorted(members, key=lambda i: (-stages[i].num_devices, i)):
             placed[index] = tuple(range(start, start + stages[index].num_devices))
@@ -112,17 +135,17 @@ def place_stages(stages: Sequence[Submesh], cluster: Cluster) -> tuple[tuple[int
                 f"the stages use {start - ranks.start} of the {len(ranks)} devices of "
                 f"{cluster.groups[group]}: a plan uses all"
             )
-    return tuple(placed[i] for i in range(len(stages)))
+    return tuple(placed[i % workers] for i in range(len(stages)))
 
 
 def stage_plan(
-    stage: PreparedStage,
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
     solution: StageSolution,
     layers: tuple[int, int],
     devices: tuple[int, ...],
 ) -> StagePlan:
-    """The solution as texts."""
-    graph, dims = stage.graph, stage.table.dims
+    """The solution of a prepared stage graph as texts. dims: of its values."""
     sources = parameter_sources(graph)
     parameters = {}
     for inp in graph.inputs_of(InputKind.PARAMETER):

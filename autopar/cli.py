@@ -7,7 +7,6 @@ has one JSON value and nothing else; progress and errors are on stderr.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
@@ -16,12 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from autopar.arguments import (
     CLUSTER_HELP,
+    JsonOption,
+    ModelArgument,
+    PlanOption,
     Search,
     cluster_of,
     on_meta_first,
@@ -32,9 +34,10 @@ from autopar.arguments import (
 )
 from autopar.errors import AutoparError, RuntimeFailure
 from autopar.plan import ParallelPlan
-
-if TYPE_CHECKING:
-    pass
+from autopar.questions import questions
+from autopar.report.output import show as _print
+from autopar.report.output import show_json as _print_json
+from autopar.report.output import stdout_console
 
 app = typer.Typer(
     name="autopar",
@@ -45,10 +48,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure planning time and training speed.")
-app.add_typer(bench, name="bench")
-
-_FILE_WIDTH = 120  # columns where stdout is no terminal
-_MODEL_HELP = "file.py:factory, package.module:factory, or a name of `autopar models`."
 
 
 class DtypeName(StrEnum):
@@ -61,11 +60,6 @@ class BackendName(StrEnum):
     nccl = "nccl"
 
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-PlanOption = Annotated[
-    Path | None, typer.Option("--plan", help="A saved plan; no search is made then.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on stdout.")]
 SeedOption = Annotated[int, typer.Option(help="Of the random operators, such as dropout.")]
 
 
@@ -94,7 +88,11 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search for the best plan. Needs neither the cluster nor the model's weights."""
+    """Search for the best plan. Needs neither the cluster nor the model's weights.
+
+    Best is the least predicted time of a step of the whole batch: the most throughput. Ctrl-C ends
+    the search with the best plan so far.
+    """
     if output is not None and not output.parent.is_dir():  # before minutes of search
         raise typer.BadParameter(f"there is no directory {output.parent}", param_hint="--output")
     found, graph = search_plan(model, search, default_cluster=None, quiet=as_json)
@@ -131,11 +129,14 @@ def show(
     elif schedule:
         from autopar.report.schedule import plan_timeline, schedule_picture
 
-        _print(schedule_picture(plan_timeline(found), _stdout().width - 1))
+        _print(schedule_picture(plan_timeline(found), stdout_console().width - 1))
     else:
         from autopar.report.text import plan_tree
 
         _print(plan_tree(found))
+
+
+app.add_typer(questions)
 
 
 @app.command(
@@ -257,6 +258,9 @@ def models(as_json: JsonOption = False) -> None:
     for name, text in found.items():
         table.add_row(name, text)
     _print(table)
+
+
+app.add_typer(bench, name="bench")
 
 
 @bench.command("plan", epilog="Example: [bold]autopar bench plan --cases gpt2-124m[/bold]")
@@ -387,27 +391,6 @@ def _show_bench(outcome: Any, as_json: bool) -> None:
         _print(f"Results: {outcome.path}")
     if outcome.num_failed:
         raise typer.Exit(1)
-
-
-def _stdout() -> Any:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    return console
-
-
-def _print(what: Any) -> None:
-    if isinstance(what, str):
-        sys.stdout.write(what + "\n")
-    else:
-        _stdout().print(what)
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,13 @@ def parse_bytes(value: str | float | None) -> float | None:
 class SearchOptions:
     """None means that the search decides.
 
-    num_stages:       pipeline stages.
+    num_stages:       pipeline stages, each on devices of its own; under schedule=INTERLEAVED the
+                      groups of devices, of which each takes several stages.
     mesh_shape:       logical mesh of every stage, such as (2, 4).
     num_microbatches: of a global batch; must divide its rows.
-    placements:       canonical parameter name -> layout at rest on its stage's mesh, such as "S0".
+    microbatch_limit: the most microbatches that the search may choose.
+    placements:       pattern of canonical parameter names, such as "layers.*.mlp.*", or one name ->
+                      layout at rest on the stage's mesh, such as "S0"; the first that fits counts.
     budget_fraction:  share of a device's memory that a plan may use where no budget is given; the
     rest
                       is for the allocator's fragmentation and the communication library's buffers.
@@ -54,6 +57,7 @@ class SearchOptions:
     num_stages: int | None = None
     mesh_shape: tuple[int, ...] | None = None
     num_microbatches: int | None = None
+    microbatch_limit: int | None = None
     schedule: ScheduleKind | None = None
     remat: Remat | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
@@ -69,10 +73,16 @@ class SearchOptions:
     optimizer: OptimizerModel = field(default_factory=OptimizerModel)
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "num_microbatches", "num_layers", "candidates", "max_axes"):
+        counts = ("num_stages", "num_microbatches", "microbatch_limit", "num_layers", "candidates")
+        for name in (*counts, "max_axes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1: got {value}")
+        if (self.num_microbatches or 0) > (self.microbatch_limit or math.inf):
+            raise OptionError(
+                f"num_microbatches {self.num_microbatches} is above microbatch_limit "
+                f"{self.microbatch_limit}: drop one of them"
+            )
         if self.mesh_shape is not None and (not self.mesh_shape or min(self.mesh_shape) < 1):
             raise OptionError(f"mesh_shape has axes of size >= 1: got {self.mesh_shape}")
         if not 0 < self.budget_fraction <= 1:

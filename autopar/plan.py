@@ -7,12 +7,13 @@ model it determines the lowered program; it holds no code and loads on any machi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -22,10 +23,18 @@ from autopar.errors import PlanError
 from autopar.schedule import ScheduleKind
 
 PLAN_VERSION = 3
-# Fields that plans of earlier versions lack, with the value that they imply.
+# Fields that plans of earlier versions lack, with the value that they imply: the last version
+# without them -> path (a * stands for each entry of a list or an object) -> value.
 _ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
     1: {"precision": "model", "rules": {}},
-    2: {},
+    2: {
+        "stages.*.prediction.weight_s": 0.0,
+        "stages.*.prediction.weight_bytes": 0.0,
+        "stages.*.prediction.gather_s": 0.0,
+        "stages.*.prediction.reduce_s": 0.0,
+        "stages.*.prediction.host_bytes": 0.0,
+        "stages.*.parameters.*.host": False,
+    },
 }
 
 # By the origin that `sharding.rule.Origin` names; this module knows no torch.
@@ -58,7 +67,12 @@ class ParameterPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    """Seconds per microbatch or per step, bytes per device."""
+    """Seconds per microbatch or per step, bytes per device.
+
+    weight_s, weight_bytes: where the schedule splits backward, the share of backward_s that W
+    plays, and what a microbatch holds between its B and its W in place of saved_bytes. gather_s,
+    reduce_s: shares of step_s, before the first forward and after the last backward.
+    """
 
     forward_s: float
     backward_s: float
@@ -69,12 +83,19 @@ class StagePrediction:
     saved_bytes: float  # per microbatch in flight
     in_flight: int
     transient_bytes: float
+    weight_s: float = 0.0
+    weight_bytes: float = 0.0
+    gather_s: float = 0.0
+    reduce_s: float = 0.0
     host_bytes: float = 0.0  # of its host's memory: not in the peak
 
     @property
+    def standing_bytes(self) -> float:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @property
     def peak_bytes(self) -> float:
-        standing = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return standing + self.saved_bytes * self.in_flight + self.transient_bytes
+        return self.standing_bytes + self.saved_bytes * self.in_flight + self.transient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +167,22 @@ class ParallelPlan:
 
     @property
     def num_devices(self) -> int:
-        return sum(len(stage.devices) for stage in self.stages)
+        return sum(map(len, {stage.devices for stage in self.stages}))
 
-    def stage_of(self, rank: int) -> int:
-        """Index of the stage that a global rank belongs to."""
-        for index, stage in enumerate(self.stages):
-            if rank in stage.devices:
-                return index
-        raise PlanError(
-            f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}"
-        )
+    @property
+    def num_workers(self) -> int:
+        """Groups of devices that play a row of the schedule each: as many as stages, unless the
+        schedule is interleaved and several stages have the same devices."""
+        return len({stage.devices for stage in self.stages})
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Indices of the stages that a global rank belongs to."""
+        found = tuple(i for i, stage in enumerate(self.stages) if rank in stage.devices)
+        if not found:
+            raise PlanError(
+                f"rank {rank} is in no stage: the plan has ranks 0 to {self.num_devices - 1}"
+            )
+        return found
 
     def unwritten_rules(self) -> tuple[str, ...]:
         """For people: a sentence per operator that autopar has no rule of its own for."""
@@ -185,11 +212,7 @@ class ParallelPlan:
                 f"{PLAN_VERSION}: make the plan again with `autopar plan`"
             )
         fields = {key: value for key, value in record.items() if key != "format"}
-        for older, added in _ADDED_SINCE.items():
-            fields = {**added, **fields} if version <= older else fields
-        if version < 3 and isinstance(fields.get("remat"), str):  # one policy for all layers
-            fields["remat"] = [fields["remat"]] * len(fields.get("layer_names", ()))
-        fields["version"] = PLAN_VERSION
+        fields = {**_upgraded(fields, version), "version": PLAN_VERSION}
         plan: ParallelPlan = _decode(cls, fields, "plan")
         return plan
 
@@ -211,7 +234,8 @@ class ParallelPlan:
 
 
 def _check_plan(plan: ParallelPlan) -> None:
-    """Stages cover the layers in order and the ranks once."""
+    """Stages cover the layers in order and the ranks once; those of an interleaved schedule may
+    take turns on p groups of devices, stage s on group s mod p."""
     if not plan.stages:
         raise PlanError("a plan has at least one stage")
     if plan.num_microbatches < 1:
@@ -237,9 +261,42 @@ def _check_plan(plan: ParallelPlan) -> None:
         raise PlanError(
             f"remat has one policy per layer: got {len(plan.remat)} for {len(plan.layer_names)}"
         )
-    ranks = sorted(rank for stage in plan.stages for rank in stage.devices)
+    workers = plan.num_workers if plan.schedule.shares_devices else len(plan.stages)
+    for index, stage in enumerate(plan.stages):
+        if stage.devices != plan.stages[index % workers].devices or len(plan.stages) % workers:
+            raise PlanError(
+                f"stage {index} runs on devices {stage.devices}: {len(plan.stages)} interleaved "
+                f"stages on {workers} groups of devices take turns, stage s on group s mod "
+                f"{workers}"
+            )
+    ranks = sorted(rank for stage in plan.stages[:workers] for rank in stage.devices)
     if ranks != list(range(len(ranks))):
         raise PlanError(f"the stages use the ranks {ranks}: each of 0..n-1 belongs to one stage")
+
+
+def _upgraded(record: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """The record of an earlier version with the fields that have been added since."""
+    upgraded = copy.deepcopy(dict(record))
+    for last, fields in _ADDED_SINCE.items():
+        for path, value in fields.items() if version <= last else ():
+            *folders, name = path.split(".")
+            for owner in _found(upgraded, folders):
+                owner.setdefault(name, copy.deepcopy(value))
+    if version < 3 and isinstance(upgraded.get("remat"), str):  # one policy for all layers
+        upgraded["remat"] = [upgraded["remat"]] * len(upgraded.get("layer_names", ()))
+    return upgraded
+
+
+def _found(record: Any, path: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects at a path; what is malformed on the way is left to the decoder."""
+    at = [record]
+    for part in path:
+        if part == "*":
+            lists = [list(x.values()) if isinstance(x, dict) else x for x in at]
+            at = [entry for x in lists if isinstance(x, list) for entry in x]
+        else:
+            at = [x[part] for x in at if isinstance(x, dict) and part in x]
+    return [x for x in at if isinstance(x, dict)]
 
 
 def _encode(value: Any) -> Any:
@@ -286,18 +343,11 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise PlanError(f"{where} is an object: got {_short(value)}")
     hints = typing.get_type_hints(kind)
-    known = dataclasses.fields(kind)
-    required = {f.name for f in known if not _has_default(f)}
-    unknown, missing = sorted(set(value) - {f.name for f in known}), sorted(required - set(value))
+    names = [f.name for f in dataclasses.fields(kind)]
+    unknown, missing = sorted(set(value) - set(names)), sorted(set(names) - set(value))
     if unknown or missing:
         raise PlanError(f"{where}: unknown fields {unknown}, missing fields {missing}")
-    return kind(**{n: _decode(hints[n], value[n], f"{where}.{n}") for n in hints if n in value})
-
-
-def _has_default(known: dataclasses.Field[Any]) -> bool:
-    """A field that was added later has one: plans of earlier versions lack it."""
-    missing = dataclasses.MISSING
-    return known.default is not missing or known.default_factory is not missing
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,6 @@ time limit or an interrupt ends the search: then it is the best so far.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -24,33 +23,34 @@ from dataclasses import replace
 from autopar.candidate import allowed_views, budgets, describe, place_stages, stage_plan
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
+from autopar.graph.hubs import insert_hubs
 from autopar.graph.layers import cluster_layers
-from autopar.graph.program import Graph, InputKind
+from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.stage import StageSolution
-from autopar.lowering.lower import prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
-from autopar.plan import ParallelPlan, Remat, SearchRecord
+from autopar.plan import ParallelPlan, Remat, SearchRecord, StagePlan
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.cuts import CutSearch
 from autopar.search.exact import ExactSolver, SolvedCut
 from autopar.search.infeasible import explain
+from autopar.search.interleave import interleaved_cuts
+from autopar.search.pins import with_pins
 from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
 from autopar.search.unfold import unfold
 from autopar.search.workload import Workload, one_graph
-from autopar.sharding.registry import RuleTable
 from cost_models import Cluster
 
 _LOG = logging.getLogger(__name__)
 _POLICIES = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
-_SCHEDULES = (ScheduleKind.ONE_F_ONE_B,)
+_SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLEAVED)
 
 # A cut whose table value is this much above the best is not solved exactly. Tables and exact
 # solutions differ by up to 3 % where memory is free, more where it binds
@@ -102,6 +102,7 @@ def find_plan(
         )
     clock = Clock(options.time_limit_s, progress)
     with clock.passes("capture", f"{workload.counts[0]} microbatch(es)"):
+        workload, options = with_pins(workload, options)
         num_layers = workload.at(workload.counts[0]).num_layers
     submeshes, views = allowed_views(cluster, options, num_layers)
     own = budgets(cluster, options.budget_fraction)
@@ -155,6 +156,8 @@ class _Search:
         )
         try:
             self._look(reference, prices)
+            if self.solved:
+                self._interleave(prices)
         except KeyboardInterrupt:
             if not self.solved:
                 raise
@@ -211,13 +214,31 @@ class _Search:
         with self.clock.passes("what would fit"):
             search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
             error = explain(search, self.program(self.space.microbatch_counts[-1]))
-        fits = error.least_bytes is not None and error.least_bytes <= min(self.space.budgets)
-        return self.failures[-1] if fits and self.failures else error
+        if error is None or (error.least_bytes or 0.0) <= min(self.space.budgets):
+            return self.failures[-1]  # what binds is not memory
+        return error
+
+    def _interleave(self, prices: Prices) -> None:
+        """Solves the winner with several stages per device, where that may be faster and fits."""
+        options = self.space.options
+        pinned = options.num_stages is not None and options.schedule is None
+        if pinned or ScheduleKind.INTERLEAVED not in self.space.schedules or self.cut_short:
+            return
+        cut = min(self.solved, key=lambda s: s.candidate.step_s).candidate.cut
+        program = self.program(cut.num_microbatches)
+        exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        for shorter in interleaved_cuts(program, prices, cut):
+            try:
+                self.solved.append(exact.solve(program, shorter))
+            except NoFeasiblePlan as error:
+                _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
+                break
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again with a MIP where their gap is above the target."""
         target = self.space.options.target_gap
-        if self.clock.expired or all(s.gap <= target for s in best.candidate.stages):
+        ended = self.cut_short or self.clock.expired
+        if ended or all(s.gap <= target for s in best.candidate.stages):
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
@@ -252,21 +273,21 @@ class _Search:
         with self.clock.passes("unfold"):
             folded = self.workload.exact(cut.num_microbatches)
             graph = whole_graph(folded)
-            recomputed = apply_recompute(graph, best.policies)
-            table = RuleTable(recomputed)
-            devices = place_stages(cut.submeshes, self.space.cluster)
+            devices = place_stages(cut.submeshes, self.space.cluster, cut.num_workers)
             bounds = [*cut.first_layers[1:], folded.num_layers]
-            stages = []
-            for i, whole in enumerate(cut_stages(recomputed, cut.first_layers)):
-                prepared = prepare_stage(whole, table.dims)
-                solution = unfold(
-                    candidate.stages[i],
-                    best.prepared[i].graph,
-                    prepared.graph,
-                    best.window.written_layer,
-                )
+            recomputed = apply_recompute(graph, best.policies)
+            stages: list[StagePlan] = []
+            fallbacks: Counter[str] = Counter()
+            rules: dict[str, set[str]] = {}
+            for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
+                whole = insert_hubs(stage)
+                written = best.prepared[i]
+                found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
                 layers = (cut.first_layers[i], bounds[i] - 1)
-                stages.append(stage_plan(prepared, solution, layers, devices[i]))
+                stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
+                fallbacks.update(found.fallbacks)
+                for target, text in written.table.unwritten().items():
+                    rules.setdefault(target, set()).update(text.split(" | "))
         ranked = sorted((s.candidate for s in self.solved), key=lambda c: c.step_s)
         record = SearchRecord(
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
@@ -288,8 +309,8 @@ class _Search:
             bubble=candidate.timeline.bubble_fraction,
             budget_bytes=min(self.space.budgets),
             search=record,
-            fallbacks=dict(sorted(Counter(table.fallbacks.values()).items())),
-            rules=table.unwritten(),
+            fallbacks=dict(sorted(fallbacks.items())),
+            rules={target: " | ".join(sorted(rules[target])) for target in sorted(rules)},
         )
 
 
@@ -307,10 +328,3 @@ def _check_pins(folded: Folded, cluster: Cluster, options: SearchOptions) -> Non
             f"num_stages is at most {most}, as the model has {folded.num_layers} layers and the "
             f"cluster {cluster.num_devices} devices: got {options.num_stages}"
         )
-    known = sorted({i.owner for i in folded.graph.inputs_of(InputKind.PARAMETER)})
-    for name in options.placements:
-        if name not in known:
-            close = " or ".join(difflib.get_close_matches(name, known, n=3) or known[:3])
-            raise OptionError(
-                f"placements pins {name!r}, which is no parameter: did you mean {close}?"
-            )

@@ -1,23 +1,28 @@
 """Pipeline schedules as data: who computes which microbatch, in which order.
 
-Decides the order of the actions of each stage. Inputs: the schedule's kind, the number of stages S
-and of microbatches B. Output: a :class:`Schedule`, a grid of actions that can be printed, parsed
-and proved before any GPU is touched. One row per stage: all ranks of a stage play the same row.
+Decides the order of the actions of each worker. A worker is the device group that plays one row:
+one stage, or, in the interleaved family, all stages s with s mod p = worker, p workers in all.
+Inputs: the schedule's kind, the number of stages S, of microbatches B and of workers p. Output: a
+:class:`Schedule`, a grid of actions that can be printed, parsed and proved before any GPU is
+touched. All ranks of a worker play the same row.
 
 Semantics, shared by the checker, the simulator and the executor:
    a row is played in order, one action at a time;
    a send never blocks, a receive blocks until the value has been sent;
-   F(m) of stage s needs F(m) of stage s-1,  B(m) of stage s needs B(m) of stage s+1 and F(m) of s.
+   F(m) of stage s needs F(m) of stage s-1,  B(m) of stage s needs B(m) of stage s+1 and F(m) of s;
+   W(m) of stage s needs B(m) of s. A family that splits backward plays in B what the gradients
+   of the stage's inputs need and in W the rest; the others play all of backward in B.
 A skip edge from stage r < s-1 adds no order: F(m) of s-1 already waits for F(m) of r, by induction
 on s-1, s-2, ..., r. The transfers from one stage to another are one FIFO channel per ordered pair
-of stages, so microbatches must come in one order in all rows, per direction.
+of stages, so microbatches must come in one order for all stages, per direction. R of a stage may
+wait for gradients of weights that later stages have borrowed: a row reduces later stages first.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -31,6 +36,7 @@ class ActionKind(StrEnum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    WEIGHT = "W"  # the part of backward that nobody else waits for
     REDUCE = "R"  # gradients, once per step, after the last backward
 
 
@@ -39,44 +45,65 @@ class ScheduleKind(StrEnum):
 
     GPIPE = "gpipe"
     ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+    ZB_H1 = "zb-h1"
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether backward is played in two actions, B and W."""
+        return _FAMILIES[self].splits_backward
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether a worker may play several stages."""
+        return _FAMILIES[self].shares_devices
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a stage's row. microbatch is None for REDUCE, and only for it."""
+    """One step of one stage. microbatch is None for REDUCE, and only for it."""
 
     kind: ActionKind
+    stage: int
     microbatch: int | None = None
 
     def __post_init__(self) -> None:
         if (self.kind is ActionKind.REDUCE) != (self.microbatch is None):
             raise ScheduleError(
-                f"F and B name a microbatch, R does not: got {self.kind.name} of {self.microbatch}"
+                f"F, B and W name a microbatch, R does not: got {self.kind.name} of "
+                f"{self.microbatch}"
             )
-        if self.microbatch is not None and self.microbatch < 0:
-            raise ScheduleError(f"microbatches count from 0: got {self.microbatch}")
+        if self.stage < 0 or (self.microbatch is not None and self.microbatch < 0):
+            raise ScheduleError(
+                f"stages and microbatches count from 0: got {self.microbatch} of stage {self.stage}"
+            )
 
     def __str__(self) -> str:
         return str(self.kind) if self.microbatch is None else f"{self.kind}{self.microbatch}"
 
     @classmethod
-    def parse(cls, text: str) -> Action:
-        """The inverse of ``str``: "F0", "B12", "R"."""
-        match = re.fullmatch(r"([FB])(\d+)|R", text)
+    def parse(cls, text: str, stage: int) -> Action:
+        """ "F0", "B12", "W1", "R" of a stage; "2F0" names stage 2 itself."""
+        match = re.fullmatch(r"(\d*)(?:([FBW])(\d+)|R)", text)
         if match is None:
-            raise ScheduleError(f"an action is F<microbatch>, B<microbatch> or R: got {text!r}")
-        return REDUCE if text == "R" else cls(ActionKind(match[1]), int(match[2]))
+            raise ScheduleError(
+                "an action is F<microbatch>, B<microbatch>, W<microbatch> or R, after the number "
+                f"of its stage where a worker has several: got {text!r}"
+            )
+        stage = int(match[1] or stage)
+        if match[2] is None:
+            return cls(ActionKind.REDUCE, stage)
+        return cls(ActionKind(match[2]), stage, int(match[3]))
 
 
-REDUCE: Final = Action(ActionKind.REDUCE)
 Row = tuple[Action, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A place in the grid: the position-th action of a stage."""
+    """A place in the grid: the position-th action of a worker."""
 
-    stage: int
+    worker: int
     position: int
 
 
@@ -87,23 +114,21 @@ class Schedule:
     kind: ScheduleKind
     num_stages: int
     num_microbatches: int
-    actions: tuple[Row, ...]  # actions[stage][position]
+    actions: tuple[Row, ...]  # actions[worker][position]
 
     def __post_init__(self) -> None:
-        if self.num_stages < 1 or self.num_microbatches < 1:
-            raise ScheduleError(
-                "a schedule has at least one stage and one microbatch: got "
-                f"num_stages={self.num_stages} num_microbatches={self.num_microbatches}"
-            )
-        if len(self.actions) != self.num_stages:
-            raise ScheduleError(
-                f"one row per stage: got {len(self.actions)} rows for {self.num_stages} stages"
-            )
+        _check_counts(self.kind, self.num_stages, self.num_microbatches, len(self.actions))
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.actions)
+
+    def stages_of(self, worker: int) -> tuple[int, ...]:
+        """The stages that a worker plays, in order."""
+        return tuple(range(worker, self.num_stages, self.num_workers))
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"stage{stage}: {' '.join(map(str, row))}" for stage, row in enumerate(self.actions)
-        )
+        return _grid_text(self)
 
     @classmethod
     def parse(cls, text: str, *, kind: ScheduleKind) -> Schedule:
@@ -111,11 +136,13 @@ class Schedule:
         rows: list[Row] = []
         for line in text.strip().splitlines():
             name, colon, cells = line.strip().partition(":")
-            if not colon or name != f"stage{len(rows)}":
+            if not colon or name not in (f"stage{len(rows)}", f"worker{len(rows)}"):
                 raise ScheduleError(f"expected a row 'stage{len(rows)}: ...', got {line!r}")
-            rows.append(tuple(map(Action.parse, cells.split())))
-        microbatches = {a.microbatch for row in rows for a in row if a.microbatch is not None}
-        return cls(kind, len(rows), max(microbatches, default=-1) + 1, tuple(rows))
+            rows.append(tuple(Action.parse(cell, len(rows)) for cell in cells.split()))
+        actions = [action for row in rows for action in row]
+        microbatches = {a.microbatch for a in actions if a.microbatch is not None}
+        num_stages = max([len(rows), *(a.stage + 1 for a in actions)])
+        return cls(kind, num_stages, max(microbatches, default=-1) + 1, tuple(rows))
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
@@ -129,44 +156,106 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
     return build_schedule(ScheduleKind.ONE_F_ONE_B, num_stages, num_microbatches)
 
 
-def build_schedule(kind: ScheduleKind, num_stages: int, num_microbatches: int) -> Schedule:
-    """The schedule of a kind, already proved by :func:`check_schedule`. O(S B)."""
-    rows = _FAMILIES[kind].rows(num_stages, num_microbatches)
+def interleaved(num_stages: int, num_microbatches: int, num_workers: int) -> Schedule:
+    """1F1B over v = S / p stages per worker, microbatches in groups of p (Narayanan et al., SC'21,
+    2.2). The bubble is 1/v of 1F1B's. B is a multiple of p; with v = 1 it is 1F1B for any B."""
+    return build_schedule(ScheduleKind.INTERLEAVED, num_stages, num_microbatches, num_workers)
+
+
+def zb_h1(num_stages: int, num_microbatches: int) -> Schedule:
+    """1F1B whose stage s plays W s microbatches after B, so that W fills the bubble (ZB-H1: Qi et
+    al., ICLR 2024). In flight until W: min(B, S) on every stage, the most that 1F1B has."""
+    return build_schedule(ScheduleKind.ZB_H1, num_stages, num_microbatches)
+
+
+def build_schedule(
+    kind: ScheduleKind, num_stages: int, num_microbatches: int, num_workers: int | None = None
+) -> Schedule:
+    """The schedule of a kind, already proved by :func:`check_schedule`. num_workers: one per stage
+    by default. O(S B)."""
+    workers = num_stages if num_workers is None else num_workers
+    _check_counts(kind, num_stages, num_microbatches, workers)
+    rows = _FAMILIES[kind].rows(num_stages, num_microbatches, workers)
     schedule = Schedule(kind, num_stages, num_microbatches, rows)
     check_schedule(schedule)
     return schedule
 
 
+def _check_counts(
+    kind: ScheduleKind, num_stages: int, num_microbatches: int, num_workers: int
+) -> None:
+    if num_stages < 1 or num_microbatches < 1:
+        raise ScheduleError(
+            "a schedule has at least one stage and one microbatch: got "
+            f"num_stages={num_stages} num_microbatches={num_microbatches}"
+        )
+    if num_workers != num_stages and not kind.shares_devices:
+        raise ScheduleError(
+            f"one row per stage in a {kind} schedule: got {num_workers} rows for {num_stages} "
+            "stages; in an interleaved one a worker plays several stages"
+        )
+    if num_workers < 1 or num_stages % num_workers:
+        raise ScheduleError(
+            f"every worker plays as many stages: got {num_stages} stages on {num_workers} workers"
+        )
+
+
 def in_flight(schedule: Schedule) -> tuple[int, ...]:
-    """Per stage, the most microbatches between the start of their F and the end of their B."""
-    change = {ActionKind.FORWARD: 1, ActionKind.BACKWARD: -1, ActionKind.REDUCE: 0}
-    peaks = []
+    """Per stage, the most microbatches between the start of their F and the end of their last
+    action: B, or W where backward is split."""
+    last = ActionKind.WEIGHT if schedule.kind.splits_backward else ActionKind.BACKWARD
+    now, peaks = [0] * schedule.num_stages, [0] * schedule.num_stages
     for row in schedule.actions:
-        now = peak = 0
         for action in row:
-            now += change[action.kind]
-            peak = max(peak, now)
-        peaks.append(peak)
+            if action.kind is ActionKind.FORWARD:
+                now[action.stage] += 1
+            elif action.kind is last:
+                now[action.stage] -= 1
+            peaks[action.stage] = max(peaks[action.stage], now[action.stage])
     return tuple(peaks)
 
 
-def in_flight_count(kind: ScheduleKind, stages_from_end: int, num_microbatches: int) -> int:
-    """``in_flight(schedule)[-stages_from_end]``, the last stage being 1, in O(1)."""
+def in_flight_count(
+    kind: ScheduleKind,
+    stages_from_end: int,
+    num_microbatches: int,
+    *,
+    num_stages: int | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """``in_flight(schedule)[-stages_from_end]``, the last stage being 1, without the schedule.
+
+    num_stages: not needed for gpipe and 1f1b. Where another family is not told, the answer is B,
+    which bounds any. num_workers: one per stage by default. The stages of one worker need not reach
+    their counts at one time, so their sum bounds what the worker holds. O(1), interleaved O(B S/p).
+    """
     if stages_from_end < 1 or num_microbatches < 1:
         raise ScheduleError(
             "stages count from 1 at the end, and there is at least one microbatch: got "
             f"stages_from_end={stages_from_end} num_microbatches={num_microbatches}"
         )
-    return _FAMILIES[kind].in_flight(stages_from_end, num_microbatches)
+    if num_stages is None:
+        if kind not in (ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B):
+            return num_microbatches
+        num_stages = stages_from_end
+    if stages_from_end > num_stages:
+        raise ScheduleError(f"stage {stages_from_end} from the end of only {num_stages} stages")
+    workers = num_stages if num_workers is None else num_workers
+    _check_counts(kind, num_stages, num_microbatches, workers)
+    place = _Place(num_stages - stages_from_end, num_stages, num_microbatches, workers)
+    return _FAMILIES[kind].in_flight(place)
 
 
-def prerequisites(num_stages: int, stage: int, action: Action) -> tuple[tuple[int, Action], ...]:
-    """The (stage, action) pairs that must have ended before an action of a stage may start."""
-    if action.kind is ActionKind.FORWARD:
-        return ((stage - 1, action),) if stage > 0 else ()
-    if action.kind is ActionKind.BACKWARD:
-        own = (stage, Action(ActionKind.FORWARD, action.microbatch))
-        return (own, (stage + 1, action)) if stage < num_stages - 1 else (own,)
+def prerequisites(num_stages: int, action: Action) -> tuple[Action, ...]:
+    """The actions that must have ended before this one may start."""
+    kind, stage, microbatch = action.kind, action.stage, action.microbatch
+    if kind is ActionKind.FORWARD:
+        return (Action(kind, stage - 1, microbatch),) if stage > 0 else ()
+    if kind is ActionKind.BACKWARD:
+        own = Action(ActionKind.FORWARD, stage, microbatch)
+        return (own, Action(kind, stage + 1, microbatch)) if stage < num_stages - 1 else (own,)
+    if kind is ActionKind.WEIGHT:
+        return (Action(ActionKind.BACKWARD, stage, microbatch),)
     return ()
 
 
@@ -174,12 +263,14 @@ def check_schedule(schedule: Schedule) -> None:
     """Prove completeness, order and freedom from deadlock. O(S B).
 
     Raises ScheduleError with the grid and the bad cell in brackets. Proved:
-       completeness    each stage plays F and B of each microbatch once, and one R, last
-       order           F(m) before B(m); one order of microbatches for all stages, per direction
+       completeness    each stage plays F and B (and W, where backward is split) of each microbatch
+                       once, and one R, last, those of a row's later stages first
+       order           F(m) before B(m) before W(m); one order of microbatches for all stages, per
+                       direction
        no deadlock     a topological order of all cells exists
     """
-    for stage in range(schedule.num_stages):
-        _check_row(schedule, stage)
+    for worker in range(schedule.num_workers):
+        _check_row(schedule, worker)
     for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
         _check_fifo(schedule, kind)
     execution_order(schedule)
@@ -187,34 +278,33 @@ def check_schedule(schedule: Schedule) -> None:
 
 def execution_order(schedule: Schedule) -> tuple[Cell, ...]:
     """All cells in an order in which they can be played; ScheduleError on deadlock. O(S B)."""
-    done: set[tuple[int, Action]] = set()
+    workers = schedule.num_workers
+    done: set[Action] = set()
     order: list[Cell] = []
-    position = [0] * schedule.num_stages
-    awake = deque(range(schedule.num_stages))
+    position = [0] * workers
+    awake = deque(range(workers))
     while awake:
-        stage = awake.popleft()
-        row, first = schedule.actions[stage], position[stage]
-        while position[stage] < len(row) and done.issuperset(
-            prerequisites(schedule.num_stages, stage, row[position[stage]])
+        worker = awake.popleft()
+        row, first = schedule.actions[worker], position[worker]
+        while position[worker] < len(row) and done.issuperset(
+            prerequisites(schedule.num_stages, row[position[worker]])
         ):
-            done.add((stage, row[position[stage]]))
-            order.append(Cell(stage, position[stage]))
-            position[stage] += 1
-        if position[stage] > first:
-            awake.extend({max(stage - 1, 0), min(stage + 1, schedule.num_stages - 1)} - {stage})
+            done.add(row[position[worker]])
+            order.append(Cell(worker, position[worker]))
+            position[worker] += 1
+        if position[worker] > first:
+            awake.extend({(worker - 1) % workers, (worker + 1) % workers} - {worker})
     _check_all_played(schedule, position, done)
     return tuple(order)
 
 
-def _check_all_played(
-    schedule: Schedule, position: list[int], done: set[tuple[int, Action]]
-) -> None:
+def _check_all_played(schedule: Schedule, position: list[int], done: set[Action]) -> None:
     waits = []
-    stuck = [s for s, row in enumerate(schedule.actions) if position[s] < len(row)]
-    for stage in stuck:
-        action = schedule.actions[stage][position[stage]]
-        needs = [n for n in prerequisites(schedule.num_stages, stage, action) if n not in done]
-        waits.append(f"stage{stage} at {action} for {needs[0][1]} of stage{needs[0][0]}")
+    stuck = [w for w, row in enumerate(schedule.actions) if position[w] < len(row)]
+    for worker in stuck:
+        action = schedule.actions[worker][position[worker]]
+        need = next(n for n in prerequisites(schedule.num_stages, action) if n not in done)
+        waits.append(f"stage{action.stage} at {action} for {need} of stage{need.stage}")
     if stuck:
         raise _bad_cell(
             schedule,
@@ -223,88 +313,184 @@ def _check_all_played(
         )
 
 
-def _check_row(schedule: Schedule, stage: int) -> None:
-    row, seen = schedule.actions[stage], set[Action]()
+def _check_row(schedule: Schedule, worker: int) -> None:
+    row, own, seen = schedule.actions[worker], schedule.stages_of(worker), set[Action]()
+    kinds = [ActionKind.FORWARD, ActionKind.BACKWARD]
+    kinds += [ActionKind.WEIGHT] if schedule.kind.splits_backward else []
+    reduced: int | None = None  # stage of the R before
     for position, action in enumerate(row):
-        cell, microbatch = Cell(stage, position), action.microbatch
+        cell, stage, microbatch = Cell(worker, position), action.stage, action.microbatch
+        if stage not in own:
+            raise _bad_cell(schedule, cell, f"stage{stage} is played by another row")
         if action in seen:
             raise _bad_cell(schedule, cell, f"stage{stage} plays {action} twice")
         if microbatch is not None and microbatch >= schedule.num_microbatches:
             raise _bad_cell(
                 schedule, cell, f"{action} of only {schedule.num_microbatches} microbatches"
             )
-        forward = Action(ActionKind.FORWARD, microbatch or 0)
-        if action.kind is ActionKind.BACKWARD and forward not in seen:
-            raise _bad_cell(schedule, cell, f"stage{stage} plays {action} before {forward}")
-        if action.kind is ActionKind.REDUCE and position != len(row) - 1:
-            raise _bad_cell(schedule, cell, "R comes last, after every backward")
+        if microbatch is not None and action.kind not in kinds:
+            raise _bad_cell(schedule, cell, f"{action}: B plays all of backward here")
+        for need in prerequisites(schedule.num_stages, action):
+            if need.stage == stage and need not in seen:
+                raise _bad_cell(schedule, cell, f"stage{stage} plays {action} before {need}")
+        if reduced is not None and not (microbatch is None and stage < reduced):
+            raise _bad_cell(schedule, cell, "R comes last, that of a later stage first")
+        reduced = stage if microbatch is None else None
         seen.add(action)
-    for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
-        for microbatch in range(schedule.num_microbatches):
-            if (action := Action(kind, microbatch)) not in seen:
-                raise _bad_cell(schedule, Cell(stage, len(row)), f"stage{stage} lacks {action}")
-    if REDUCE not in seen:
-        raise _bad_cell(schedule, Cell(stage, len(row)), f"stage{stage} lacks R")
+    wanted = [Action(k, s, m) for s in own for k in kinds for m in range(schedule.num_microbatches)]
+    wanted += [Action(ActionKind.REDUCE, stage) for stage in own]
+    for action in wanted:
+        if action not in seen:
+            missing = f"stage{action.stage} lacks {action}"
+            raise _bad_cell(schedule, Cell(worker, len(row)), missing)
 
 
 def _check_fifo(schedule: Schedule, kind: ActionKind) -> None:
-    first = [action for action in schedule.actions[0] if action.kind is kind]
-    for stage, row in enumerate(schedule.actions):
-        cells = [(Cell(stage, p), action) for p, action in enumerate(row) if action.kind is kind]
-        for (cell, action), expected in zip(cells, first, strict=True):
-            if action != expected:
-                raise _bad_cell(
-                    schedule,
-                    cell,
-                    f"channels are FIFO: stage0 plays {expected} where this is {action}",
-                )
+    first = [a for a in schedule.actions[0] if a.kind is kind and a.stage == 0]
+    for worker, row in enumerate(schedule.actions):
+        place = dict.fromkeys(schedule.stages_of(worker), 0)
+        for position, action in enumerate(row):
+            if action.kind is kind:
+                expected = first[place[action.stage]]
+                place[action.stage] += 1
+                if action.microbatch != expected.microbatch:
+                    raise _bad_cell(
+                        schedule,
+                        Cell(worker, position),
+                        f"channels are FIFO: stage0 plays {expected} where this is {action}",
+                    )
 
 
 def _bad_cell(schedule: Schedule, bad: Cell, reason: str) -> ScheduleError:
+    return ScheduleError(f"{schedule.kind} schedule: {reason}\n{_grid_text(schedule, bad)}")
+
+
+def _grid_text(schedule: Schedule, marked: Cell | None = None) -> str:
+    """One row per line; actions name their stage where a worker has several. marked: in brackets,
+    also behind a row's end."""
+    shared = schedule.num_workers < schedule.num_stages
     lines = []
-    for stage, row in enumerate(schedule.actions):
-        texts = [str(action) for action in row]
-        if stage == bad.stage:
-            texts[bad.position :] = [
-                f"[{''.join(texts[bad.position : bad.position + 1])}]",
-                *texts[bad.position + 1 :],
-            ]
-        lines.append(f"stage{stage}: {' '.join(texts)}")
-    return ScheduleError("\n".join([f"{schedule.kind} schedule: {reason}", *lines]))
+    for worker, row in enumerate(schedule.actions):
+        texts = [f"{action.stage}{action}" if shared else str(action) for action in row]
+        if marked is not None and worker == marked.worker:
+            at = marked.position
+            texts[at:] = [f"[{''.join(texts[at : at + 1])}]", *texts[at + 1 :]]
+        lines.append(f"{'worker' if shared else 'stage'}{worker}: {' '.join(texts)}")
+    return "\n".join(lines)
 
 
-def _gpipe_rows(num_stages: int, num_microbatches: int) -> tuple[Row, ...]:
-    forwards, backwards = _directions(num_microbatches)
-    return ((*forwards, *backwards, REDUCE),) * num_stages
-
-
-def _one_f_one_b_rows(num_stages: int, num_microbatches: int) -> tuple[Row, ...]:
-    forwards, backwards = _directions(num_microbatches)
+def _gpipe_rows(num_stages: int, num_microbatches: int, _: int) -> tuple[Row, ...]:
     rows = []
     for stage in range(num_stages):
-        warmup = min(num_microbatches, num_stages - 1 - stage)
-        steady = [
-            action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair
-        ]
-        cooldown = backwards[num_microbatches - warmup :]
-        rows.append((*forwards[:warmup], *steady, *cooldown, REDUCE))
+        forwards, backwards = _directions(stage, num_microbatches)
+        rows.append((*forwards, *backwards, Action(ActionKind.REDUCE, stage)))
     return tuple(rows)
 
 
-def _directions(num_microbatches: int) -> tuple[Row, Row]:
-    forwards = tuple(Action(ActionKind.FORWARD, m) for m in range(num_microbatches))
-    return forwards, tuple(Action(ActionKind.BACKWARD, m) for m in range(num_microbatches))
+def _one_f_one_b_rows(num_stages: int, num_microbatches: int, _: int) -> tuple[Row, ...]:
+    rows = []
+    for stage in range(num_stages):
+        actions = _alternate(*_directions(stage, num_microbatches), warmup=num_stages - 1 - stage)
+        rows.append((*actions, Action(ActionKind.REDUCE, stage)))
+    return tuple(rows)
+
+
+def _interleaved_rows(num_stages: int, num_microbatches: int, num_workers: int) -> tuple[Row, ...]:
+    if num_stages == num_workers:
+        return _one_f_one_b_rows(num_stages, num_microbatches, num_workers)
+    if num_microbatches % num_workers:
+        raise ScheduleError(
+            f"an interleaved schedule of {num_workers} workers with several stages each takes a "
+            f"multiple of {num_workers} microbatches: got {num_microbatches}. Use such a number, "
+            "or the 1f1b schedule"
+        )
+    return tuple(
+        _interleaved_row(worker, num_stages, num_microbatches, num_workers)
+        for worker in range(num_workers)
+    )
+
+
+def _interleaved_row(worker: int, num_stages: int, num_microbatches: int, num_workers: int) -> Row:
+    """p microbatches through one stage after the other, then the next p. The warm-up lets the first
+    microbatch reach the last stage, and two more forwards per later worker hide the way there and
+    back (Megatron-LM)."""
+    own = range(worker, num_stages, num_workers)
+    groups = [range(m, m + num_workers) for m in range(0, num_microbatches, num_workers)]
+    forward, backward = ActionKind.FORWARD, ActionKind.BACKWARD
+    forwards = [Action(forward, s, m) for group in groups for s in own for m in group]
+    backwards = [Action(backward, s, m) for group in groups for s in reversed(own) for m in group]
+    warmup = 2 * (num_workers - 1 - worker) + (len(own) - 1) * num_workers
+    reduces = [Action(ActionKind.REDUCE, stage) for stage in reversed(own)]
+    return (*_alternate(forwards, backwards, warmup), *reduces)
+
+
+def _zb_h1_rows(num_stages: int, num_microbatches: int, num_workers: int) -> tuple[Row, ...]:
+    """W(m) follows B(m + stage): with W's of as many microbatches as there are earlier stages to
+    play, a stage sends its last B that much earlier."""
+    rows = []
+    for stage, plain in enumerate(_one_f_one_b_rows(num_stages, num_microbatches, num_workers)):
+        weights = deque(Action(ActionKind.WEIGHT, stage, m) for m in range(num_microbatches))
+        row: list[Action] = []
+        for action in plain:
+            if action.kind is ActionKind.REDUCE:
+                row += weights
+            row.append(action)
+            if action.kind is ActionKind.BACKWARD and (action.microbatch or 0) >= stage:
+                row.append(weights.popleft())
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _directions(stage: int, num_microbatches: int) -> tuple[Row, Row]:
+    forwards = tuple(Action(ActionKind.FORWARD, stage, m) for m in range(num_microbatches))
+    return forwards, tuple(Action(ActionKind.BACKWARD, stage, m) for m in range(num_microbatches))
+
+
+def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], warmup: int) -> Row:
+    """The warm-up's forwards; forward and backward in turns; the backwards that are left."""
+    warmup = min(warmup, len(forwards))
+    pairs = zip(forwards[warmup:], backwards, strict=False)
+    steady = [action for pair in pairs for action in pair]
+    return (*forwards[:warmup], *steady, *backwards[len(forwards) - warmup :])
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A stage of a pipeline."""
+
+    stage: int
+    num_stages: int
+    num_microbatches: int
+    num_workers: int
+
+
+def _interleaved_in_flight(place: _Place) -> int:
+    if place.num_stages == place.num_workers:
+        return min(place.num_microbatches, place.num_stages - place.stage)
+    rows = _interleaved_rows(place.num_stages, place.num_microbatches, place.num_workers)
+    kind = ScheduleKind.INTERLEAVED
+    return in_flight(Schedule(kind, place.num_stages, place.num_microbatches, rows))[place.stage]
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    rows: Callable[[int, int], tuple[Row, ...]]  # (num_stages, num_microbatches)
-    in_flight: Callable[[int, int], int]  # (stages_from_end, num_microbatches)
+    rows: Callable[[int, int, int], tuple[Row, ...]]  # (stages, microbatches, workers)
+    in_flight: Callable[[_Place], int]
+    splits_backward: bool = False
+    shares_devices: bool = False
 
 
 _FAMILIES: Final[Mapping[ScheduleKind, _Family]] = MappingProxyType(
     {
-        ScheduleKind.GPIPE: _Family(_gpipe_rows, lambda _, num_microbatches: num_microbatches),
-        ScheduleKind.ONE_F_ONE_B: _Family(_one_f_one_b_rows, min),
+        ScheduleKind.GPIPE: _Family(_gpipe_rows, lambda p: p.num_microbatches),
+        ScheduleKind.ONE_F_ONE_B: _Family(
+            _one_f_one_b_rows, lambda p: min(p.num_microbatches, p.num_stages - p.stage)
+        ),
+        ScheduleKind.INTERLEAVED: _Family(
+            _interleaved_rows, _interleaved_in_flight, shares_devices=True
+        ),
+        ScheduleKind.ZB_H1: _Family(
+            _zb_h1_rows, lambda p: min(p.num_microbatches, p.num_stages), splits_backward=True
+        ),
     }
 )

@@ -34,18 +34,23 @@ def random_plan(
     remat: Remat = Remat.SELECTIVE,
     num_microbatches: int = 2,
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B,
+    num_workers: int | None = None,
     offload: bool = False,
 ) -> ParallelPlan:
-    """One stage per mesh; `graph` is at the shape of one microbatch and has layers. offload: every
-    second parameter rests on the host."""
+    """One stage per mesh; `graph` is at the shape of one microbatch and has layers. num_workers:
+    groups of devices that the stages take turns on, one per stage by default. offload: every second
+    parameter rests on the host."""
     first = list(first_layers or even_cuts(graph, len(meshes)))
     last = [*(f - 1 for f in first[1:]), len(graph.layer_names) - 1]
     stages: list[StagePlan] = []
     devices = 0
     for index, prepared in enumerate(prepare_stages(graph, remat, first)):
         mesh = LogicalMesh(meshes[index])
-        ranks = tuple(range(devices, devices + mesh.num_devices))
-        devices += mesh.num_devices
+        if num_workers is not None and index >= num_workers:
+            ranks = stages[index - num_workers].devices
+        else:
+            ranks = tuple(range(devices, devices + mesh.num_devices))
+            devices += mesh.num_devices
         stage = _random_stage(prepared, mesh, ranks, (first[index], last[index]), rng)
         stages.append(_offloaded(stage) if offload else stage)
     text = f"cpu:1x{devices}"

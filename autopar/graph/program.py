@@ -248,10 +248,9 @@ def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
         return tree
     if isinstance(tree, Ref):
         return fn(tree)
-    if isinstance(tree, tuple):
-        return tuple(map_refs(item, fn) for item in tree)
-    if isinstance(tree, list):
-        return [map_refs(item, fn) for item in tree]
+    if isinstance(tree, (tuple, list)):
+        items = [map_refs(i, fn) if isinstance(i, (tuple, list, dict)) else i for i in tree]
+        return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, Mapping):
         return {key: map_refs(item, fn) for key, item in tree.items()}
     return tree

@@ -38,7 +38,6 @@ from autopar.intraop.build import (
 from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
-from autopar.intraop.memory import STEP_CLOSE_ENOUGH, STEP_TABLE_LIMIT
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
 from autopar.layout import Layout
@@ -52,8 +51,10 @@ IntArray = NDArray[np.int64]
 # Prices of a byte, as multiples of (free optimum's seconds / its bytes): from "free" to "least
 # bytes".
 PRICES = (0.0, 0.1, 1.0, 10.0)
-# Points steer: a solve that the dual has not closed by then is good enough for that.
-_POINT_SWEEPS = 40
+# Points steer: this is good enough for that.
+_POINT_GAP = 1e-3
+_POINT_SWEEPS = 20  # of each round
+_POINT_TABLE = 200_000  # entries that elimination may build
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,13 @@ def layer_points(
     built = build_problem(graph, table, costs, context)
     problem = _with_cycle(built, costs)
     effort = Effort(
-        deadline, 1e-3, False, STEP_TABLE_LIMIT, STEP_CLOSE_ENOUGH, max_sweeps=_POINT_SWEEPS
+        deadline=deadline,
+        target_gap=_POINT_GAP,
+        allow_mip=False,
+        table_limit=_POINT_TABLE,
+        close_enough=_POINT_GAP,
+        near=10 * _POINT_GAP,
+        max_sweeps=_POINT_SWEEPS,
     )
     points: dict[Point, None] = {}
     warm: WarmMessages = {}
@@ -215,7 +222,10 @@ class Mixture(NamedTuple):
 
 
 def stage_seconds(
-    frontiers: Sequence[Frontier], counts: IntArray, in_flight: int, budget_bytes: float
+    frontiers: Sequence[Frontier],
+    counts: IntArray | FloatArray,
+    in_flight: int,
+    budget_bytes: float,
 ) -> FloatArray:
     """[U]: t(f, n) of the module docstring, inf where nothing fits.
 
@@ -313,7 +323,7 @@ def _hull(points: Frontier, in_flight: int) -> list[tuple[float, float]]:
 
 
 def _sums(
-    steps: Sequence[Frontier], counts: IntArray, in_flight: int
+    steps: Sequence[Frontier], counts: IntArray | FloatArray, in_flight: int
 ) -> tuple[FloatArray, FloatArray]:
     """[prices, U] seconds and bytes of stages with so many layers of each class."""
     seconds = np.array([[p.seconds for p in step] for step in steps])

@@ -16,6 +16,9 @@ import numpy as np
 from autopar.intraop.problem import FloatArray
 from autopar.intraop.reduce import Graph
 
+_MAX_DIMS = 64
+"""Of a numpy array."""
+
 
 @dataclass(frozen=True, slots=True)
 class EliminationOrder:
@@ -35,7 +38,7 @@ class _Table:
 
 def elimination_order(graph: Graph, limit: int) -> EliminationOrder | None:
     """Greedy order by smallest joint table, ties by index; None when a table would exceed limit
-    entries.
+    entries or numpy's dims.
 
     O(N d^2 log N) for N living nodes of degree d.
     """
@@ -50,7 +53,7 @@ def elimination_order(graph: Graph, limit: int) -> EliminationOrder | None:
         entries, v = heappop(heap)
         if joint.get(v) != entries:
             continue  # an older size of v, or v is gone
-        if entries > limit:
+        if entries > limit or len(near[v]) >= _MAX_DIMS:
             return None
         largest = max(largest, entries)
         order.append(v)

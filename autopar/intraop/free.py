@@ -140,6 +140,7 @@ def minimise(
         best.fixed += fixed
         if fixed == 0 or time.monotonic() > effort.deadline:
             break
+    graph.reduce()
     enough = best.value - best.bound <= effort.target_gap * abs(best.bound)
     if not _eliminated(graph, best, _EASY_TABLE if enough else effort.table_limit) and not enough:
         _remainder(graph, best, effort)

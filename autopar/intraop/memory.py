@@ -3,7 +3,7 @@
     L(l) = min_x  sum_v [c_v + l m_v] . x_v + sum x_u' R_uv x_v  - l M
     L(l) <= optimum for every l >= 0
 
-    A = solve(l = 0); if A fits, done.   B = the fastest among the lightest assignments
+    A = solve(l = 0); if A fits, done.   B = a fast one among the lightest assignments
     repeat  l = slope of A..B;  C = solve(l);  C replaces A (does not fit) or B (fits)
             until C is on the line A..B (then L is maximal) or the gap is small
     nodes where A and B differ: each connected part is an independent switch, taken by seconds
@@ -16,7 +16,7 @@ solves.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,15 +30,17 @@ STEP_TABLE_LIMIT = 1_000_000
 """Largest elimination table within one step on the hull: more certainty is not worth its time
 there.
 """
-STEP_CLOSE_ENOUGH = 5e-5
+STEP_CLOSE_ENOUGH = 2e-4
 """Relative gap at which the sweeps of one step stop; it is part of the stated gap."""
 STEP_SWEEPS = 40
 """Of one round of a step: messages go on from there in the next."""
 _FIRST_SLOPE = 0.1
 """Of the slope to the lightest assignment: the hull is convex, so it is flatter at the budget, and
 messages crawl where a byte costs too much."""
+_ROUGH = 0.05
+"""Relative gap at which the lightest assignment, where the walk starts, is fast enough."""
 _MAX_STEPS = 14
-_SMALL_GAP = 1e-3
+_SMALL_GAP = 2.5e-3
 """Walking the hull stops here: the primal is found by switches, and the bound is good enough."""
 _NEAR = 0.05
 """Single-node moves are tried on the way only when they may end the walk: from a gap below 5 %."""
@@ -78,7 +80,7 @@ class Earlier:
     def bound(self, budget_bytes: float) -> tuple[float, float]:
         """(max over l of L(l), that l): no assignment within the budget takes fewer seconds."""
         return max(
-            ((value - rate * budget_bytes, rate) for rate, value in self.lines),
+            ((float(value - rate * budget_bytes), rate) for rate, value in self.lines),
             default=(-np.inf, 0.0),
         )
 
@@ -127,14 +129,15 @@ class _Walk:
         return self.note(found)
 
     def lightest(self) -> Assignment | None:
-        """The fastest assignment in which every node takes its least bytes; None where forbidden
-        pairs clash.
+        """A fast assignment in which every node takes its least bytes; None where forbidden pairs
+        clash.
         """
         unary: list[FloatArray] = []
         for c_v, m_v in zip(self.problem.node_seconds, self.problem.node_bytes, strict=True):
             least = m_v[np.isfinite(c_v)].min()
             unary.append(np.where(m_v <= least, c_v, np.inf))
-        self.earlier.lightest = self.note(minimise(self.problem, unary, effort=self.effort))
+        rough = replace(self.effort, close_enough=_ROUGH, near=_ROUGH, max_sweeps=STEP_SWEEPS // 4)
+        self.earlier.lightest = self.note(minimise(self.problem, unary, effort=rough))
         return self.earlier.lightest
 
     def gap(self) -> float:

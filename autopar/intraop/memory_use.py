@@ -92,6 +92,29 @@ def transient_bytes(
     return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
 
 
+class Alive(NamedTuple):
+    """A value in memory at some moment. nbytes: per device."""
+
+    value: str
+    nbytes: float
+
+
+def alive_at_peak(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    strategies: Mapping[str, Strategy],
+    inputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    *,
+    phase: Phase,
+    outputs: Mapping[str, Layout],
+) -> tuple[Alive, ...]:
+    """What one phase holds when it holds most, the largest first: values that are saved or leave
+    included, parameters not. Arguments as of `transient_bytes`, without folds."""
+    lives = _Lives(graph, dims, strategies, inputs, sizes, phase, {})
+    return tuple(sorted(lives.at_peak(outputs), key=lambda a: (-a.nbytes, a.value)))
+
+
 def reduce_bytes(
     gradients: Iterable[tuple[TensorMeta, Dims, Layout, Layout]], sizes: tuple[int, ...]
 ) -> float:
@@ -199,6 +222,20 @@ class _Lives:
 
     def peak(self, outputs: Mapping[str, Layout]) -> float:
         """Largest sum of sizes alive at one time, outputs kept to the end in their layouts."""
+        leaves = self._end(outputs)
+        return self._largest([*self._spans(), *self._unwritten(leaves)])[0]
+
+    def at_peak(self, outputs: Mapping[str, Layout]) -> Iterator[Alive]:
+        """The allocations alive at that time; last, under no name, what one operator needs."""
+        self._end(outputs)
+        _, moment = self._largest([*self._spans()])
+        for copy, (nbytes, start, last) in zip(self._born, self._spans(), strict=True):
+            if start <= moment <= max(start, last):
+                yield Alive(str(copy.ref), nbytes)
+        yield Alive("", self._moments.get(moment, 0.0))
+
+    def _end(self, outputs: Mapping[str, Layout]) -> dict[_Copy, str]:
+        """Outputs stay to the end. Memory of gradients and buffers -> whose."""
         self._time += 1
         leaves: dict[_Copy, str] = {}
         for kept in self._kept.keys() & self._born.keys():
@@ -209,20 +246,28 @@ class _Lives:
                 copied = self._read(out.ref, outputs.get(out.target, layout))
                 if out.kind in (OutputKind.GRADIENT, OutputKind.BUFFER):
                     leaves |= {memory: out.target, copied: out.target}
+        return leaves
+
+    def _spans(self) -> Iterator[tuple[float, int, int]]:
+        """(bytes, first and last time) of each allocation."""
+        for copy, start in self._born.items():
+            yield self._bytes(copy.ref, copy.layout), start, self._last.get(copy, start)
+
+    def _largest(self, spans: Iterable[tuple[float, int, int]]) -> tuple[float, int]:
+        """Most bytes at one time, and when."""
         changes = dict.fromkeys(self._moments, 0.0)
-        spans = [
-            (self._bytes(copy.ref, copy.layout), start, self._last.get(copy, start))
-            for copy, start in self._born.items()
-        ]
-        for nbytes, start, last in [*spans, *self._unwritten(leaves)]:
+        for nbytes, start, last in spans:
             stop = max(start, last) + 1
             changes[start] = changes.get(start, 0.0) + nbytes
             changes[stop] = changes.get(stop, 0.0) - nbytes
         alive = peak = 0.0
+        when = 0
         for moment in sorted(changes):
             alive += changes[moment]
-            peak = max(peak, alive + self._moments.get(moment, 0.0))
-        return peak
+            most = alive + self._moments.get(moment, 0.0)
+            if most > peak:
+                peak, when = most, moment
+        return peak, when
 
     def _unwritten(self, leaves: Mapping[_Copy, str]) -> Iterator[tuple[float, int, int]]:
         """(bytes, first and last time) of what copies that are not written hold beside the written

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from autopar.errors import NoFeasiblePlan
-from autopar.estimate import MeshCosts, local_bytes, local_numel
-from autopar.graph.program import Graph, GraphInput, InputKind, OutputKind, TensorMeta
+from autopar.estimate import MeshCosts, local_bytes
+from autopar.graph.program import Graph, InputKind, OutputKind, TensorMeta
 from autopar.intraop.build import (
     Chosen,
     ParameterChoice,
@@ -23,12 +23,13 @@ from autopar.intraop.build import (
     StageContext,
     StageProblem,
     build_problem,
-    weight,
 )
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.least_transient import least_transient_bytes
 from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import fetch_bytes, reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, relative_gap
+from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import Solver, solve
 from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
@@ -113,12 +114,17 @@ def solve_stage(
         else:
             notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
             best = replace(best, notes=notes)
-    return _with_true_bound(best, max(solution.bound, earlier.bound(budget_bytes)[0]), limit)
+    unavoidable = least_transient_bytes(
+        graph, built, costs.mesh.axis_sizes, context.num_microbatches
+    )
+    bound = max(solution.bound, earlier.bound(budget_bytes - unavoidable)[0])
+    return _with_true_bound(best, bound, limit)
 
 
 def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSolution:
     """The bound of a budgeted solve holds within the limit on its row, which transients set. What
-    holds for the stage is the bound of the row alone within the whole budget."""
+    holds for the stage is the bound of the row within the budget less the transients that no
+    solution avoids."""
     notes = best.notes
     if best.gap < relative_gap(best.seconds, bound):
         notes += (
@@ -245,9 +251,10 @@ def _predict(
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
     held = [
         (inp.rest_meta, inp.meta, built.dims[inp.ref], chosen.parameters[inp.name])
-        for inp in _held_parameters(graph).values()
+        for inp in held_parameters(graph).values()
     ]
     at_start = fetch_bytes(held, sizes) - nbytes["saved"] - nbytes["gradient"]
+    parts = shares(graph, built, choice, costs, context)
     return StagePrediction(
         forward_s=seconds[Part.FORWARD],
         backward_s=seconds[Part.BACKWARD],
@@ -258,6 +265,10 @@ def _predict(
         saved_bytes=nbytes["saved"] / context.in_flight,
         in_flight=context.in_flight,
         transient_bytes=max(in_step, at_end, at_start),
+        weight_s=parts.weight_s,
+        weight_bytes=parts.weight_bytes,
+        gather_s=parts.gather_s,
+        reduce_s=parts.reduce_s,
         host_bytes=on_host,
     )
 
@@ -268,33 +279,18 @@ def _kept_bytes(
     """Of the parameters that this stage keeps, each once: the optimizer's states on the device; and
     all that is on the host: values, gradients and states."""
     states = on_host = 0.0
-    sizes = costs.mesh.axis_sizes
-    for inp in _held_parameters(graph).values():
-        if context.owned is not None and inp.owner not in context.owned:
-            continue
-        dims, (rest, _, host) = built.dims[inp.ref], chosen.parameters[inp.name]
-        count = weight(built.copies, inp.name)
-        numel = local_numel(inp.meta, dims, rest, sizes) if inp.requires_grad else 0.0
-        mine = count * numel * costs.optimizer.state_bytes_per_element
-        if host:
-            values = count * local_bytes(inp.rest_meta, dims, rest, sizes)
-            on_host += mine + values * (2 if inp.requires_grad else 1)
+    for p in parameters_at_rest(graph, built, chosen, costs, context):
+        own = p.numel * costs.optimizer.state_bytes_per_element
+        if p.host:
+            on_host += own + p.nbytes * (2 if p.numel else 1)
         else:
-            states += mine
+            states += own
     return states, on_host
-
-
-def _held_parameters(graph: Graph) -> dict[str, GraphInput]:
-    """Owner -> the input that holds the parameter at rest: the first."""
-    held: dict[str, GraphInput] = {}
-    for inp in graph.inputs_of(InputKind.PARAMETER):
-        held.setdefault(inp.owner, inp)
-    return held
 
 
 def _reduce_bytes(graph: Graph, built: StageProblem, chosen: Chosen, costs: MeshCosts) -> float:
     """Of the once-per-step reductions, beyond the accumulated gradients."""
-    held, metas = _held_parameters(graph), graph.metas()
+    held, metas = held_parameters(graph), graph.metas()
     owner = {i.name: i.owner for i in graph.inputs_of(InputKind.PARAMETER)}
     gradients: list[tuple[TensorMeta, Dims, Layout, Layout]] = []
     sizes = costs.mesh.axis_sizes

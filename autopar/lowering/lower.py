@@ -3,6 +3,7 @@
     recompute   the plan's save/recompute policy, on the joint graph
     cut         one graph per stage
     hubs        resharding points
+    split       backward in two, where the schedule plays parameter gradients apart
     SPMD        forward, backward, and the once-per-step programs of each stage
     transfers   tiles between stages
 
@@ -37,6 +38,7 @@ from autopar.layout import (
     parse_layout,
     replicated,
 )
+from autopar.lowering.parts import Part, left_key, parts_of
 from autopar.lowering.program import LocalProgram, Port
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.relayout import Relayout
@@ -96,8 +98,12 @@ class LoweredStage:
     gather: once per step, parameters from their layout at rest to the one held through the step.
     reduce: once per step, accumulated gradients to the parameters' layout at rest. Under a
     Precision both cast on the way, so that what crosses the network is narrow.
+    weights: None where the schedule plays all of backward at once; else the operators that only
+    gradients of parameters need. It reads saved and received values, as backward does, and values
+    that backward made.
     batch, buffers: graph input name -> path in the batch, in the model. gradients: names of the
-    parameter inputs whose gradient backward makes. saved: values that backward takes from forward.
+    parameter inputs whose gradient the stage makes. saved: values that backward or weights take
+    from forward.
     """
 
     index: int
@@ -105,6 +111,7 @@ class LoweredStage:
     devices: tuple[int, ...]
     forward: LocalProgram
     backward: LocalProgram
+    weights: LocalProgram | None
     gather: LocalProgram
     reduce: LocalProgram
     parameters: tuple[StageParameter, ...]
@@ -112,6 +119,12 @@ class LoweredStage:
     buffers: Mapping[str, str]
     gradients: tuple[str, ...]
     saved: tuple[str, ...]
+
+    @property
+    def microbatch_programs(self) -> tuple[LocalProgram, ...]:
+        """Those that are played for each microbatch, in order."""
+        both = (self.forward, self.backward)
+        return both if self.weights is None else (*both, self.weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,14 +171,16 @@ def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
     _check_rules(plan, prepared)
     owners = parameter_owners([p.graph for p in prepared])
     stages = tuple(
-        _lower_stage(index, stage, stage_plan, owners)
+        _lower_stage(index, stage, stage_plan, owners, split=plan.schedule.splits_backward)
         for index, (stage, stage_plan) in enumerate(zip(prepared, plan.stages, strict=True))
     )
     loss = [i for i, p in enumerate(prepared) if p.graph.outputs_of(OutputKind.LOSS)]
     return LoweredPlan(
         stages=stages,
         transfers=(*_value_transfers(prepared, stages), *_parameter_transfers(stages)),
-        schedule=build_schedule(plan.schedule, len(stages), plan.num_microbatches),
+        schedule=build_schedule(
+            plan.schedule, len(stages), plan.num_microbatches, plan.num_workers
+        ),
         loss_stage=loss[0],
     )
 
@@ -195,7 +210,7 @@ def _rules_of(text: str) -> set[str]:
 
 
 def _lower_stage(
-    index: int, stage: PreparedStage, plan: StagePlan, owners: Mapping[str, int]
+    index: int, stage: PreparedStage, plan: StagePlan, owners: Mapping[str, int], *, split: bool
 ) -> LoweredStage:
     mesh = LogicalMesh(plan.axis_sizes, plan.crosses_nodes)
     graph, table = stage.graph, stage.table
@@ -225,17 +240,19 @@ def _lower_stage(
         )
         for i in graph.inputs_of(InputKind.PARAMETER)
     )
-    forward = _phase_program(stage, plan, mesh, chosen, layouts, Phase.FORWARD)
-    backward = _phase_program(stage, plan, mesh, chosen, layouts, Phase.BACKWARD)
+    programs = [
+        _program(stage, plan, mesh, chosen, layouts, part) for part in parts_of(graph, split=split)
+    ]
     gradients = tuple(o.target for o in graph.outputs_of(OutputKind.GRADIENT))
     return LoweredStage(
         index=index,
         mesh=mesh,
         devices=plan.devices,
-        forward=forward,
-        backward=backward,
+        forward=programs[0],
+        backward=programs[1],
+        weights=programs[2] if split else None,
         gather=_gather_program(parameters, mesh),
-        reduce=_reduce_program(parameters, backward, gradients, mesh),
+        reduce=_reduce_program(parameters, programs[1:], gradients, mesh),
         parameters=parameters,
         batch={i.name: i.target for i in graph.inputs_of(InputKind.BATCH)},
         buffers={i.name: i.target for i in graph.inputs_of(InputKind.BUFFER)},
@@ -290,26 +307,25 @@ def _parse(text: str, dims: Dims, mesh: LogicalMesh, what: str, *, partial: bool
     return layout
 
 
-def _phase_program(
+def _program(
     stage: PreparedStage,
     plan: StagePlan,
     mesh: LogicalMesh,
     chosen: Mapping[str, Strategy],
     layouts: Mapping[str, Layout],
-    phase: Phase,
+    part: Part,
 ) -> LocalProgram:
-    """Forward or backward. What crosses from one to the other are saves and graph inputs."""
+    """The program of a part; what others made it takes in the layout in which it was made."""
     graph, table = stage.graph, stage.table
     metas = graph.metas()
-    operators = [op for op in graph.operators if op.phase is phase]
-    own = {op.name for op in operators}
+    own = {op.name for op in part.operators}
     made = {op.name: op for op in graph.operators}
     given = {i.name: i for i in graph.inputs}
-    read = dict.fromkeys(ref for op in operators for ref in op.operands if ref.name not in own)
+    read = dict.fromkeys(ref for op in part.operators for ref in op.operands if ref.name not in own)
     outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
     for out in graph.outputs:
         made_here = out.ref.name in own
-        if made_here or (out.ref.name in given and given[out.ref.name].phase is phase):
+        if made_here or (out.ref.name in given and given[out.ref.name].phase is part.passes):
             key = LOSS if out.kind is OutputKind.LOSS else out.target
             layout = replicated(mesh.num_axes)
             if key in plan.outputs:
@@ -318,24 +334,26 @@ def _phase_program(
             outputs[key] = (out.ref, metas[out.ref], layout)
             if not made_here:
                 read[out.ref] = None
-    if phase is Phase.FORWARD:
-        for op in operators:
-            if is_save(op):
-                ref = Ref(op.name)
-                outputs[op.name] = (ref, metas[ref], chosen[op.name].results[0])
+    for ref in part.leaves:
+        layout = chosen[ref.name].results[ref.index]
+        outputs[left_key(made[ref.name], ref)] = (ref, metas[ref], layout)
     inputs = {}
     for ref in read:
         if ref.name in graph.constants:
             continue
-        layout = layouts[ref.name] if ref.name in given else chosen[made[ref.name].name].results[0]
-        inputs[ref.name] = Port(ref, metas[ref], table.dims[ref], layout)
+        if ref.name in given:
+            key, layout = ref.name, layouts[ref.name]
+        else:
+            key = left_key(made[ref.name], ref)
+            layout = chosen[ref.name].results[ref.index]
+        inputs[key] = Port(ref, metas[ref], table.dims[ref], layout)
     constants = {
         i.name: Port(i.ref, i.meta, table.dims[i.ref], replicated(mesh.num_axes))
         for i in graph.inputs_of(InputKind.CONSTANT)
         if i.ref in read
     }
     program = lower_program(
-        operators,
+        part.operators,
         inputs={**inputs, **constants},
         outputs=outputs,
         strategies=chosen,
@@ -369,15 +387,17 @@ def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> 
 
 def _reduce_program(
     parameters: Sequence[StageParameter],
-    backward: LocalProgram,
+    makers: Sequence[LocalProgram],
     gradients: Sequence[str],
     mesh: LogicalMesh,
 ) -> LocalProgram:
-    """Where a gradient changes its layout it does so in the type of its reduction."""
+    """Where a gradient changes its layout it does so in the type of its reduction. makers: the
+    programs that make gradients."""
     by_name = {p.name: p for p in parameters}
     build = Relayout(mesh)
     for name in gradients:
-        port, p = backward.outputs[name], by_name[name]
+        port = next(m.outputs[name] for m in makers if name in m.outputs)
+        p = by_name[name]
         # parameters have one atom per dim
         dims, layout = coarsen(port.dims, port.layout, mesh.axis_sizes)
         gradient = build.take(name, port.meta, dims, layout)
@@ -402,13 +422,12 @@ def _value_transfers(
         for inp in stage.graph.inputs_of(InputKind.RECEIVED):
             source = stages[sender[inp.target]]
             sent = (source.forward if inp.phase is Phase.FORWARD else source.backward).outputs
-            target = stages[index]
-            programs = (target.forward, target.backward)
+            programs = stages[index].microbatch_programs
             port = next(p.inputs[inp.name] for p in programs if inp.name in p.inputs)
             transfers.append(
                 _transfer(
                     (inp.target, inp.name),
-                    (source, target),
+                    (source, stages[index]),
                     inp.phase,
                     inp.meta,
                     port.dims,

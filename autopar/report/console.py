@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -17,10 +19,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.status import Status
 from rich.text import Text
 
 from autopar.report.units import seconds_text
+
+_REFRESHES_PER_S = 8
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_PLAIN_EVERY_S = 1.0
 
 
 def stderr_console() -> Console:
@@ -28,21 +33,30 @@ def stderr_console() -> Console:
 
 
 class SearchLine:
-    """One line with a spinner, the pass at work and the seconds so far; a plain line per pass where
-    stderr is no terminal and `plain` is asked for. Call it with the text of each pass."""
+    """One line with a spinner, the pass at work, the best plan so far and the seconds so far. Where
+    stderr is no terminal, plain lines, at most one per second. Call it with the text of each
+    pass."""
 
-    def __init__(self, title: str = "planning", *, quiet: bool = False) -> None:
+    def __init__(
+        self, title: str = "planning", *, quiet: bool = False, console: Console | None = None
+    ) -> None:
         self._title = title
-        self._console = stderr_console()
-        self._status: Status | None = None
-        self._live = self._console.is_terminal and not quiet
-        self._started = time.monotonic()
+        self._console = console or stderr_console()
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._process = os.getpid()
+        self._started = self._shown = time.monotonic()
         self._last = ""
 
     def __enter__(self) -> SearchLine:
-        if self._live:
-            self._status = self._console.status(self._text())
-            self._status.start()
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(
+                get_renderable=self._line,
+                console=self._console,
+                refresh_per_second=_REFRESHES_PER_S,
+                transient=True,
+            )
+            self._live.start()
         return self
 
     def __exit__(
@@ -51,17 +65,28 @@ class SearchLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def __call__(self, text: str) -> None:
+        """Cheap: the line is drawn by a clock of its own. Forks of the process are silent."""
+        if os.getpid() != self._process:
+            return
         self._last = text
-        if self._status is not None:
-            self._status.update(self._text())
+        now = time.monotonic()
+        plain = self._live is None and not self._quiet
+        if plain and now - self._shown >= _PLAIN_EVERY_S:
+            self._shown = now
+            self._console.print(self._text(), soft_wrap=True)
+
+    def _line(self) -> Text:
+        """What the terminal shows now, cut at its width: a line that wraps flickers."""
+        frame = _SPINNER[int(time.monotonic() * _REFRESHES_PER_S) % len(_SPINNER)]
+        return Text.assemble(f"{frame} ", self._text(), no_wrap=True, overflow="ellipsis")
 
     def _text(self) -> Text:
-        elapsed = seconds_text(time.monotonic() - self._started)
-        return Text.assemble((self._title, "bold"), f" {self._last} ", (elapsed, "dim"))
+        elapsed = seconds_text(round(time.monotonic() - self._started, 1))
+        return Text.assemble((self._title, "bold"), f" {elapsed} ", (self._last, "dim"))
 
 
 class TrainingBar:
@@ -96,3 +121,8 @@ def show_error(kind: str, message: str) -> None:
     panel = Panel(Text(message), title=kind, title_align="left", border_style="red")
     sys.stdout.flush()
     stderr_console().print(panel)
+
+
+def show_note(text: str) -> None:
+    """A yellow sentence on stderr."""
+    stderr_console().print(Text(text, "yellow"))

@@ -7,18 +7,21 @@ the graph is at hand the model's own names and sizes are used.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.graph.program import Graph, InputKind
 from autopar.plan import ParameterPlacement, Remat, StagePlan
+from autopar.report.units import range_text
 
 _INPUT_PREFIX = "parameter_"
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 _GRAPH_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 _LAST_WORD = re.compile(r"(?<=[._])(weight|bias)$")
 _SUFFIX = re.compile(r"_\d+$")
+# Hubs, saves and recomputed copies are called after the value or operator that they stand for.
+_DERIVED = re.compile(r"__(save|hubb?|re\d*)$")
 # Contractions, attention, embeddings and losses: where the FLOPs and the large weights are.
 _HEAVY = re.compile(
     r"(addmm|mm|bmm|baddbmm|convolution|convolution_backward|embedding|embedding_dense_backward"
@@ -54,23 +57,50 @@ class ParameterGroup:
 
 
 def parameter_groups(stage: StagePlan, graph: Graph | None = None) -> tuple[ParameterGroup, ...]:
-    """In the order of the model. O(parameters)."""
+    """In the order of the model. Where equal parameters of different blocks are placed differently
+    the pattern says which blocks, such as "h.0-3.up.weight". O(parameters)."""
     known = {} if graph is None else {i.name: i for i in graph.inputs_of(InputKind.PARAMETER)}
     counts: Counter[tuple[str, ParameterPlacement]] = Counter()
     sizes: Counter[tuple[str, ParameterPlacement]] = Counter()
+    blocks: defaultdict[tuple[str, ParameterPlacement], list[int]] = defaultdict(list)
     for name, placement in stage.parameters.items():
         inp = known.get(name)
-        if inp is None:
-            pattern = _GRAPH_NUMBER.sub("*", name.removeprefix(_INPUT_PREFIX))
-        else:
-            pattern = _NUMBER.sub("*", inp.target)
+        pattern = parameter_pattern(name, None if inp is None else inp.target)
+        if inp is not None:
             sizes[pattern, placement] += inp.meta.nbytes
         counts[pattern, placement] += 1
+        blocks[pattern, placement] += _block_numbers(name if inp is None else inp.target)
+    placements = Counter(pattern for pattern, _ in counts)
     groups = [
-        ParameterGroup(pattern, placement, count, sizes.get((pattern, placement)))
+        ParameterGroup(
+            _in_blocks(pattern, blocks[pattern, placement]) if placements[pattern] > 1 else pattern,
+            placement,
+            count,
+            sizes.get((pattern, placement)),
+        )
         for (pattern, placement), count in counts.items()
     ]
     return _merged(groups)
+
+
+def parameter_pattern(name: str, path: str | None = None) -> str:
+    """The name with `*` for numbers of blocks. path: in the model, where it is known."""
+    if path is None:
+        return _GRAPH_NUMBER.sub("*", name.removeprefix(_INPUT_PREFIX))
+    return _NUMBER.sub("*", path)
+
+
+def _block_numbers(name: str) -> list[int]:
+    numbers = (_NUMBER if "." in name else _GRAPH_NUMBER).findall(name)
+    return [int(number) for number in numbers[:1]]
+
+
+def _in_blocks(pattern: str, blocks: Sequence[int]) -> str:
+    """ "h.0-3.up" or "h.{0-3, 5}.up" for "h.*.up"; patterns with more numbers than one stay."""
+    if pattern.count("*") != 1:
+        return pattern
+    runs = range_text(sorted(blocks))
+    return pattern.replace("*", f"{{{runs}}}" if "," in runs else runs)
 
 
 def _merged(groups: Sequence[ParameterGroup]) -> tuple[ParameterGroup, ...]:
@@ -100,12 +130,17 @@ def operator_family(name: str) -> str:
     return _SUFFIX.sub("", name)
 
 
+def is_derived(name: str) -> bool:
+    """Whether an operator is a hub, a save or a recomputed copy, by its name."""
+    return _DERIVED.search(name) is not None
+
+
 def heavy_strategies(stage: StagePlan) -> Mapping[str, Counter[str]]:
     """Strategy texts and their counts by family of heavy operators, the most frequent first."""
     found: dict[str, Counter[str]] = {}
     for name, text in stage.strategies.items():
         family = operator_family(name)
-        if _HEAVY.fullmatch(family):
+        if _HEAVY.fullmatch(family) and not is_derived(name):
             found.setdefault(family, Counter())[text] += 1
     return dict(sorted(found.items(), key=lambda item: (-item[1].total(), item[0])))
 

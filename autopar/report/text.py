@@ -43,7 +43,9 @@ def plan_tree(plan: ParallelPlan, graph: Graph | None = None) -> Tree:
     )
     tree = Tree(title, guide_style="dim")
     tree.add(_step_line(plan))
-    tree.add(_search_line(plan))
+    searched = _search_line(plan)
+    if searched.plain:
+        tree.add(searched)
     for index, stage in enumerate(plan.stages):
         _add_stage(tree, plan, index, stage, graph)
     _add_candidates(tree, plan)
@@ -78,21 +80,24 @@ def _step_line(plan: ParallelPlan) -> Text:
 
 
 def _search_line(plan: ParallelPlan) -> Text:
+    """Of a saved plan without the seconds, which are not saved."""
     record = plan.search
     ranked = sorted(record.seconds.items(), key=lambda item: -item[1])
     passes = ", ".join(f"{name} {seconds_text(s)}" for name, s in ranked if s > 0)
-    text = f"searched for {seconds_text(sum(record.seconds.values()))}"
+    found = []
+    if passes:
+        found.append(f"searched for {seconds_text(sum(record.seconds.values()))}")
     if record.objective_s:
         proof = (
             "proved optimal"
             if record.gap < 1e-6
             else f"within {percent_text(record.gap)} of the optimum"
         )
-        text += (
-            f" · stage solutions {proof} (objective {seconds_text(record.objective_s)},"
+        found.append(
+            f"stage solutions {proof} (objective {seconds_text(record.objective_s)},"
             f" bound {seconds_text(record.bound_s)})"
         )
-    return Text(text + (f"\n{passes}" if passes else ""), "dim")
+    return Text(" · ".join(found) + (f"\n{passes}" if passes else ""), "dim")
 
 
 def _kind_text(plan: ParallelPlan, stage: StagePlan) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _COUNTS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SIZES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -58,7 +60,7 @@ def mesh_text(axis_sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, axis_sizes))
 
 
-def range_text(values: tuple[int, ...]) -> str:
+def range_text(values: Sequence[int]) -> str:
     """Runs of consecutive integers: "0-7", "0-3, 8-11"."""
     runs: list[list[int]] = []
     for value in values:

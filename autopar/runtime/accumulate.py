@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,8 +17,16 @@ class Accumulator:
     def __init__(self) -> None:
         self._sums: dict[str, Shards] = {}
 
-    def add(self, outputs: Mapping[str, Shards], names: Sequence[str], *, reused: bool) -> None:
-        """outputs: all that backward made. reused: other microbatches follow."""
+    def add(
+        self,
+        outputs: Mapping[str, Shards],
+        names: Sequence[str],
+        *,
+        reused: bool,
+        shared: Collection[int] = (),
+    ) -> None:
+        """outputs: all that a program made. reused: other microbatches follow. shared: `storages`
+        of what others may still read."""
         if self._sums:
             for name in names:
                 for total, gradient in zip(self._sums[name], outputs[name], strict=True):
@@ -27,7 +35,7 @@ class Accumulator:
         if not reused:
             self._sums = {name: outputs[name] for name in names}
             return
-        self._sums = own_copies(outputs, names)
+        self._sums = own_copies(outputs, names, shared)
 
     def take(self) -> dict[str, Shards]:
         """The sums, which are then the caller's."""
@@ -36,15 +44,24 @@ class Accumulator:
 
 
 def own_copies(
-    values: Mapping[str, Shards], names: Sequence[str] | None = None
+    values: Mapping[str, Shards],
+    names: Sequence[str] | None = None,
+    shared: Collection[int] = (),
 ) -> dict[str, Shards]:
-    """The named values, all by default, each in memory that no other value sees: copied only where
-    it is not so already."""
+    """The named values, all by default, each in memory that no other value sees, nor anybody else
+    (shared: `storages`): copied only where it is not so already."""
     owners = Counter(_storage(t) for shards in values.values() for t in shards)
+    owners.update(shared)
     return {
         name: [t if _is_own(t, owners) else t.clone() for t in values[name]]
         for name in (values if names is None else names)
     }
+
+
+def storages(values: Mapping[str, Shards]) -> frozenset[int]:
+    """The memory that values live in, without keeping it. What reuses it later only looks
+    shared."""
+    return frozenset(_storage(t) for shards in values.values() for t in shards)
 
 
 def _storage(tensor: Tensor) -> int:

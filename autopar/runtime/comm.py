@@ -1,8 +1,8 @@
 """Process groups and everything that goes through them: the only file that calls torch.distributed.
 
-A World is the job: its ranks, store and default group. A StageComm is what one rank of one plan
-needs: a group per axis of its stage's mesh, a group per ordered pair of stages (so that the NCCL
-streams of the two directions cannot block each other), and the stage's DeviceMesh. All ranks make
+A World is the job: its ranks, store and default group. A RankComm is what one rank of one plan
+needs: a group per axis of its stages' meshes, a group per ordered pair of stages (so that the NCCL
+streams of the two directions cannot block each other), and the stages' DeviceMeshes. All ranks make
 all groups in one order. Backends: NCCL for CUDA, gloo for the CPU.
 
 Failure: `World.guard` publishes a rank's error in the store and aborts its groups, so that the
@@ -18,11 +18,11 @@ import os
 import pickle
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -38,13 +38,13 @@ from autopar.lowering.transfer import Tile, Transfer
 from autopar.mesh import AXIS_NAMES
 from autopar.runtime.host import HOST
 from autopar.runtime.interpreter import Shards
-from autopar.runtime.routes import Route, channels, cut_tile, join_tiles, tile_shape
+from autopar.runtime.routes import Route, box_of, channels, cut_tile, join_tiles, tile_shape
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25  # between two looks into the store
 _FAILURE = "autopar/failure"
 _LOCALHOST = "127.0.0.1"
-_BOTH = "cpu:gloo,cuda:nccl"
+_BOTH = "cpu:gloo,cuda:nccl"  # of stages that use hosts: for tensors of either
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
@@ -204,51 +204,64 @@ def _text_of(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).strip()
 
 
+_Place = tuple[tuple[int, ...], tuple[int, ...]]  # devices and axis sizes of a stage
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class StageComm:
-    """What one rank uses of a plan's groups. rank: in the stage's mesh. host_mesh: the mesh for
-    DTensors in the memory of the devices' hosts; `mesh` where no parameter of the stage rests
-    there."""
+class RankComm:
+    """What one rank uses of a plan's groups. rank: in the meshes of its stages. collectives,
+    meshes: by stage, of those that the rank plays. host_meshes: also by stage, for DTensors in the
+    memory of the devices' hosts; as in `meshes` where no parameter of the stage rests there."""
 
-    stage: int
     rank: int
-    collectives: ProcessCollectives
+    collectives: Mapping[int, ProcessCollectives]
+    meshes: Mapping[int, DeviceMesh]
+    host_meshes: Mapping[int, DeviceMesh]
     transport: ProcessTransport
-    mesh: DeviceMesh
-    host_mesh: DeviceMesh
 
 
-def connect_stage(world: World, lowered: LoweredPlan) -> StageComm:
-    """Makes all groups of a plan, on all ranks in one order, and returns this rank's part."""
+def connect_rank(world: World, lowered: LoweredPlan) -> RankComm:
+    """Makes all groups of a plan, on all ranks in one order, and returns this rank's part. Stages
+    with the same devices and mesh share the groups of its axes."""
     name = world.next_name("autopar/plan/")
-    axis_groups: dict[int, list[dist.ProcessGroup]] = {}
+    made: dict[_Place, list[dist.ProcessGroup]] = {}
+    on_hosts = {_place(stage) for stage in lowered.stages if _uses_hosts(stage)}
     for stage in lowered.stages:
-        for axis in range(stage.mesh.num_axes):
-            group = _axis_group(world, stage, axis, f"{name}/stage{stage.index}/{AXIS_NAMES[axis]}")
-            if group is not None:
-                axis_groups.setdefault(stage.index, []).append(group)
+        if _place(stage) not in made:
+            both = _place(stage) in on_hosts and world.device.type == "cuda"
+            prefix, backend = f"{name}/stage{stage.index}", _BOTH if both else None
+            groups = [
+                _axis_group(world, stage, axis, f"{prefix}/{AXIS_NAMES[axis]}", backend)
+                for axis in range(stage.mesh.num_axes)
+            ]
+            made[_place(stage)] = [group for group in groups if group is not None]
     pairs = {}
     for source, target in channels(lowered):
-        ranks = sorted((*lowered.stages[source].devices, *lowered.stages[target].devices))
+        ranks = sorted({*lowered.stages[source].devices, *lowered.stages[target].devices})
         group = _new_group(world, ranks, f"{name}/stage{source}to{target}")
         if group is not None:
             pairs[source, target] = group
-    index = next(s.index for s in lowered.stages if world.rank in s.devices)
-    stage = lowered.stages[index]
-    rank = stage.devices.index(world.rank)
-    mesh = _device_mesh(stage, axis_groups[index], world.device.type)
-    host = HOST.type
-    separate = _uses_hosts(stage) and host != world.device.type
-    return StageComm(
-        stage=index,
-        rank=rank,
-        collectives=ProcessCollectives(
-            [group.group_name for group in axis_groups[index]], stage.mesh.axis_sizes
-        ),
-        transport=ProcessTransport(lowered.stages, index, rank, pairs, world.device),
-        mesh=mesh,
-        host_mesh=_device_mesh(stage, axis_groups[index], host) if separate else mesh,
+    own = [stage for stage in lowered.stages if world.rank in stage.devices]
+    axis_groups = {s.index: made[_place(s)] for s in own}
+    meshes = {s.index: _device_mesh(s, axis_groups[s.index], world.device.type) for s in own}
+    separate = [s for s in own if _uses_hosts(s) and world.device.type != HOST.type]
+    host_meshes = {s.index: _device_mesh(s, axis_groups[s.index], HOST.type) for s in separate}
+    return RankComm(
+        rank=own[0].devices.index(world.rank),
+        collectives={
+            s.index: ProcessCollectives(
+                [group.group_name for group in axis_groups[s.index]], s.mesh.axis_sizes
+            )
+            for s in own
+        },
+        meshes=meshes,
+        host_meshes=meshes | host_meshes,
+        transport=ProcessTransport(lowered.stages, world.rank, pairs, world.device),
     )
+
+
+def _place(stage: LoweredStage) -> _Place:
+    return stage.devices, stage.mesh.axis_sizes
 
 
 def _device_mesh(
@@ -267,12 +280,10 @@ def _uses_hosts(stage: LoweredStage) -> bool:
 
 
 def _axis_group(
-    world: World, stage: LoweredStage, axis: int, name: str
+    world: World, stage: LoweredStage, axis: int, name: str, backend: str | None
 ) -> dist.ProcessGroup | None:
-    """The group of this rank over one axis of a stage; all ranks make all groups of the axis. One
-    of a stage that uses hosts takes tensors of both."""
+    """The group of this rank over one axis of a stage; all ranks make all groups of the axis."""
     mine = None
-    backend = _BOTH if _uses_hosts(stage) and world.device.type == "cuda" else None
     for members in stage.mesh.groups(axis):
         ranks = [stage.devices[m] for m in members]
         group = _new_group(world, ranks, f"{name}/{members[0]}", backend)
@@ -346,93 +357,130 @@ class ProcessCollectives:
         return [functional.wait_tensor(result)]
 
 
+class _Post(NamedTuple):
+    """A tile on its way to another rank, or from one."""
+
+    peer: int
+    part: Tensor
+    sending: bool
+
+
+class _Arrival(NamedTuple):
+    """A value between two stages of one worker: the tiles of this rank, there once works are
+    done."""
+
+    tiles: list[tuple[Tile, Tensor]]
+    works: list[dist.Work]
+
+
+def _finish(works: list[dist.Work]) -> None:
+    """Waits for each, once: gloo would wait for another message. The list is empty afterwards, for
+    all that share it."""
+    while works:
+        works.pop().wait()
+
+
 class ProcessTransport:
     """Tiles between the ranks of two stages, in the fixed order of the routes.
 
     Sends return at once; their buffers live until they are done. CUDA tiles of one call and one
-    pair of stages travel as one NCCL group call.
+    pair of stages travel as one NCCL group call. Between two stages of one worker all ranks send
+    and receive in that call, as neither side could wait for the other's.
     """
 
     def __init__(
         self,
         stages: Sequence[LoweredStage],
-        stage: int,
-        rank: int,
+        me: int,
         groups: Mapping[tuple[int, int], dist.ProcessGroup],
         device: torch.device,
     ) -> None:
+        """me: the global rank. groups: by channel, (source stage, target stage)."""
         self._stages = stages
-        self._stage = stage
-        self._rank = rank
+        self._me = me
         self._groups = groups
         self._device = device
         self._pending: list[tuple[list[dist.Work], list[Tensor]]] = []
-        self._tags: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self._tags: defaultdict[tuple[tuple[int, int], int, bool], int] = defaultdict(int)
+        self._arrivals: defaultdict[tuple[int, int, str], deque[_Arrival]] = defaultdict(deque)
 
     def send(self, transfers: Route, values: Sequence[Shards]) -> None:
         self._reap()
-        mesh = self._stages[self._stage].mesh
-        queues: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        posts: defaultdict[tuple[int, int], list[_Post]] = defaultdict(list)
+        works: defaultdict[tuple[int, int], list[dist.Work]] = defaultdict(list)
         for transfer, (shard,) in zip(transfers, values, strict=True):
-            target = self._stages[transfer.target_stage]
+            source, target = self._ends(transfer)
+            channel = (source.index, target.index)
+            own: list[tuple[Tile, Tensor]] = []
             for tile in transfer.tiles:
-                if tile.source == self._rank:
-                    part = cut_tile(shard, transfer, mesh, tile).contiguous()
-                    queues[target.index].append((target.devices[tile.target], part))
-        for target_stage, queue in queues.items():
-            works = self._start((self._stage, target_stage), queue, sending=True)
-            self._pending.append((works, [part for _, part in queue]))
+                sender, receiver = source.devices[tile.source], target.devices[tile.target]
+                if sender == self._me:
+                    part = cut_tile(shard, transfer, source.mesh, tile).contiguous()
+                    if receiver == self._me:
+                        own.append((tile, part))
+                    else:
+                        posts[channel].append(_Post(receiver, part, True))
+                elif receiver == self._me:
+                    part = self._buffer(transfer, tile)
+                    posts[channel].append(_Post(sender, part, False))
+                    own.append((tile, part))
+            if source.devices == target.devices:
+                self._arrivals[box_of(transfer)].append(_Arrival(own, works[channel]))
+        for channel, queue in posts.items():
+            works[channel] += self._start(channel, queue)
+            self._pending.append((works[channel], [post.part for post in queue]))
 
     def receive(self, transfers: Route) -> list[Shards]:
-        buffers: list[list[tuple[Tile, Tensor]]] = []
-        queues: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        arrivals: list[_Arrival] = []
+        posts: defaultdict[tuple[int, int], list[_Post]] = defaultdict(list)
+        works: defaultdict[tuple[int, int], list[dist.Work]] = defaultdict(list)
         for transfer in transfers:
-            source = self._stages[transfer.source_stage]
-            mine = [
-                (t, self._buffer(transfer, t)) for t in transfer.tiles if t.target == self._rank
-            ]
-            buffers.append(mine)
-            queues[source.index] += [(source.devices[t.source], b) for t, b in mine]
-        works = []
-        for source_stage, queue in queues.items():
-            works += self._start((source_stage, self._stage), queue, sending=False)
-        for work in works:
-            work.wait()
-        mesh = self._stages[self._stage].mesh
+            source, target = self._ends(transfer)
+            channel = (source.index, target.index)
+            if source.devices == target.devices:
+                arrivals.append(self._arrivals[box_of(transfer)].popleft())
+                continue
+            tiles = [t for t in transfer.tiles if target.devices[t.target] == self._me]
+            mine = [(tile, self._buffer(transfer, tile)) for tile in tiles]
+            posts[channel] += [_Post(source.devices[t.source], part, False) for t, part in mine]
+            arrivals.append(_Arrival(mine, works[channel]))
+        for channel, queue in posts.items():
+            works[channel] += self._start(channel, queue)
+        for arrival in arrivals:
+            _finish(arrival.works)
         return [
-            [join_tiles(transfer, mesh, mine, self._device)]
-            for transfer, mine in zip(transfers, buffers, strict=True)
+            [join_tiles(transfer, self._ends(transfer)[1].mesh, arrival.tiles, self._device)]
+            for transfer, arrival in zip(transfers, arrivals, strict=True)
         ]
+
+    def _ends(self, transfer: Transfer) -> tuple[LoweredStage, LoweredStage]:
+        return self._stages[transfer.source_stage], self._stages[transfer.target_stage]
 
     def flush(self) -> None:
         """Waits until every value that was sent has left."""
         for works, _ in self._pending:
-            for work in works:
-                work.wait()
+            _finish(works)
         self._pending.clear()
 
     def _buffer(self, transfer: Transfer, tile: Tile) -> Tensor:
         return torch.empty(tile_shape(tile), dtype=transfer.meta.dtype, device=self._device)
 
-    def _start(
-        self, channel: tuple[int, int], queue: Sequence[tuple[int, Tensor]], *, sending: bool
-    ) -> list[dist.Work]:
-        group = self._groups[channel]
-        call = dist.isend if sending else dist.irecv
+    def _start(self, channel: tuple[int, int], posts: Sequence[_Post]) -> list[dist.Work]:
         if self._device.type == "cuda":
-            operations = [dist.P2POp(call, part, peer, group) for peer, part in queue]
+            group = self._groups[channel]
+            operations = [
+                dist.P2POp(dist.isend if post.sending else dist.irecv, post.part, post.peer, group)
+                for post in posts
+            ]
             works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
             return works
-        return [self._start_one(group, peer, part, sending=sending) for peer, part in queue]
+        return [self._start_one(channel, post) for post in posts]
 
-    def _start_one(
-        self, group: dist.ProcessGroup, peer: int, part: Tensor, *, sending: bool
-    ) -> dist.Work:
-        """Both ends number the tiles between two ranks, per direction."""
-        me = self._stages[self._stage].devices[self._rank]
-        ends = (me, peer) if sending else (peer, me)
-        self._tags[ends] += 1
-        tag = self._tags[ends] % (1 << 20)
+    def _start_one(self, channel: tuple[int, int], post: _Post) -> dist.Work:
+        """Both ends number the tiles between two ranks, per channel."""
+        group, (peer, part, sending) = self._groups[channel], post
+        self._tags[channel, peer, sending] += 1
+        tag = self._tags[channel, peer, sending] % (1 << 20)
         if sending:
             work = dist.isend(part, group=group, tag=tag, dst=peer)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from autopar.errors import BatchError
 from autopar.graph.batch import common_rows
 from autopar.graph.program import Graph, InputKind, TensorMeta
 from autopar.lowering.lower import LoweredStage
-from autopar.lowering.program import Port
 from autopar.runtime.inputs import BatchFeed, row_range
 
 
@@ -92,15 +91,19 @@ def sliced_leaves(graph: Graph) -> frozenset[str]:
     return frozenset(i.name for i in inputs if i.meta.shape and i.meta.shape[0] == rows)
 
 
-def data_shard(graph: Graph, stage: LoweredStage, rank: int, num_microbatches: int) -> DataShard:
-    """Which rows a rank of a stage needs: the union over the leaves that its programs read."""
+def data_shard(
+    graph: Graph, stages: Sequence[LoweredStage], rank: int, num_microbatches: int
+) -> DataShard:
+    """Which rows a rank of a worker needs: the union over the leaves that its programs read. rank:
+    in the meshes of the worker's stages."""
     sliced = sliced_leaves(graph)
-    coords = stage.mesh.coordinates(rank)
-    ports: Mapping[str, Port] = {**stage.forward.inputs, **stage.backward.inputs}
     rows: set[int] = set()
-    for name, port in ports.items():
-        if name in sliced:
-            start, length = row_range(port, stage.mesh, coords)
-            rows.update(range(start, start + length))
+    for stage in stages:
+        coords = stage.mesh.coordinates(rank)
+        for program in stage.microbatch_programs:
+            for name, port in program.inputs.items():
+                if name in sliced:
+                    start, length = row_range(port, stage.mesh, coords)
+                    rows.update(range(start, start + length))
     num_rows = next((i.meta.shape[0] for i in graph.inputs if i.name in sliced), 0)
     return DataShard(graph, sliced, num_microbatches, num_rows, tuple(sorted(rows)))

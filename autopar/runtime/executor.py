@@ -1,8 +1,8 @@
-"""Plays the steps of one stage for the ranks of it that this process plays.
+"""Plays the steps of the stages of one worker, for the ranks of it that this process plays.
 
-A step is a row of tasks: fetch (borrowed parameters, then `gather`), the actions of the schedule's
-row, reduce among them. `StagePlayer` plays them one by one, so that one loop can drive a single
-stage in a real job and another all stages in one process.
+A step is a row of tasks: fetch of each stage (borrowed parameters, then `gather`), then the actions
+of the schedule's row, reduce among them. `RowPlayer` plays them one by one, so that one loop can
+drive a single worker in a real job and another all of them in one process.
 
     loss       mean over microbatches
     gradient   sum over microbatches of the gradients of loss / num_microbatches: accumulated
@@ -12,7 +12,7 @@ stage in a real job and another all stages in one process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -24,12 +24,14 @@ from autopar.graph.program import Graph, GraphInput, InputKind
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram
 from autopar.ops.random import seed_tensor
-from autopar.runtime.accumulate import Accumulator, own_copies
+from autopar.runtime.accumulate import Accumulator, own_copies, storages
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import Collectives, InterpretedProgram, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
 from autopar.schedule import Action, ActionKind
+
+_GRADIENTS_OF = (ActionKind.BACKWARD, ActionKind.WEIGHT)  # actions that may make gradients
 
 
 class Mode(StrEnum):
@@ -44,8 +46,7 @@ class StepInputs:
     """What one step of a stage starts from.
 
     parameters: owned ones at rest, on the device or its host, by the name of the input that holds
-    them. buffers: by input
-    name. seed: of the step.
+    them. buffers: by input name. seed: of the step.
     """
 
     parameters: Mapping[str, Shards]
@@ -81,7 +82,6 @@ class StageExecutor:
     ) -> None:
         self.stage: LoweredStage = lowered.stages[stage]
         self.routes: StageRoutes = stage_routes(lowered, stage)
-        self.actions = lowered.schedule.actions[stage]
         self.num_microbatches = lowered.schedule.num_microbatches
         self.coordinates = tuple(self.stage.mesh.coordinates(rank) for rank in ranks)
         self.transport = transport
@@ -95,18 +95,13 @@ class StageExecutor:
 
         self.forward = player(self.stage.forward)
         self.backward = player(self.stage.backward)
+        self.weights = None if self.stage.weights is None else player(self.stage.weights)
         self.gather = player(self.stage.gather)
         self.reduce = player(self.stage.reduce)
         self.on_host = frozenset(p.name for p in self.stage.parameters if p.host)
-        self.backward_saves = tuple(k for k in self.stage.saved if k in self.stage.backward.inputs)
-        self.backward_buffers = tuple(
-            k for k in self.stage.backward.inputs if k in self.stage.buffers
-        )
+        later = [name for p in self.stage.microbatch_programs[1:] for name in p.inputs]
+        self.late_buffers = tuple(k for k in dict.fromkeys(later) if k in self.stage.buffers)
         _check_buffers(lowered, graph)
-
-    def start(self, inputs: StepInputs, mode: Mode = Mode.TRAIN) -> StagePlayer:
-        """A step, before its first task."""
-        return StagePlayer(self, inputs, mode)
 
 
 def _check_buffers(lowered: LoweredPlan, graph: Graph) -> None:
@@ -135,47 +130,35 @@ class _State:
     parameters: dict[str, Shards] = field(default_factory=dict)  # in the layout held in the step
     buffers: dict[str, Shards] = field(default_factory=dict)
     kept: dict[int, dict[str, Shards]] = field(default_factory=dict)  # microbatch -> for backward
+    held: dict[int, dict[str, Shards]] = field(default_factory=dict)  # microbatch -> for weights
     loss: Shards | None = None
     gradients: dict[str, Shards] = field(default_factory=dict)
 
 
 class StagePlayer:
-    """One step of one stage. `needs` says what the next task receives; `advance` plays it."""
+    """One step of one stage. None stands for the fetch, before all actions."""
 
     def __init__(self, executor: StageExecutor, inputs: StepInputs, mode: Mode) -> None:
         self._executor = executor
         self._inputs = inputs
         self._state = _State(buffers=dict(inputs.buffers))
-        self._accumulator = Accumulator()
+        self._accumulators = {kind: Accumulator() for kind in _GRADIENTS_OF}
         self._train = mode is Mode.TRAIN
-        actions: list[Action | None] = [None]  # None: fetch
-        actions += [a for a in executor.actions if self._train or a.kind is ActionKind.FORWARD]
-        self._actions = tuple(actions)
-        self._position = 0
 
-    @property
-    def done(self) -> bool:
-        return self._position == len(self._actions)
-
-    @property
-    def next_task(self) -> str:
-        action = self._actions[self._position]
-        return "fetch" if action is None else str(action)
-
-    def needs(self) -> Route:
-        """Transfers that the next task receives."""
-        routes, action = self._executor.routes, self._actions[self._position]
+    def needs(self, action: Action | None) -> Route:
+        """Transfers that the action receives."""
+        routes = self._executor.routes
         if action is None:
             return routes.fetch_in
         return {
             ActionKind.FORWARD: routes.forward_in,
             ActionKind.BACKWARD: routes.backward_in,
+            ActionKind.WEIGHT: (),
             ActionKind.REDUCE: routes.return_in,
         }[action.kind]
 
-    def advance(self) -> None:
-        """Plays the next task."""
-        action = self._actions[self._position]
+    def play(self, action: Action | None) -> None:
+        """Pre: actions come in the order of the schedule."""
         with torch.no_grad():
             if action is None:
                 self._fetch()
@@ -183,19 +166,12 @@ class StagePlayer:
                 self._reduce()
             elif action.kind is ActionKind.FORWARD:
                 self._forward(action.microbatch)
-            else:
+            elif action.kind is ActionKind.BACKWARD:
                 self._backward(action.microbatch)
-        self._position += 1
-
-    def play(self) -> StageResult:
-        """Plays all tasks; receives block."""
-        while not self.done:
-            self.advance()
-        return self.result()
+            else:
+                self._weights(action.microbatch)
 
     def result(self) -> StageResult:
-        if not self.done:
-            raise InternalError(f"the step has not ended: next is {self.next_task}")
         return StageResult(self._state.loss, self._state.gradients, self._state.buffers)
 
     def _fetch(self) -> None:
@@ -215,13 +191,13 @@ class StagePlayer:
         executor, state = self._executor, self._state
         received: dict[str, Shards] = {}
         self._receive(executor.routes.forward_in, received)
-        kept = {name: state.buffers[name] for name in executor.backward_buffers}
+        kept = {name: state.buffers[name] for name in executor.late_buffers}
         values = self._program_inputs(executor.stage.forward, received, microbatch)
         received.clear()
         outputs = executor.forward(values)
         self._send(executor.routes.forward_out, outputs)
         if self._train:
-            kept.update((name, outputs[name]) for name in executor.backward_saves)
+            kept.update((name, outputs[name]) for name in executor.stage.saved)
             state.kept[microbatch] = kept
         for name in executor.stage.buffers:
             if name in outputs:
@@ -234,21 +210,42 @@ class StagePlayer:
             )
 
     def _backward(self, microbatch: int) -> None:
-        executor = self._executor
+        executor, weights = self._executor, self._executor.stage.weights
         available = self._state.kept.pop(microbatch)
         self._receive(executor.routes.backward_in, available)
+        held = _only(available, () if weights is None else weights.inputs)
         values = self._program_inputs(executor.stage.backward, available, microbatch)
         available.clear()
         outputs = executor.backward(values)
         self._send(executor.routes.backward_out, outputs)
-        last = not self._state.kept and executor.num_microbatches == 1
-        self._accumulator.add(outputs, executor.stage.gradients, reused=not last)
+        self._accumulate(ActionKind.BACKWARD, outputs, storages(held))
+        if weights is not None:
+            self._state.held[microbatch] = held | _only(outputs, weights.inputs)
+
+    def _weights(self, microbatch: int) -> None:
+        executor = self._executor
+        if executor.stage.weights is None or executor.weights is None:
+            raise InternalError(f"stage {executor.stage.index} plays all of backward in B")
+        available = self._state.held.pop(microbatch)
+        shared = storages(available)  # some of it may still be on its way to another stage
+        values = self._program_inputs(executor.stage.weights, available, microbatch)
+        available.clear()
+        self._accumulate(ActionKind.WEIGHT, executor.weights(values), shared)
+
+    def _accumulate(
+        self, kind: ActionKind, outputs: Mapping[str, Shards], shared: Collection[int]
+    ) -> None:
+        """Adds the gradients among what a program made. shared: memory of values of others."""
+        names = [name for name in self._executor.stage.gradients if name in outputs]
+        reused = self._executor.num_microbatches > 1
+        self._accumulators[kind].add(outputs, names, reused=reused, shared=shared)
 
     def _reduce(self) -> None:
         """Gradients to the layout at rest; uses of one weight summed; borrowed ones given back."""
         executor, state = self._executor, self._state
         state.parameters.clear()
-        reduced = executor.reduce(self._accumulator.take())
+        sums = {k: v for a in self._accumulators.values() for k, v in a.take().items()}
+        reduced = executor.reduce(sums)
         sources = {p.name: p.source for p in executor.stage.parameters}
         at_rest: dict[str, Shards] = {}
         for name in executor.stage.gradients:
@@ -318,6 +315,62 @@ class StagePlayer:
             share = 1.0 / self._executor.num_microbatches
             return torch.full(meta.shape, share, dtype=meta.dtype, device=device)
         raise InternalError(f"input {known.name!r} of kind {known.kind} has no value")
+
+
+class RowPlayer:
+    """One step of one worker. `needs` says what the next task receives; `advance` plays it."""
+
+    def __init__(
+        self,
+        row: Sequence[Action],
+        executors: Mapping[int, StageExecutor],
+        inputs: Mapping[int, StepInputs],
+        mode: Mode = Mode.TRAIN,
+    ) -> None:
+        """executors, inputs: by stage, of all stages of the row."""
+        self._players = {s: StagePlayer(e, inputs[s], mode) for s, e in executors.items()}
+        # earlier stages first: they lend
+        self._tasks: list[tuple[int, Action | None]] = [(s, None) for s in sorted(executors)]
+        train = mode is Mode.TRAIN
+        self._tasks += [(a.stage, a) for a in row if train or a.kind is ActionKind.FORWARD]
+        self._position = 0
+
+    @property
+    def done(self) -> bool:
+        return self._position == len(self._tasks)
+
+    @property
+    def next_task(self) -> str:
+        """Such as "stage1 at B0"."""
+        stage, action = self._tasks[self._position]
+        return f"stage{stage} at {'fetch' if action is None else action}"
+
+    def needs(self) -> Route:
+        """Transfers that the next task receives."""
+        stage, action = self._tasks[self._position]
+        return self._players[stage].needs(action)
+
+    def advance(self) -> None:
+        """Plays the next task."""
+        stage, action = self._tasks[self._position]
+        self._players[stage].play(action)
+        self._position += 1
+
+    def play(self) -> dict[int, StageResult]:
+        """Plays all tasks; receives block."""
+        while not self.done:
+            self.advance()
+        return self.results()
+
+    def results(self) -> dict[int, StageResult]:
+        """By stage."""
+        if not self.done:
+            raise InternalError(f"the step has not ended: next is {self.next_task}")
+        return {stage: player.result() for stage, player in self._players.items()}
+
+
+def _only(values: Mapping[str, Shards], names: Collection[str]) -> dict[str, Shards]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _add(totals: dict[str, Shards], name: str, value: Shards) -> None:

@@ -2,7 +2,7 @@
 
 A torch.nn.Module with the model's own parameter and buffer names. Parameters are DTensors on the
 mesh of the stage that owns them, so that optimizers, torch.distributed.checkpoint and gradient
-clipping work on them; a rank has those of its stage only. Those that the plan keeps on the host
+clipping work on them; a rank has those of its stages only. Those that the plan keeps on the host
 are on the CPU, with their gradients, and an optimizer updates them there. A plan for one device
 without a process group has plain tensors instead. Inside a step there are only local tensors.
 """
@@ -10,7 +10,7 @@ without a process group has plain tensors instead. Inside a step there are only 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.layout import REPLICATE, to_placements
-from autopar.lowering.lower import LoweredPlan, lower_plan
+from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
+from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan
-from autopar.runtime.comm import StageComm, World, connect_stage
+from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.data import DataShard, data_shard
-from autopar.runtime.executor import Mode, StageExecutor, StageResult, StepInputs
-from autopar.runtime.inputs import valid_part
+from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
+from autopar.runtime.inputs import BatchFeed, valid_part
 from autopar.runtime.parameters import (
     Initialiser,
     KeptParameter,
@@ -72,15 +73,17 @@ class ParallelModel(nn.Module):
         self._world = world
         self._device = world.device if world is not None else device or torch.device("cpu")
         self._lowered: LoweredPlan = lower_plan(graph, plan)
-        self._comm = None if world is None else connect_stage(world, self._lowered)
-        self._rank = 0 if self._comm is None else self._comm.rank
-        self._executor = _make_executor(self._lowered, graph, self._comm, self._device)
-        self._stage = self._executor.stage
-        self._kept = kept_parameters(model, self._lowered, self._stage)
-        self._kept_buffers = kept_buffers(model, self._lowered, self._stage)
+        self._comm = None if world is None else connect_rank(world, self._lowered)
+        self._rank = 0 if self._comm is None else self._comm.rank  # in the meshes of its stages
+        own = plan.stages_of(0 if world is None else world.rank)
+        self._row = self._lowered.schedule.actions[own[0]]
+        self._executors = _make_executors(self._lowered, graph, own, self._comm, self._device)
+        stages = [executor.stage for executor in self._executors.values()]
+        self._kept = kept_parameters(model, self._lowered, stages)
+        self._kept_buffers = kept_buffers(model, self._lowered, stages)
         self._known = {name for names in tied_names(model).values() for name in names}
         self._known.update(name for name, _ in model.named_buffers(remove_duplicate=False))
-        self._data = data_shard(graph, self._stage, self._rank, plan.num_microbatches)
+        self._data = data_shard(graph, stages, self._rank, plan.num_microbatches)
         self._seed, self._steps = seed, 0
         self._padded: dict[str, Tensor] = {}  # whole shards, of which parameters are views
         self._fill(model, model_values(model, initialiser, seed))
@@ -112,13 +115,14 @@ class ParallelModel(nn.Module):
         """
         seed = self._seed + self._steps if seed is None else seed
         self._steps += 1
-        result, loss = self._play(batch, seed, Mode.TRAIN, "train_step")
+        results, loss = self._play(batch, seed, Mode.TRAIN, "train_step")
         for kept in self._kept:
-            if kept.key in result.gradients and kept.requires_grad:
-                self._add_gradient(kept, result.gradients[kept.key][0])
+            gradients = results[kept.stage].gradients
+            if kept.key in gradients and kept.requires_grad:
+                self._add_gradient(kept, gradients[kept.key][0])
         for buffer in self._kept_buffers:
-            for key in buffer.keys:
-                _buffer(self, buffer.name).copy_(result.buffers[key][0])
+            for stage, key in buffer.keys:
+                _buffer(self, buffer.name).copy_(results[stage].buffers[key][0])
         return loss
 
     def eval_step(self, batch: Any) -> Tensor:
@@ -177,14 +181,14 @@ class ParallelModel(nn.Module):
         if isinstance(value, DTensor) or kept is None:
             target.copy_(value)
             return
-        shard = shard_of(kept, self._stage, self._rank, value, self._device)
+        shard = shard_of(kept, self._mesh(kept), self._rank, value, self._device)
         _local(target).copy_(self._valid(kept, shard))
 
     def _fill(self, model: nn.Module, values: Initialiser) -> None:
         """Registers every kept parameter and buffer under all of its names."""
         for kept in self._kept:
             whole = values(kept.names[0], kept.shape)
-            shard = shard_of(kept, self._stage, self._rank, whole, self._device)
+            shard = shard_of(kept, self._mesh(kept), self._rank, whole, self._device)
             del whole
             self._padded[kept.names[0]] = shard
             parameter = nn.Parameter(self._wrap(kept, shard), requires_grad=kept.requires_grad)
@@ -199,9 +203,12 @@ class ParallelModel(nn.Module):
             if not buffer.persistent:
                 scope._non_persistent_buffers_set.add(leaf)
 
+    def _mesh(self, kept: KeptParameter) -> LogicalMesh:
+        return self._lowered.stages[kept.stage].mesh
+
     def _valid(self, kept: KeptParameter, shard: Tensor) -> Tensor:
         """A view of a shard at rest without its padding."""
-        mesh = self._stage.mesh
+        mesh = self._mesh(kept)
         return valid_part(shard, kept.dims, kept.rest, mesh, mesh.coordinates(self._rank))
 
     def _at_rest(self, kept: KeptParameter) -> Tensor:
@@ -219,39 +226,48 @@ class ParallelModel(nn.Module):
             return shard
         return DTensor.from_local(
             self._valid(kept, shard),
-            self._comm.host_mesh if kept.host else self._comm.mesh,
-            to_placements(kept.dims, kept.rest, self._stage.mesh.axis_sizes),
+            (self._comm.host_meshes if kept.host else self._comm.meshes)[kept.stage],
+            to_placements(kept.dims, kept.rest, self._mesh(kept).axis_sizes),
             run_check=False,
             shape=torch.Size(kept.shape),
             stride=torch.empty(kept.shape, device="meta").stride(),
         )
 
-    def _play(self, batch: Any, seed: int, mode: Mode, what: str) -> tuple[StageResult, Tensor]:
+    def _play(
+        self, batch: Any, seed: int, mode: Mode, what: str
+    ) -> tuple[Mapping[int, StageResult], Tensor]:
+        """Results by stage, and the loss."""
         feed = self._data.feed(batch)  # outside of the guard: a wrong batch breaks nothing
-        inputs = StepInputs(
-            parameters={k.key: [self._at_rest(k)] for k in self._kept if k.key},
-            buffers={key: [_buffer(self, b.name)] for b in self._kept_buffers for key in b.keys},
-            feed=feed,
-            seed=seed,
-        )
+        inputs = {stage: self._inputs(stage, feed, seed) for stage in self._executors}
         guard = contextlib.nullcontext() if self._world is None else self._world.guard(what)
         with guard:
-            result = self._executor.start(inputs, mode).play()
-            return result, self._share_loss(result)
+            results = RowPlayer(self._row, self._executors, inputs, mode).play()
+            return results, self._share_loss(results)
 
-    def _share_loss(self, result: StageResult) -> Tensor:
+    def _inputs(self, stage: int, feed: BatchFeed, seed: int) -> StepInputs:
+        kept = [k for k in self._kept if k.key and k.stage == stage]
+        buffers = {
+            key: [_buffer(self, buffer.name)]
+            for buffer in self._kept_buffers
+            for of, key in buffer.keys
+            if of == stage
+        }
+        return StepInputs({k.key: [self._at_rest(k)] for k in kept}, buffers, feed, seed)
+
+    def _share_loss(self, results: Mapping[int, StageResult]) -> Tensor:
         """The loss on every rank of every stage."""
-        loss = None if result.loss is None else result.loss[0]
+        last = self._lowered.stages[self._lowered.loss_stage]
+        made = results[last.index].loss if last.index in results else None
+        loss = None if made is None else made[0]
         if self._comm is None or self._world is None:
             if loss is None:
-                raise PlanError("the plan's only stage makes no loss")
+                raise PlanError("no stage of the plan makes a loss")
             return loss
         self._comm.transport.flush()
         if loss is None:
-            port = self._lowered.stages[self._lowered.loss_stage].forward.outputs["loss"]
+            port = last.forward.outputs[LOSS]
             loss = torch.empty(port.meta.shape, dtype=port.meta.dtype, device=self._device)
-        source = self._lowered.stages[self._lowered.loss_stage].devices[0]
-        return self._world.broadcast(loss.contiguous(), source)
+        return self._world.broadcast(loss.contiguous(), last.devices[0])
 
     def _add_gradient(self, kept: KeptParameter, gradient: Tensor) -> None:
         parameter = _parameter(self, kept.names[0])
@@ -266,34 +282,35 @@ class ParallelModel(nn.Module):
 
     def _counts_here(self, kept: KeptParameter) -> bool:
         """Whether this rank's shard is the first of its replicas."""
-        coords = self._stage.mesh.coordinates(self._rank)
+        coords = self._mesh(kept).coordinates(self._rank)
         return all(
             c == 0 for c, placement in zip(coords, kept.rest, strict=True) if placement == REPLICATE
         )
 
 
-def _make_executor(
-    lowered: LoweredPlan, graph: Graph, comm: StageComm | None, device: torch.device
-) -> StageExecutor:
-    if comm is None:
-        return StageExecutor(
+def _make_executors(
+    lowered: LoweredPlan,
+    graph: Graph,
+    stages: Sequence[int],
+    comm: RankComm | None,
+    device: torch.device,
+) -> dict[int, StageExecutor]:
+    """One per stage that this rank plays. Without a process group the rank plays all of them."""
+    mailboxes = Mailboxes(lowered.stages, device)
+    return {
+        stage: StageExecutor(
             lowered,
             graph,
-            0,
-            ranks=(0,),
-            collectives=VirtualCollectives(lowered.stages[0].mesh),
-            transport=Mailboxes(lowered.stages, device),
+            stage,
+            ranks=(0 if comm is None else comm.rank,),
+            collectives=VirtualCollectives(lowered.stages[stage].mesh)
+            if comm is None
+            else comm.collectives[stage],
+            transport=mailboxes if comm is None else comm.transport,
             device=device,
         )
-    return StageExecutor(
-        lowered,
-        graph,
-        comm.stage,
-        ranks=(comm.rank,),
-        collectives=comm.collectives,
-        transport=comm.transport,
-        device=device,
-    )
+        for stage in stages
+    }
 
 
 def _scope(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autopar.errors import OptionError, PlanError
 from autopar.layout import Dims, Layout, raw_dims, replicated
 from autopar.lowering.lower import LoweredPlan, LoweredStage
+from autopar.mesh import LogicalMesh
 from autopar.runtime.host import HOST, to_host
 from autopar.runtime.inputs import local_part
 
@@ -30,10 +31,11 @@ Initialiser = Callable[[str, tuple[int, ...]], Tensor]
 class KeptParameter:
     """A parameter that the ranks of a stage keep.
 
-    names: its own first, then tied ones. key: the stage's input that it feeds, "" if none does.
-    host: it rests in the memory of the device's host.
+    stage: its index. names: its own first, then tied ones. key: the stage's input that it feeds, ""
+    if none does. host: it rests in the memory of the device's host.
     """
 
+    stage: int
     names: tuple[str, ...]
     key: str
     shape: tuple[int, ...]
@@ -46,10 +48,10 @@ class KeptParameter:
 
 @dataclass(frozen=True, slots=True)
 class KeptBuffer:
-    """keys: the stage's inputs that it feeds."""
+    """keys: the inputs that it feeds, with the stages that have them."""
 
     name: str
-    keys: tuple[str, ...]
+    keys: tuple[tuple[int, str], ...]
     persistent: bool
 
 
@@ -62,43 +64,48 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def kept_parameters(
-    model: nn.Module, lowered: LoweredPlan, stage: LoweredStage
+    model: nn.Module, lowered: LoweredPlan, stages: Sequence[LoweredStage]
 ) -> tuple[KeptParameter, ...]:
-    """In the model's order. PlanError where the plan owns what the model does not have."""
-    owned = {p.owner: p for p in stage.parameters if p.owned and p.source == p.name}
+    """Those of the stages of one worker, in the model's order. PlanError where the plan owns what
+    the model does not have."""
+    owned = {
+        p.owner: (stage.index, p)
+        for stage in stages
+        for p in stage.parameters
+        if p.owned and p.source == p.name
+    }
     read = {p.owner for s in lowered.stages for p in s.parameters}
     values = dict(model.named_parameters(remove_duplicate=False))
     kept = []
     for owner, names in tied_names(model).items():
         value = values[owner]
-        shape = tuple(value.shape)
+        shape, grad = tuple(value.shape), value.requires_grad
         if owner in owned:
-            p = owned.pop(owner)
-            placed = (p.name, p.rest_meta.dtype, p.dims, p.rest, p.host)
-        elif owner not in read and stage.index == 0:
-            unread = replicated(stage.mesh.num_axes)
-            placed = ("", value.dtype, raw_dims(shape), unread, False)
-        else:
-            continue
-        kept.append(
-            KeptParameter(names, placed[0], shape, placed[1], value.requires_grad, *placed[2:])
-        )
+            stage, p = owned.pop(owner)
+            placed = (p.name, shape, p.rest_meta.dtype, grad, p.dims, p.rest, p.host)
+            kept.append(KeptParameter(stage, names, *placed))
+        elif owner not in read and stages[0].index == 0:
+            rest = replicated(stages[0].mesh.num_axes)
+            dims = raw_dims(shape)
+            kept.append(KeptParameter(0, names, "", shape, value.dtype, grad, dims, rest))
     if owned:
         raise PlanError(f"the plan places {sorted(owned)}, which the model does not have")
     return tuple(kept)
 
 
 def kept_buffers(
-    model: nn.Module, lowered: LoweredPlan, stage: LoweredStage
+    model: nn.Module, lowered: LoweredPlan, stages: Sequence[LoweredStage]
 ) -> tuple[KeptBuffer, ...]:
-    """Those that the stage's programs read; stage 0 also has those that nothing reads."""
-    keys: dict[str, list[str]] = {}
-    for key, path in stage.buffers.items():
-        keys.setdefault(path, []).append(key)
+    """Those that the programs of a worker's stages read; stage 0 also has those that nothing
+    reads."""
+    keys: dict[str, list[tuple[int, str]]] = {}
+    for stage in stages:
+        for key, path in stage.buffers.items():
+            keys.setdefault(path, []).append((stage.index, key))
     read = {path for s in lowered.stages for path in s.buffers.values()}
     kept = []
     for name, _ in model.named_buffers(remove_duplicate=False):
-        if name in keys or (name not in read and stage.index == 0):
+        if name in keys or (name not in read and stages[0].index == 0):
             path, _, leaf = name.rpartition(".")
             persistent = leaf not in model.get_submodule(path)._non_persistent_buffers_set
             kept.append(KeptBuffer(name, tuple(keys.get(name, ())), persistent))
@@ -106,16 +113,16 @@ def kept_buffers(
 
 
 def shard_of(
-    kept: KeptParameter, stage: LoweredStage, rank: int, whole: Tensor, device: torch.device
+    kept: KeptParameter, mesh: LogicalMesh, rank: int, whole: Tensor, device: torch.device
 ) -> Tensor:
-    """This rank's part, in memory of its own: on the device, or on its host if it rests there.
-    PlanError on a value of another shape."""
+    """The part of a rank of the stage's mesh, in memory of its own: on the device, or on its host
+    if it rests there. PlanError on a value of another shape."""
     if tuple(whole.shape) != kept.shape:
         raise PlanError(
             f"parameter {kept.names[0]!r} has shape {kept.shape}, its value {tuple(whole.shape)}"
         )
-    coords = stage.mesh.coordinates(rank)
-    part = local_part(whole.detach(), kept.dims, kept.rest, stage.mesh, coords)
+    coords = mesh.coordinates(rank)
+    part = local_part(whole.detach(), kept.dims, kept.rest, mesh, coords)
     home = HOST if kept.host else device
     shard = part.to(device=home, dtype=kept.dtype, copy=True).contiguous()
     return to_host(shard, device) if kept.host else shard

@@ -102,6 +102,11 @@ def channels(lowered: LoweredPlan) -> tuple[tuple[int, int], ...]:
     return tuple(sorted({(t.source_stage, t.target_stage) for t in every}))
 
 
+def box_of(transfer: Transfer) -> tuple[int, int, str]:
+    """Where the values of a transfer queue up, in a process that both sends and receives them."""
+    return transfer.source_stage, transfer.target_stage, transfer.target_key
+
+
 def cut_tile(shard: Tensor, transfer: Transfer, mesh: LogicalMesh, tile: Tile) -> Tensor:
     """The part of a sender's shard that a tile names, in atoms: a view where strides allow it."""
     part = shard.reshape(local_atoms(transfer.dims, transfer.source_layout, mesh.axis_sizes))

@@ -1,6 +1,6 @@
 """The virtual run: all stages and ranks of a plan in one process, without a process group.
 
-Stages take turns, one action at a time, each playing its ranks in lockstep; values between stages
+Workers take turns, one action at a time, each playing its ranks in lockstep; values between stages
 go through mailboxes. The programs, the executor and the order of actions are those of a real job.
 """
 
@@ -17,11 +17,11 @@ from autopar.errors import InternalError, ScheduleError
 from autopar.graph.program import Graph, InputKind
 from autopar.lowering.lower import LoweredPlan, LoweredStage, StageParameter
 from autopar.lowering.transfer import Transfer
-from autopar.runtime.executor import Mode, StageExecutor, StagePlayer, StageResult, StepInputs
+from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
 from autopar.runtime.host import HOST
 from autopar.runtime.inputs import local_part, valid_part, whole_feed
 from autopar.runtime.interpreter import Shards
-from autopar.runtime.routes import Route, cut_tile, join_tiles
+from autopar.runtime.routes import Route, box_of, cut_tile, join_tiles
 from autopar.runtime.virtual import VirtualCollectives, unshard
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -48,29 +48,25 @@ class Mailboxes:
         for transfer, shards in zip(transfers, values, strict=True):
             mesh = self._stages[transfer.source_stage].mesh
             tiles = [cut_tile(shards[t.source], transfer, mesh, t) for t in transfer.tiles]
-            self._boxes[_box(transfer)].append(tiles)
+            self._boxes[box_of(transfer)].append(tiles)
 
     def receive(self, transfers: Route) -> list[Shards]:
         return [self._receive(transfer) for transfer in transfers]
 
     def ready(self, transfers: Route) -> bool:
-        return all(self._boxes[_box(transfer)] for transfer in transfers)
+        return all(self._boxes[box_of(transfer)] for transfer in transfers)
 
     def empty(self) -> bool:
         return not any(self._boxes.values())
 
     def _receive(self, transfer: Transfer) -> Shards:
-        tiles = self._boxes[_box(transfer)].popleft()
+        tiles = self._boxes[box_of(transfer)].popleft()
         mesh = self._stages[transfer.target_stage].mesh
         shards = []
         for rank in range(mesh.num_devices):
             mine = [p for p in zip(transfer.tiles, tiles, strict=True) if p[0].target == rank]
             shards.append(join_tiles(transfer, mesh, mine, self._device))
         return shards
-
-
-def _box(transfer: Transfer) -> tuple[int, int, str]:
-    return transfer.source_stage, transfer.target_stage, transfer.target_key
 
 
 class VirtualRun:
@@ -214,31 +210,26 @@ class VirtualRun:
             {i.name: i.meta for i in batch},
             self._lowered.schedule.num_microbatches,
         )
-        players = [
-            executor.start(
-                StepInputs(
-                    padded,
-                    buffers,
-                    feed,
-                    seed,
-                ),
-                mode,
-            )
-            for executor, padded, buffers in zip(
-                self._executors, self._padded, self._buffers, strict=True
-            )
+        schedule = self._lowered.schedule
+        inputs = [
+            StepInputs(padded, buffers, feed, seed)
+            for padded, buffers in zip(self._padded, self._buffers, strict=True)
         ]
+        players = []
+        for worker, row in enumerate(schedule.actions):
+            own = schedule.stages_of(worker)
+            executors = {stage: self._executors[stage] for stage in own}
+            players.append(RowPlayer(row, executors, {s: inputs[s] for s in own}, mode))
         self._take_turns(players)
-        return [player.result() for player in players]
+        results = {s: result for player in players for s, result in player.results().items()}
+        return [results[stage.index] for stage in self._lowered.stages]
 
-    def _take_turns(self, players: Sequence[StagePlayer]) -> None:
-        """Each stage plays one task where all that it receives has been sent."""
+    def _take_turns(self, players: Sequence[RowPlayer]) -> None:
+        """Each worker plays one task where all that it receives has been sent."""
         while any(not player.done for player in players):
             able = [p for p in players if not p.done and self._mail.ready(p.needs())]
             if not able:
-                waits = ", ".join(
-                    f"stage{i} at {p.next_task}" for i, p in enumerate(players) if not p.done
-                )
+                waits = ", ".join(p.next_task for p in players if not p.done)
                 raise ScheduleError(f"deadlock: waiting for values that nobody sends: {waits}")
             for player in able:
                 player.advance()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,13 +31,16 @@ from autopar.search.clock import Clock
 from autopar.search.prices import Prices, StagePrices
 from autopar.search.program import Program
 from autopar.search.space import Space
+from autopar.search.uniform import focus
 
 FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
+_CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
-_COUNT_MARGIN = 1.1  # a number of stages this much worse than the best one is not followed
+_PROGRAM_GAP = 1e-3  # of the inter-op program
+_COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class _Tables:
         space = search.space
         limit = search.stage_limit
         self.count = count
-        self.flights = [in_flight_count(space.schedules[0], s + 1, count) for s in range(limit)]
+        self.flights = [in_flight_count(space.table_schedule, s + 1, count) for s in range(limit)]
         self.rows = sorted(set(self.flights))
         self._search = search
         self._levels: dict[LogicalMesh, tuple[int, int, bool]] = {}
@@ -116,15 +119,27 @@ class _Tables:
         return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
 
     def ranked_views(self, stage: StageChoice) -> list[RankedView]:
-        """Of the stage's submesh, the best first."""
+        """Of the stage's submesh, the best first; of those that are about equal the exact ones, and
+        those of fewer axes, which are priced sooner."""
         search = self._search
         row = search.index[stage.first_layer, stage.last_layer]
         entries = []
         for order, view in enumerate(search.space.views[search.space.submeshes[stage.submesh]]):
             seconds, exact, fits = (part[stage.in_flight - 1, row] for part in self._parts[view])
-            ranked = RankedView(float(seconds), view, bool(exact), bool(fits))
-            entries.append((ranked.seconds, order, ranked))
-        return [ranked for _, _, ranked in sorted(entries, key=lambda e: e[:2])]
+            entries.append((order, RankedView(float(seconds), view, bool(exact), bool(fits))))
+        close = _CLOSE * min(ranked.seconds for _, ranked in entries)
+
+        def place(entry: tuple[int, RankedView]) -> tuple[float, bool, int, int]:
+            order, ranked = entry
+            near = ranked.seconds <= close
+            return (
+                close if near else ranked.seconds,
+                not ranked.exact,
+                ranked.view.num_axes,
+                order,
+            )
+
+        return [ranked for _, ranked in sorted(entries, key=place)]
 
 
 class RankedView(NamedTuple):
@@ -163,15 +178,30 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._best = math.inf
+        counts = space.microbatch_counts
+        # the most microbatches may have one row each, whose graph is not like the others
+        self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+
+    def _focus(self) -> None:
+        """Only what is near the best equal pipeline."""
+
+        def transfer(count: int, submesh: Submesh) -> float:
+            nbytes = self.reference.crossing[1:].mean() * self.reference.num_microbatches / count
+            costs = self._mesh_costs(self.space.views[submesh][0])
+            return costs.receive_seconds(float(nbytes) / submesh.num_devices)
+
+        self.space = focus(
+            self.space, self.prices, self.reference, transfer, self.raise_views, self._clock
+        )
 
     def __iter__(self) -> Iterator[Cut]:
-        first = self.space.microbatch_counts[0]
-        for submesh in self.usable():
-            for view in self.space.views[submesh]:
-                self.raise_view(view, first)
+        if self.stage_limit > 1:
+            self._focus()
+        usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
+        self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
         for count in self.space.microbatch_counts:
             self._solve(count)
-        while self._heap:
+        while self._heap and not (self._clock.expired and self._best < math.inf):
             _, count = heapq.heappop(self._heap)
             best = self._found[count].best
             if best is None:
@@ -189,8 +219,7 @@ class CutSearch:
                 self._found[count].done.add(len(best.stages))
                 self._push(count)
             elif best.seconds < _WORTH_PRICING * self._best:
-                for view, fits in inexact.items():
-                    self.raise_view(view, count, fits=fits)
+                self.raise_views(inexact, count)
                 self._push(count)
 
     @property
@@ -216,12 +245,13 @@ class CutSearch:
         whole = self.space.cluster.num_devices
         return tuple(s for s in self.space.submeshes if s.num_devices == whole)
 
-    def raise_view(self, view: LogicalMesh, count: int, *, fits: bool = True) -> None:
-        counts = self.space.microbatch_counts
-        # the most microbatches may have one row each, whose graph is not like the others
-        largest = counts[-1] if len(counts) < 3 else counts[-2]
-        with self._clock.passes("layer points", f"mesh {view}, {count} microbatch(es)"):
-            self.prices.raise_level(view, count, counts[0], largest, fits=fits)
+    def raise_views(self, views: Mapping[LogicalMesh, bool], count: int) -> None:
+        """views: with whether the stage that asks fits with its fastest solutions."""
+        if not views:
+            return
+        meshes = ", ".join(map(str, views)) if len(views) <= 3 else f"{len(views)} meshes"
+        with self._clock.passes("layer points", f"{meshes}, {count} microbatch(es)"):
+            self.prices.raise_levels(views, count, *self._anchors)
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""
@@ -243,7 +273,9 @@ class CutSearch:
         try:
             with self._clock.passes("stage cut", f"{count} microbatch(es)"):
                 found.by_stages = dp.solve_each_count(
-                    problem.with_stages(pinned) if pinned else problem, within=_COUNT_MARGIN
+                    problem.with_stages(pinned) if pinned else problem,
+                    relative_gap=_PROGRAM_GAP,
+                    within=_COUNT_MARGIN,
                 )
         except NoFeasiblePlan as error:
             self.failures.append(error)
@@ -267,6 +299,7 @@ class CutSearch:
             views=views,
             seconds=found.seconds,
             num_microbatches=count,
+            schedule=self.space.table_schedule,
         )
 
 

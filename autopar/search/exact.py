@@ -27,7 +27,7 @@ from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
-from autopar.schedule import in_flight_count
+from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
@@ -41,6 +41,7 @@ _ATTEMPTS = 4
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
+_ROUNDING = 1 + 1e-6
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
@@ -85,7 +86,9 @@ class ExactSolver:
         self._known: dict[object, _Known] = {}
 
     def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
-        """NoFeasiblePlan where some stage fits under no mixture of the policies."""
+        """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
+        is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
+        solutions or not at all."""
         extra = [0.0] * len(cut.first_layers)
         for attempt in range(_ATTEMPTS):
             policies = self._policies(program, cut, extra)
@@ -96,7 +99,7 @@ class ExactSolver:
                 return self._solve_window(program, cut, window, policies, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
-                if last or extra[error.stage] >= 1:
+                if last or cut.num_workers is not None or extra[error.stage] >= 1:
                     raise error.reason from None
                 extra[error.stage] += _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
@@ -124,7 +127,7 @@ class ExactSolver:
         counts = np.bincount(kinds, minlength=len(program.classes))
         flight = self._flight(cut, stage)
         frontiers = self.prices.frontiers(view, count)
-        budget = self.space.budget_of(view)
+        budget = self._budget(cut, view)
         mixture = stage_mixture(frontiers, counts, flight, _ROOM * budget)
         if mixture is None:
             mixture = stage_mixture(frontiers, counts, flight, math.inf)
@@ -146,16 +149,16 @@ class ExactSolver:
         return chosen
 
     def _flight(self, cut: Cut, stage: int) -> int:
-        """Microbatches in flight that the stage has room for: rounded up where there are very many
+        """Microbatches in flight that the stage has room for: rounded up where there are many
         stages, so that they are alike."""
-        from_end = len(cut.first_layers) - stage
-        flight = in_flight_count(self.space.schedules[0], from_end, cut.num_microbatches)
-        first = in_flight_count(
-            self.space.schedules[0], len(cut.first_layers), cut.num_microbatches
-        )
-        if len(cut.first_layers) <= _MANY_STAGES:
+        flight = cut.in_flight(stage)
+        if cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
             return flight
-        return min(first, 1 << (flight - 1).bit_length())
+        return min(cut.in_flight(0), 1 << (flight - 1).bit_length())
+
+    def _budget(self, cut: Cut, view: LogicalMesh) -> float:
+        """Bytes per device of one stage: those of one worker share."""
+        return self.space.budget_of(view) / cut.stages_per_worker
 
     # ---- stages
 
@@ -199,8 +202,6 @@ class ExactSolver:
         proven: bool,
     ) -> StageSolution:
         """On the best of the views that the tables put first."""
-        num_stages = len(cut.first_layers)
-        flight = in_flight_count(self.space.schedules[0], num_stages - index, cut.num_microbatches)
         context = StageContext(
             cut.num_microbatches,
             self._flight(cut, index),
@@ -216,7 +217,7 @@ class ExactSolver:
             if best is not None and best.seconds <= _CLOSE * least:
                 break
             try:
-                found = self._on_view(stage, view, context, proven)
+                found = self._on_view(stage, view, context, cut, proven)
             except NoFeasiblePlan as error:
                 failures.append(error)
                 continue
@@ -227,11 +228,18 @@ class ExactSolver:
                 best = found
         if best is None:
             raise failures[0] if failures else refused[0]
-        return replace(best, prediction=replace(best.prediction, in_flight=flight))
+        prediction = replace(best.prediction, in_flight=cut.in_flight(index))
+        return replace(best, prediction=prediction)
 
     def _on_view(
-        self, stage: PreparedStage, view: LogicalMesh, context: StageContext, proven: bool
+        self,
+        stage: PreparedStage,
+        view: LogicalMesh,
+        context: StageContext,
+        cut: Cut,
+        proven: bool,
     ) -> StageSolution:
+        budget = self._budget(cut, view)
         first = min((op.layer for op in stage.graph.operators), default=0)
         owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
         pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
@@ -241,7 +249,6 @@ class ExactSolver:
         )
         free_key = (hashlib.sha256(text.encode()).hexdigest(), view)
         known = self._known.get(free_key)
-        budget = self.space.budget_of(view)
         if known is None:
             free = self._solved(stage, view, context, None, proven)
             known = self._known[free_key] = _Known(stage.graph, free)
@@ -250,7 +257,11 @@ class ExactSolver:
         if prediction.peak_bytes <= budget:
             free = renamed(known.solution, known.graph, stage.graph)
             return replace(free, prediction=prediction)
-        tight_key = (*free_key, context.in_flight)
+        if cut.num_workers is not None:
+            raise NoFeasiblePlan(
+                "its fastest solution does not fit its share of the worker's memory"
+            )
+        tight_key = (*free_key, context.in_flight, budget)
         if tight_key not in self._known:
             try:
                 found = self._solved(stage, view, context, budget, proven)
@@ -286,11 +297,60 @@ class ExactSolver:
 def best_schedule(
     space: Space, cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...]
 ) -> Candidate:
-    """The cut under the schedule that simulates fastest; the first of equal ones."""
-    found: Candidate | None = None
-    for kind in space.schedules if len(stages) > 1 else space.schedules[:1]:
-        timeline = simulate_stages(graphs, stages, kind, cut.num_microbatches)
-        if found is None or timeline.step_s < found.step_s * (1 - 1e-9):
-            found = Candidate(cut, stages, timeline, timeline.step_s, kind)
-    assert found is not None
-    return found
+    """The cut under the schedule that simulates fastest, of those that fit; the first of equal
+    ones. NoFeasiblePlan where none fits."""
+    kinds = _kinds(space, cut)
+    if len(kinds) > 1:
+        kinds = sorted(kinds, key=lambda kind: _quick_step(cut, graphs, stages, kind))
+    budgets = [space.budget_of(s.mesh) for s in stages[: cut.num_workers or len(stages)]]
+    for kind in kinds:
+        timeline = simulate_stages(
+            graphs, stages, kind, cut.num_microbatches, num_workers=cut.num_workers
+        )
+        peaks = timeline.worker_peak_bytes
+        fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
+        if kind is cut.schedule and cut.num_workers is None:
+            return Candidate(cut, stages, timeline, timeline.step_s, kind)
+        if fits:
+            held = tuple(map(_with_peak, stages, timeline.peak_bytes))
+            return Candidate(cut, held, timeline, timeline.step_s, kind)
+    raise NoFeasiblePlan(
+        f"under the schedule {kinds[0]} some device would hold"
+        f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
+        least_bytes=max(peaks),
+    )
+
+
+def _with_peak(stage: StageSolution, peak_bytes: float) -> StageSolution:
+    """What a schedule holds beyond what the stage was solved for counts as transient."""
+    more = peak_bytes - stage.prediction.peak_bytes
+    if more <= 0:
+        return stage
+    transient = stage.prediction.transient_bytes + more
+    return replace(stage, prediction=replace(stage.prediction, transient_bytes=transient))
+
+
+def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
+    """The schedules that a cut can have, 1F1B first."""
+    if cut.num_workers is not None:
+        return [ScheduleKind.INTERLEAVED]
+    if cut.num_stages == 1:
+        return [space.schedules[0]]
+    kinds: list[ScheduleKind] = [k for k in space.schedules if k is not ScheduleKind.INTERLEAVED]
+    return kinds or [ScheduleKind.INTERLEAVED]
+
+
+def _quick_step(
+    cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...], kind: ScheduleKind
+) -> float:
+    """Seconds of the step; of many microbatches those in the middle are alike, and only some are
+    played."""
+
+    def played(count: int) -> float:
+        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers).step_s
+
+    count, few = cut.num_microbatches, 4 * cut.num_stages
+    if count <= 2 * few:
+        return played(count)
+    first, second = played(few), played(few + cut.num_stages)
+    return first + (count - few) * (second - first) / cut.num_stages

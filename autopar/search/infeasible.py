@@ -55,7 +55,7 @@ def closest_plan(search: CutSearch) -> Closest | None:
         closest, view = found
         if search.prices.level(view, count) is Level.FULL:
             return closest
-        search.raise_view(view, count, fits=False)
+        search.raise_views({view: False}, count)
 
 
 def _frontiers(search: CutSearch, count: int) -> dict[LogicalMesh, tuple[Frontier, ...]]:
@@ -132,12 +132,13 @@ def _least(
     return closest, view
 
 
-def explain(search: CutSearch, program: Program) -> NoFeasiblePlan:
-    """The error of a search that found nothing. program: of the closest plan's microbatches."""
+def explain(search: CutSearch, program: Program) -> NoFeasiblePlan | None:
+    """The error of a search that found nothing, None where no cut exists whatever the budget.
+    program: of the closest plan's microbatches."""
     space = search.space
     closest = closest_plan(search)
     if closest is None:
-        return search.failures[0]
+        return None
     names = program.folded.layer_names
     first, last = closest.layers
     layers = names[first] if first == last else f"{names[first]} .. {names[last]}"

@@ -17,7 +17,7 @@ its solutions has, both in proportion to the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -36,13 +36,16 @@ from autopar.intraop.compose import (
     stage_seconds,
     undominated,
 )
+from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
 from autopar.search.clock import Clock
+from autopar.search.pool import each
 from autopar.search.program import Program
 
 FloatArray = NDArray[np.float64]
 
+_WORTH_A_FORK = 600  # operators
 _REFUSED_S = 1e18  # of a layer that a pin keeps from a view: finite, as a stage may have none of it
 
 
@@ -59,6 +62,26 @@ class StagePrices(NamedTuple):
     seconds: FloatArray
     exact: NDArray[np.bool_]
     fits: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What takes a view one level up. Level.SCALED stands for its optimistic points."""
+
+    view: LogicalMesh
+    count: int
+    level: Level
+    policies: tuple[Remat, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A step under one policy."""
+
+    view: LogicalMesh
+    count: int
+    level: Level
+    policy: Remat
 
 
 @dataclass(slots=True)
@@ -96,6 +119,10 @@ class Prices:
             return Level.FULL
         return Level.FREE if count in known.free else Level.SCALED
 
+    def known(self, view: LogicalMesh) -> bool:
+        """Whether anything is."""
+        return view in self._views
+
     def state(self, view: LogicalMesh, count: int) -> tuple[int, int, bool]:
         """Changes whenever what is known about the view at this number of microbatches does."""
         known = self._views.get(view)
@@ -103,22 +130,52 @@ class Prices:
             return Level.SCALED, 0, False
         return self.level(view, count), len(known.free), known.optimistic is not None
 
-    def raise_level(
-        self, view: LogicalMesh, count: int, smallest: int, largest: int, *, fits: bool
+    def raise_levels(
+        self, views: Mapping[LogicalMesh, bool], count: int, smallest: int, largest: int
     ) -> None:
-        """One level up. smallest, largest: numbers of microbatches that anchor the scaled ones.
-        fits: whether the stage that asks fits with its fastest solutions."""
-        known = self._views.setdefault(view, _View())
+        """Each view one level up, several at a time. views: with whether the stage that asks fits
+        with its fastest solutions. smallest, largest: numbers of microbatches that anchor the
+        scaled ones."""
+        steps = [self._next(view, count, smallest, largest, fits) for view, fits in views.items()]
+        jobs = [_Job(s.view, s.count, s.level, p) for s in steps for p in s.policies]
+        size = 0
+        for job in jobs:  # what all forks share is made here
+            prepared = self._program(job.count).prepared(job.policy)
+            size += sum(len(stage.graph.operators) for stage in prepared)
+            self._mesh_costs(job.view)
+        self.num_solves += len(jobs)
+        found = each(self._run, jobs, None if size >= _WORTH_A_FORK else 1)
+        answers = dict(zip(jobs, found, strict=True))
+        for step in steps:
+            points = [answers[_Job(step.view, step.count, step.level, p)] for p in step.policies]
+            self.refused = next((r for _, r in points if r is not None), self.refused)
+            self._keep(step, [frontiers for frontiers, _ in points])
+
+    def _next(
+        self, view: LogicalMesh, count: int, smallest: int, largest: int, fits: bool
+    ) -> _Step:
+        known = self._views.get(view, _View())
+        first = self._policies[:1]
         if smallest not in known.free:
-            known.free[smallest] = self._free(view, smallest)
-        elif not fits and known.optimistic is None:
-            known.optimistic = smallest, self._optimistic(view, smallest, known.free[smallest])
-        elif count in known.free:
-            known.full[count] = self._full(view, count)
-        elif largest not in known.free:
-            known.free[largest] = self._free(view, largest)
+            return _Step(view, smallest, Level.FREE, first)
+        if not fits and known.optimistic is None:
+            return _Step(view, smallest, Level.SCALED, self._policies)
+        if count in known.free:
+            return _Step(view, count, Level.FULL, self._policies)
+        return _Step(view, count if largest in known.free else largest, Level.FREE, first)
+
+    def _keep(self, step: _Step, per_policy: Sequence[tuple[Frontier, ...]]) -> None:
+        merged = tuple(
+            undominated(point for frontier in frontiers for point in frontier)
+            for frontiers in zip(*per_policy, strict=True)
+        )
+        known = self._views.setdefault(step.view, _View())
+        if step.level is Level.FREE:
+            known.free[step.count] = merged
+        elif step.level is Level.FULL:
+            known.full[step.count] = merged
         else:
-            known.free[count] = self._free(view, count)
+            known.optimistic = step.count, merged
 
     def frontiers(self, view: LogicalMesh, count: int) -> tuple[Frontier, ...]:
         """Of each class, at the level reached."""
@@ -139,7 +196,7 @@ class Prices:
         self,
         view: LogicalMesh,
         count: int,
-        counts: NDArray[np.int64],
+        counts: NDArray[np.int64] | FloatArray,
         in_flight: int,
         budget_bytes: float,
     ) -> StagePrices:
@@ -164,63 +221,44 @@ class Prices:
 
     # ---- solving
 
-    def _free(self, view: LogicalMesh, count: int) -> tuple[Frontier, ...]:
-        return self._solve(view, count, Remat.NONE if Remat.NONE in self._policies else None)
-
-    def _solve(
-        self, view: LogicalMesh, count: int, remat: Remat | None, **settings: Sequence[float]
-    ) -> tuple[Frontier, ...]:
-        policy = self._policies[0] if remat is None else remat
-        program, costs = self._program(count), self._mesh_costs(view)
+    def _run(self, job: _Job) -> tuple[tuple[Frontier, ...], OptionError | None]:
+        """The points of each class, and a pin that the view cannot honour."""
+        program, costs = self._program(job.count), self._mesh_costs(job.view)
+        refused: OptionError | None = None
         found = []
-        for kind, stage in zip(program.classes, program.prepared(policy), strict=True):
+        for kind, stage in zip(program.classes, program.prepared(job.policy), strict=True):
             context = StageContext(
-                count, owned=kind.owned, pins=program.pins, offload=self._offload
+                job.count, owned=kind.owned, pins=program.pins, offload=self._offload
             )
-            self.num_solves += 1
             try:
                 points = layer_points(
                     stage.graph,
                     stage.table,
                     costs,
                     context,
-                    remat=policy,
+                    remat=job.policy,
+                    prices=PRICES if job.level is Level.FULL else PRICES[:1],
                     deadline=self._clock.deadline,
-                    **({"prices": (0.0,)} | settings),
                 )
-            except OptionError as error:  # a pin that this view cannot honour
-                self.refused = error
-                points = (Point(_REFUSED_S, 0.0, 0.0, 0.0, policy),)
+                if job.level is Level.SCALED:
+                    points = (_fewest_bytes(points[0], stage, costs, context),)
+            except OptionError as error:
+                refused = error
+                points = (Point(_REFUSED_S, 0.0, 0.0, 0.0, job.policy),)
             found.append(points)
-        return tuple(found)
+        return tuple(found), refused
 
-    def _full(self, view: LogicalMesh, count: int) -> tuple[Frontier, ...]:
-        per_policy = [self._solve(view, count, p, prices=PRICES) for p in self._policies]
-        return tuple(
-            undominated(point for frontier in frontiers for point in frontier)
-            for frontiers in zip(*per_policy, strict=True)
-        )
 
-    def _optimistic(
-        self, view: LogicalMesh, count: int, free: tuple[Frontier, ...]
-    ) -> tuple[Frontier, ...]:
-        """One point per policy: its fastest seconds, and the fewest bytes of each kind."""
-        program, costs = self._program(count), self._mesh_costs(view)
-        points: list[list[Point]] = [[] for _ in program.classes]
-        for policy in self._policies:
-            first = policy is self._policies[0]
-            fastest = free if first else self._solve(view, count, policy)
-            for number, kind in enumerate(program.classes):
-                stage = program.prepared(policy)[number]
-                context = StageContext(count, owned=kind.owned, offload=self._offload)
-                built = build_problem(stage.graph, stage.table, costs, context)
-                nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
-                for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
-                    nbytes[name] += float(sizes.min())
-                standing = nbytes["parameter"] + nbytes["gradient"]
-                seconds = fastest[number][0].seconds
-                points[number].append(Point(seconds, standing, nbytes["saved"], 0.0, policy))
-        return tuple(undominated(frontier) for frontier in points)
+def _fewest_bytes(
+    fastest: Point, stage: PreparedStage, costs: MeshCosts, context: StageContext
+) -> Point:
+    """The seconds of the fastest solution with the fewest bytes of any."""
+    built = build_problem(stage.graph, stage.table, costs, context)
+    nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
+    for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
+        nbytes[name] += float(sizes.min())
+    standing = nbytes["parameter"] + nbytes["gradient"]
+    return Point(fastest.seconds, standing, nbytes["saved"], 0.0, fastest.remat)
 
 
 def _refused(seconds: FloatArray) -> FloatArray:

@@ -92,11 +92,15 @@ def classes_of(graph: Graph, kinds: Sequence[int]) -> tuple[LayerClass, ...]:
 
 
 def _split_by_pins(graph: Graph, kinds: Sequence[int], pins: Mapping[str, str]) -> tuple[int, ...]:
-    """Layers whose parameters are pinned are classes of their own."""
+    """Equal layers are of one class where equal parameters are pinned alike."""
     owner = {i.ref: i.owner for i in graph.inputs if i.owner}
-    pinned = {op.layer for op in graph.operators for ref in op.operands if owner.get(ref) in pins}
+    pinned: dict[int, list[str | None]] = {}
+    for op in graph.operators:
+        pinned.setdefault(op.layer, []).extend(
+            pins.get(owner[ref]) for ref in op.operands if ref in owner
+        )
     numbers: dict[object, int] = {}
     return tuple(
-        numbers.setdefault(("pinned", layer) if layer in pinned else kind, len(numbers))
+        numbers.setdefault((kind, tuple(pinned.get(layer, ()))), len(numbers))
         for layer, kind in enumerate(kinds)
     )

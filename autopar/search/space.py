@@ -15,8 +15,7 @@ from cost_models import Cluster
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
     """microbatch_counts: rising. views: of each submesh. policies: from the one that recomputes
-    least. schedules: the first is the one whose bytes in flight the tables use. budgets: bytes per
-    device of each node group."""
+    least. schedules: those allowed. budgets: bytes per device of each node group."""
 
     cluster: Cluster
     options: SearchOptions
@@ -26,6 +25,14 @@ class Space:
     policies: tuple[Remat, ...]
     schedules: tuple[ScheduleKind, ...]
     budgets: tuple[float, ...]
+
+    @property
+    def table_schedule(self) -> ScheduleKind:
+        """Whose bytes in flight the tables use. Cuts are made for 1F1B where it, or what is made of
+        it, is allowed."""
+        others = (ScheduleKind.GPIPE, ScheduleKind.ZB_H1)
+        first = self.schedules[0]
+        return first if first in others else ScheduleKind.ONE_F_ONE_B
 
     def budget_of(self, view: LogicalMesh) -> float:
         """Bytes per device that a plan may use there."""

@@ -7,34 +7,44 @@ recomputation and hubs too; so names translate by position, and inputs by who re
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from autopar.errors import InternalError
-from autopar.graph.program import Graph, Operator, OutputKind, Ref
+from autopar.graph.program import Graph, Operator, Ref, map_refs
 from autopar.intraop.stage import StageSolution
+from autopar.layout import Dims
+from autopar.lowering.lower import PreparedStage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unfolded:
+    """A stage with every layer: its solution, the dims of its values, and the overloads of its
+    operators that are replicated for want of a rule."""
+
+    solution: StageSolution
+    dims: Mapping[Ref, Dims]
+    fallbacks: tuple[str, ...]
 
 
 def unfold(
-    solution: StageSolution, written: Graph, whole: Graph, written_layer: Callable[[int], int]
-) -> StageSolution:
-    """The solution of `written`, a prepared stage graph, as one of `whole`, the same stage with
-    every layer. written_layer: of a layer of the model. InternalError where they do not match."""
-    names = translation(written, whole, written_layer)
+    solution: StageSolution,
+    stage: PreparedStage,
+    whole: Graph,
+    written_layer: Callable[[int], int],
+) -> Unfolded:
+    """The solution of `stage` as one of `whole`, the graph of the same stage with every layer and
+    its hubs. written_layer: of a layer of the model. InternalError where they do not match."""
+    names = translation(stage.graph, whole, written_layer)
 
     def old(name: str) -> str:
-        ref = _ref(name, names)
-        return str(ref)
+        return str(_ref(name, names))
 
     outputs = {}
     for out in whole.outputs:
-        if out.kind in (OutputKind.SENT, OutputKind.GRADIENT):
-            outputs[out.target] = solution.outputs[old(out.target)]
-        else:
-            key = out.target or out.kind.value
-            outputs[key] = solution.outputs[old(out.target) if out.target else key]
-    inputs = {i.name: solution.inputs[old(i.name)] for i in whole.inputs}
-    return replace(
+        key = out.target or out.kind.value
+        outputs[key] = solution.outputs[old(out.target) if out.target else key]
+    unfolded = replace(
         solution,
         strategies={op.name: solution.strategies[names[op.name]] for op in whole.operators},
         parameters={
@@ -42,10 +52,14 @@ def unfold(
             for i in whole.inputs
             if old(i.name) in solution.parameters
         },
-        inputs=inputs,
+        inputs={i.name: solution.inputs[old(i.name)] for i in whole.inputs},
         outputs=outputs,
         receive_s={},
     )
+    dims = {ref: stage.table.dims[Ref(old(ref.name), ref.index)] for ref in whole.metas()}
+    replicated = stage.table.fallbacks
+    fallbacks = (replicated.get(names[op.name]) for op in whole.operators)
+    return Unfolded(unfolded, dims, tuple(f for f in fallbacks if f is not None))
 
 
 def _ref(name: str, names: dict[str, str]) -> Ref:
@@ -114,8 +128,6 @@ def same_structure(graph: Graph) -> str:
 
 
 def _plain_args(op: Operator) -> str:
-    from autopar.graph.program import map_refs
-
     return str(map_refs((op.args, sorted(op.kwargs.items())), lambda _: "%"))
 
 

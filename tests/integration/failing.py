@@ -45,7 +45,8 @@ def fail_mid_step(world: World, failing: int, kind: str, clock: str) -> None:
                 os._exit(7)
             raise ValueError(PULLED)
 
-        model._executor.transport.receive = receive  # type: ignore[method-assign]
+        (executor,) = model._executors.values()
+        executor.transport.receive = receive  # type: ignore[method-assign]
     model.train_step(batch)
 
 

@@ -13,6 +13,7 @@ from autopar.lowering.lower import lower_plan
 from autopar.plan import ParallelPlan
 from autopar.runtime.launch import run_processes
 from autopar.runtime.simulated import VirtualRun
+from autopar.schedule import ScheduleKind
 from autopar.verify import NARROW_SLACK, computes_narrow
 from tests.integration import workers
 from tests.oracles import widened
@@ -32,6 +33,9 @@ CASES = {
     "sizes that two does not divide": ("uneven gpt2", [(2,)]),
     "rows go to their experts": ("mixtral", [(2,)], "", {"experts": "x"}),
     "queries are shared": ("llama", [(2,)], "", {"sdpa": "s"}),
+    "stages take turns": ("t5", [(1,)] * 4, "", None, ScheduleKind.INTERLEAVED, 2),
+    "transfers inside a worker": ("gpt2", [(2,)] * 2, "", None, ScheduleKind.INTERLEAVED, 1),
+    "backward in two": ("gpt2", [(1,), (1,)], "", None, ScheduleKind.ZB_H1),
     "bfloat16": ("gpt2", [(2,)], "bf16"),
     "bfloat16, experts": ("mixtral", [(2,)], "bf16", {"experts": "x"}),
 }

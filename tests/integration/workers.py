@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from autopar.graph.precision import Precision
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import World
 from autopar.runtime.module import ParallelModel
+from autopar.schedule import ScheduleKind
 from tests.plans import random_plan, with_strategy
 from tests.unit.runtime.reference import Case, zoo_case
 
@@ -93,17 +95,27 @@ def _check_checkpoint(model: ParallelModel, folder: str) -> None:
         assert torch.equal(tensor, saved[key]), key
 
 
+@cache
+def cached_case(name: str) -> Case:
+    """In float64, captured once per process."""
+    return zoo_case(name)
+
+
 def random_case(
     name: str,
     meshes: Sequence[tuple[int, ...]],
     precision: str = "",
     strategies: Mapping[str, str] | None = None,
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B,
+    num_workers: int | None = None,
 ) -> tuple[Case, ParallelPlan]:
     """A random plan on these meshes, but for the strategies of operators whose names begin so. In
-    float64, or in a precision."""
+    float64, or in a precision. num_workers: groups of devices, if stages share them."""
     kind = Precision.parse(precision or "model")
-    case = zoo_case(name, double=not precision, precision=kind)
-    plan = random_plan(case.graph, meshes, random.Random(0))
+    case = cached_case(name) if not precision else zoo_case(name, double=False, precision=kind)
+    plan = random_plan(
+        case.graph, meshes, random.Random(0), schedule=schedule, num_workers=num_workers
+    )
     for operator, text in (strategies or {}).items():
         plan = with_strategy(plan, operator, text)
     return case, plan
@@ -115,6 +127,11 @@ def step_of(world: World, *which: Any) -> dict[str, Any]:
     model = ParallelModel(case.model, case.graph, plan, world=world)
     loss = model.train_step(case.batch, seed=SEED)
     return {"loss": loss.cpu(), "gradients": _on_cpu(gradients(model))}
+
+
+def steps_of(world: World, cases: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """`step_of` for several cases: one start of processes for all of them."""
+    return [step_of(world, *which) for which in cases]
 
 
 def on_hosts(world: World | None, meshes: Sequence[tuple[int, ...]], folder: str) -> dict[str, Any]:

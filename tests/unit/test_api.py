@@ -72,6 +72,9 @@ def test_microbatch_counts_divide_the_rows() -> None:
     batch = torch.zeros(12, 3)
     assert microbatch_counts(batch, SearchOptions()) == (1, 2, 3, 4, 6, 12)
     assert microbatch_counts(batch, SearchOptions(num_microbatches=3)) == (3,)
+    assert microbatch_counts(batch, SearchOptions(microbatch_limit=5)) == (1, 2, 3, 4)
+    with pytest.raises(OptionError, match="above microbatch_limit 2"):
+        SearchOptions(num_microbatches=3, microbatch_limit=2)
 
 
 def test_rows_that_do_not_divide_are_an_error() -> None:

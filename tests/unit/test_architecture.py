@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.estimate", "autopar.simulate"),
     ("autopar.intraop",),
     ("autopar.interop", "autopar.lowering", "autopar.options"),
-    ("autopar.candidate",),
+    ("autopar.candidate", "autopar.explain"),
     ("autopar.search",),
     ("autopar.planner", "autopar.runtime"),
     ("autopar.api", "autopar.models"),
@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.report",),
     ("autopar",),  # autopar/__init__.py: the public names
     ("autopar.arguments",),
+    ("autopar.questions",),
     ("autopar.cli",),
     ("autopar.__main__",),
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +44,10 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert time.monotonic() - started < 5  # 0.5 s on an idle machine
 
 
-@pytest.mark.parametrize("command", ["plan", "show", "coverage", "verify", "run", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    ["plan", "show", "explain", "diff", "simulate", "coverage", "verify", "run", "bench"],
+)
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +78,23 @@ def test_show_draws_the_schedule(plan_file: Path, capsys: pytest.CaptureFixture[
 def test_show_lists_operators(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(plan_file), "--operators", "bmm"]) == 0
     assert "1 of 11 operators" in capsys.readouterr().out
+
+
+def test_diff_and_simulate_a_saved_plan(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diff", str(plan_file), str(plan_file)]) == 0
+    assert "decide the same" in capsys.readouterr().out
+    assert main(["diff", str(plan_file), str(plan_file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same_graph"]
+    trace = tmp_path / "trace.json"
+    what_if = [str(plan_file), "--schedule", "gpipe", "--microbatches", "8"]
+    assert main(["simulate", *what_if, "--trace", str(trace)]) == 0
+    assert "2 times the rows" in capsys.readouterr().out
+    assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    assert main(["simulate", *what_if, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_microbatches"] == 8
+    assert main(["simulate", *what_if, "--trace", "/no/such/folder/trace.json"]) == 2
 
 
 def test_json_is_the_plan_and_nothing_else(
@@ -132,12 +153,69 @@ def test_interruption_exits_with_130(
     assert main(["show", str(plan_file)]) == 130
 
 
+_SLOW = """
+import sys, time
+from autopar.search.exact import ExactSolver
+
+solve, solved = ExactSolver.solve, []
+
+def slow(*arguments, **options):
+    if solved:
+        print("SLOW", file=sys.stderr, flush=True)
+        time.sleep(60)
+    solved.append(solve(*arguments, **options))
+    return solved[-1]
+
+ExactSolver.solve = slow
+from autopar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+_SEVERAL_CUTS = ["gpt-tiny", "--cluster", "h100:1x2", "--microbatches", "2", "--no-cache"]
+
+
+def test_ctrl_c_gives_the_best_plan_so_far(tmp_path: Path) -> None:
+    """A search that is slow from its second cut on, and a real signal."""
+    path = tmp_path / "plan.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, "plan", *_SEVERAL_CUTS, "-o", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.strip() == "SLOW":
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "interrupted: the best plan so far" in " ".join(out.split())
+    assert ParallelPlan.load(path).search.notes
+
+
+def test_ctrl_c_before_any_plan_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autopar.search.exact.ExactSolver.solve", interrupt)
+    path = tmp_path / "plan.json"
+    assert main(["plan", *_SEVERAL_CUTS, "-o", str(path)]) == 130
+    assert "Interrupted before there was any plan." in capsys.readouterr().err
+    assert not path.exists()
+
+
 def test_plan_then_verify_then_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiny.json"
     assert main(["plan", "gpt-tiny", *SMALL, "-o", str(path)]) == 0
     assert "blocks.*.up.{weight,bias}" in capsys.readouterr().out
     plan = ParallelPlan.load(path)
     assert (len(plan.stages), plan.num_microbatches) == (2, 2)
+    assert main(["explain", "gpt-tiny", "--plan", str(path)]) == 0
+    assert "forward compute" in capsys.readouterr().out
+    assert main(["explain", "gpt-tiny", "head.weight", "--plan", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decisions"][0]["name"] == "head.weight"
     assert main(["verify", "gpt-tiny", "--plan", str(path), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["ok"]

@@ -83,10 +83,50 @@ def test_plans_of_earlier_versions_have_nothing_on_hosts() -> None:
 
 def test_derived_figures() -> None:
     assert PREDICTION.peak_bytes == 10 + 20 + 40 + 2 * 3 + 5
-    assert plan().num_devices == 4 and plan().stage_of(2) == 1
+    assert plan().num_devices == 4 and plan().stages_of(2) == (1,)
     assert plan().search.gap == 0.5 and SearchRecord().gap == 0.0
     with pytest.raises(PlanError, match="rank 4"):
-        plan().stage_of(4)
+        plan().stages_of(4)
+
+
+def interleaved(*devices: tuple[int, ...], kind: str = "interleaved") -> ParallelPlan:
+    """One layer per stage."""
+    stages = tuple(stage(i, i, ranks) for i, ranks in enumerate(devices))
+    names = tuple(map(str, range(len(devices))))
+    remat = (Remat.FULL,) * len(names)
+    return replace(
+        plan(), schedule=ScheduleKind(kind), stages=stages, layer_names=names, remat=remat
+    )
+
+
+def test_interleaved_stages_take_turns_on_groups_of_devices() -> None:
+    made = interleaved((2, 3), (0, 1), (2, 3), (0, 1))
+    assert (made.num_devices, made.num_workers) == (4, 2)
+    assert made.stages_of(3) == (0, 2) and made.stages_of(0) == (1, 3)
+    assert ParallelPlan.from_json(made.to_json()).stages == made.stages
+    with pytest.raises(PlanError, match="belongs to one stage"):
+        interleaved((2, 3), (0, 1), (2, 3), (0, 1), kind="1f1b")
+    for wrong in (
+        ((0, 1), (2, 3), (2, 3), (0, 1)),  # not in turns
+        ((0, 1), (2, 3), (0, 1)),  # one group plays more than the other
+        ((0, 1), (2, 3), (1, 0), (2, 3)),  # the same devices in another order
+    ):
+        with pytest.raises(PlanError, match="take turns, stage s on group s mod"):
+            interleaved(*wrong)
+    with pytest.raises(PlanError, match="ranks"):
+        interleaved((0, 1), (1, 2), (0, 1), (1, 2))  # groups overlap
+
+
+def test_a_plan_of_version_2_is_read() -> None:
+    record = plan().to_json()
+    record["version"] = 2
+    for old in record["stages"]:
+        for name in ("weight_s", "weight_bytes", "gather_s", "reduce_s"):
+            del old["prediction"][name]
+    assert ParallelPlan.from_json(record) == ParallelPlan.from_json(plan().to_json())
+    record["version"] = 3
+    with pytest.raises(PlanError, match=r"missing fields.*weight_s"):
+        ParallelPlan.from_json(record)
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

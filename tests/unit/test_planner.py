@@ -18,7 +18,7 @@ from autopar.mesh import Submesh, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan, Remat
 from autopar.planner import make_plan
-from autopar.schedule import build_schedule, in_flight
+from autopar.schedule import ScheduleKind, build_schedule, in_flight
 from cost_models import Cluster
 from tests.unit.intraop.stages import gpt2_graph, graph_of
 
@@ -63,7 +63,7 @@ def test_the_same_plan_every_time_and_everywhere() -> None:
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_pinned_stages(num_stages: int) -> None:
-    plan = planned(num_stages=num_stages)
+    plan = planned(num_stages=num_stages, schedule=ScheduleKind.ONE_F_ONE_B)
     assert len(plan.stages) == num_stages and plan.num_devices == 4
     flights = in_flight(build_schedule(plan.schedule, num_stages, 4))
     assert tuple(s.prediction.in_flight for s in plan.stages) == flights

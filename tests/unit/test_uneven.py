@@ -129,7 +129,7 @@ def test_rows_of_an_odd_batch_on_each_rank() -> None:
     (lowered,) = lower_plan(case.graph, replace(plan, stages=(replace(stage, inputs=rows),))).stages
     found = []
     for rank in range(4):
-        data = data_shard(case.graph, lowered, rank, 2)
+        data = data_shard(case.graph, [lowered], rank, 2)
         found.append(data.per_microbatch)
         feeds = [data.feed(batch) for batch in (case.batch, data.select(case.batch))]
         coords = lowered.mesh.coordinates(rank)

@@ -17,7 +17,7 @@ from autopar.lowering.lower import LoweredPlan, lower_plan
 from autopar.lowering.program import CollectiveOp
 from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan
-from autopar.runtime.executor import StageExecutor, StepInputs
+from autopar.runtime.executor import RowPlayer, StageExecutor, StepInputs
 from autopar.runtime.inputs import whole_feed
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.simulated import owned
@@ -110,5 +110,6 @@ def peak_bytes(graph: Graph, plan: ParallelPlan, leaves: Sequence[Tensor]) -> fl
     on_host = {p.name for p in owned(stage) if p.host}
     at_rest = sum(t.nbytes for n, v in parameters.items() if n not in on_host for t in v)
     with LiveBytes() as live:
-        executor.start(StepInputs(parameters, buffers, feed, 0)).play()
+        inputs = StepInputs(parameters, buffers, feed, 0)
+        RowPlayer(lowered.schedule.actions[0], {0: executor}, {0: inputs}).play()
     return at_rest + live.peak

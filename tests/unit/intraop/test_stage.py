@@ -133,7 +133,9 @@ def test_what_rests_on_the_host_leaves_its_copy_on_the_device() -> None:
     assert (p.parameter_bytes, p.gradient_bytes) == (2 * W, 2 * W)
     assert (p.optimizer_bytes, p.host_bytes) == (2 * W, 4 * W)
     assert p.peak_bytes <= budget
-    slower = 2 * (5e-6 + W / 53.6e9) + 28 * (W / 4) / 38.4e9
+    way = 5e-6 + W / 53.6e9
+    assert p.gather_s == pytest.approx(way) and p.reduce_s == pytest.approx(way)
+    slower = 2 * way + 28 * (W / 4) / 38.4e9
     slower -= 28 * (W / 4) / (0.9 * 3.35e12)
     assert p.step_s - both.prediction.step_s == pytest.approx(slower)
     with pytest.raises(NoFeasiblePlan):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from autopar.graph.program import Graph, GraphInput, InputKind, TensorMeta
-from autopar.report.names import layers_text, parameter_groups
+from autopar.plan import ParameterPlacement
+from autopar.report.names import heavy_strategies, layers_text, parameter_groups
 from autopar.report.text import plan_text
 from tests.unit.report.plans import hand_plan
 
@@ -84,6 +86,37 @@ def test_with_the_graph_names_are_the_models_own_and_bytes_are_known() -> None:
         ("model.h.*.fc.weight", 4, 512),
         ("model.h.*.norm.{weight,bias}", 8, 1024),
     ]
+
+
+def test_placements_that_differ_by_block_say_which_blocks() -> None:
+    stage = hand_plan().stages[0]
+    names = [name for name in stage.parameters if name.endswith("fc_weight")]
+    other = ParameterPlacement("R R", "R R")
+    changed = {**stage.parameters, names[1]: other, names[3]: other}
+    patterns = [g.pattern for g in parameter_groups(replace(stage, parameters=changed))]
+    assert patterns == [
+        "model_h_{0, 2}_fc_weight",
+        "model_h_*_norm_{weight,bias}",
+        "model_h_{1, 3}_fc_weight",
+    ]
+
+
+def test_hubs_saves_and_recomputed_copies_are_not_heavy_operators() -> None:
+    derived = {
+        "parameter_h_0_attention_weight__hub": "-",
+        "parameter_h_0_attention_weight__hubb": "-",
+        "_scaled_dot_product_attention_1__save": "b",
+        "_scaled_dot_product_attention_1__re": "b",
+        "addmm_3__re2": "b",
+    }
+    stage = replace(hand_plan().stages[0], strategies={**derived, "addmm_3": "b k"})
+    assert heavy_strategies(stage) == {"addmm": Counter({"b k": 1})}
+
+
+def test_a_saved_plan_has_no_seconds_of_its_search() -> None:
+    plan = type(hand_plan()).from_json(hand_plan().to_json())
+    text = plan_text(plan)
+    assert "searched" not in text and "within 1.0 % of the optimum" in text
 
 
 def _dotted(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autopar.runtime.accumulate import Accumulator, own_copies
+from autopar.runtime.accumulate import Accumulator, own_copies, storages
 
 
 def test_shared_memory_is_copied_before_it_is_added_to() -> None:
@@ -33,3 +33,11 @@ def test_shared_memory_is_copied_before_it_is_added_to() -> None:
 def test_a_tensor_of_its_own_becomes_the_sum() -> None:
     alone = torch.ones(4)
     assert own_copies({"a": [alone]})["a"][0] is alone
+
+
+def test_what_others_may_still_read_is_copied() -> None:
+    sent, sums = torch.ones(4), Accumulator()
+    for _ in range(2):
+        sums.add({"a": [sent]}, ("a",), reused=True, shared=storages({"sent": [sent.view(2, 2)]}))
+    assert torch.equal(sent, torch.ones(4))
+    assert torch.equal(sums.take()["a"][0], torch.full((4,), 2.0))

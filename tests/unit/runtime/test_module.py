@@ -16,6 +16,7 @@ from autopar.graph.capture import capture_graph
 from autopar.graph.layers import cluster_layers
 from autopar.plan import ParallelPlan
 from autopar.runtime.module import ParallelModel
+from autopar.schedule import ScheduleKind
 from tests.plans import random_plan
 from tests.unit.runtime.reference import Case, expected_step, worst_error, zoo_case
 
@@ -110,6 +111,23 @@ def test_a_plan_for_more_devices_needs_processes() -> None:
     plan = random_plan(case.graph, [(2,)], random.Random(0))
     with pytest.raises(PlanError, match="torchrun"):
         ParallelModel(case.model, case.graph, plan)
+
+
+def test_stages_that_share_one_device_need_no_processes() -> None:
+    case, _ = _planned("gpt2")
+    interleaved = ScheduleKind.INTERLEAVED
+    plan = random_plan(
+        case.graph, [(1,)] * 3, random.Random(0), schedule=interleaved, num_workers=1
+    )
+    model = ParallelModel(case.model, case.graph, plan)
+    loss = model.train_step(case.batch, seed=SEED)
+    want = expected_step(case, seed=SEED)
+    assert torch.allclose(loss, want.loss, rtol=1e-12)
+    named = dict(model.named_parameters())
+    assert list(named) == [n for n, _ in case.model.named_parameters()]
+    got = {n: p.grad for n, p in named.items() if p.grad is not None}
+    assert worst_error(got, want.gradients)[0] <= 1e-10
+    assert float(model.eval_step(case.batch)) > 0
 
 
 class _Nets(nn.Module):

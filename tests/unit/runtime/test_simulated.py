@@ -22,11 +22,25 @@ from tests.zoo import CORE
 
 SEED, TOLERANCE = 7, 1e-8
 GPIPE, ONE_F_ONE_B = ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B
+INTERLEAVED, ZB_H1 = ScheduleKind.INTERLEAVED, ScheduleKind.ZB_H1
 PLANS = {
     "2x2": ([(2, 2)], Remat.SELECTIVE, GPIPE),
     "2+2": ([(2,), (2,)], Remat.FULL, ONE_F_ONE_B),
     "1+1+1+1 gpipe": ([(1,)] * 4, Remat.NONE, GPIPE),
     "1+1+1+1 1f1b": ([(1,)] * 4, Remat.SELECTIVE, ONE_F_ONE_B),
+}
+
+
+# Several stages per worker, and backward in two: (model, meshes, workers, recompute, schedule).
+# T5 sends to several later stages, also to one on the same devices; GPT-2 ties its embedding to its
+# head; both drop out. In wide_resnet every stage updates buffers.
+SPLIT_PLANS = {
+    "gpt2 interleaved": ("gpt2", [(2,), (1,), (2,), (1,)], 2, Remat.NONE, INTERLEAVED),
+    "t5 interleaved": ("t5", [(1,)] * 4, 2, Remat.FULL, INTERLEAVED),
+    "wide_resnet interleaved": ("wide_resnet", [(1,)] * 4, 2, Remat.SELECTIVE, INTERLEAVED),
+    "gpt2 zb-h1": ("gpt2", [(2,), (1,), (1,)], None, Remat.FULL, ZB_H1),
+    "t5 zb-h1": ("t5", [(1,), (2,), (1,)], None, Remat.SELECTIVE, ZB_H1),
+    "wide_resnet zb-h1": ("wide_resnet", [(1,), (2,)], None, Remat.NONE, ZB_H1),
 }
 
 
@@ -60,6 +74,24 @@ def test_step_equals_the_graph_on_every_microbatch(name: str, plan: str) -> None
     read = {name: want.buffers[name] for name in got.buffers}
     error, worst = worst_error(got.buffers, read)
     assert error <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("plan", SPLIT_PLANS)
+def test_shared_devices_and_split_backward_equal_the_graph(plan: str) -> None:
+    name, meshes, workers, remat, schedule = SPLIT_PLANS[plan]
+    case, want = _case(name)
+    rng = random.Random(3)
+    made = random_plan(case.graph, meshes, rng, remat=remat, schedule=schedule, num_workers=workers)
+    lowered = lower_plan(case.graph, made)
+    split = [stage.weights is not None for stage in lowered.stages]
+    assert split == [schedule is ZB_H1] * len(meshes)
+    got = _run(case, lowered).step(case.leaves, SEED)
+    assert abs(float(got.loss - want.loss)) <= 1e-10 * abs(float(want.loss))
+    error, worst = worst_error(got.gradients, want.gradients)
+    assert error <= 1e-10, worst
+    read = {name: want.buffers[name] for name in got.buffers}
+    error, worst = worst_error(got.buffers, read)
+    assert error <= 1e-10, worst
 
 
 def test_optimizer_on_shards_equals_optimizer_on_wholes() -> None:
