@@ -65,6 +65,18 @@ class Candidate:
     step_s: float
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
 
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which workers are idle. step_s may be of more microbatches than the
+        timeline shows."""
+        count = self.cut.num_microbatches
+        busy_s = sum(
+            count * (p.forward_s + p.backward_s) + p.step_s
+            for p in (stage.prediction for stage in self.stages)
+        )
+        workers = self.cut.num_workers or len(self.stages)
+        return max(0.0, 1 - busy_s / (workers * self.step_s)) if self.step_s > 0 else 0.0
+
 
 def describe(candidate: Candidate) -> str:
     meshes = ", ".join(

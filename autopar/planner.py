@@ -155,7 +155,10 @@ class _Search:
             self.program, self.mesh_costs, self.space.policies, self.clock, offload=offload
         )
         try:
-            self._look(reference, prices)
+            exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+            self._look(reference, prices, exact, narrow=True)
+            if not self.solved and prices.refused is None:
+                self._look(reference, prices, exact, narrow=False)
             if self.solved:
                 self._interleave(prices)
         except KeyboardInterrupt:
@@ -186,10 +189,14 @@ class _Search:
         again.notes.append("nothing fits without parameters on the hosts")
         return again
 
-    def _look(self, reference: Program, prices: Prices) -> None:
-        """Solves cuts exactly, the most promising first, until no other is worth it."""
-        search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
-        exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+    def _look(
+        self, reference: Program, prices: Prices, exact: ExactSolver, *, narrow: bool
+    ) -> None:
+        """Solves cuts exactly, the most promising first, until no other is worth it. narrow: among
+        the fast ones only; near the budget tables and whole stages differ, and none may fit."""
+        search = CutSearch(
+            self.space, prices, reference, self.mesh_costs, self.clock, narrow=narrow
+        )
         best_table = None
         for cut in search:
             best_table = best_table or cut.seconds
@@ -202,6 +209,8 @@ class _Search:
             else:
                 least = min(s.candidate.step_s for s in self.solved)
                 self.clock.incumbent = f"best so far {least * 1e3:.2f} ms"
+            if self.clock.expired and not self.solved and not narrow:
+                break
             if self.clock.expired and self.solved:
                 self.cut_short = True
                 self.notes.append(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
@@ -306,7 +315,7 @@ class _Search:
             layer_names=graph.layer_names,
             stages=tuple(stages),
             step_s=candidate.step_s,
-            bubble=candidate.timeline.bubble_fraction,
+            bubble=candidate.bubble,
             budget_bytes=min(self.space.budgets),
             search=record,
             fallbacks=dict(sorted(fallbacks.items())),

@@ -154,7 +154,8 @@ class RankedView(NamedTuple):
 class CutSearch:
     """Cuts from the fastest on; every stage of a cut has an exact table entry.
 
-    reference: the program at the smallest number of microbatches.
+    reference: the program at the smallest number of microbatches. narrow: False to leave out no
+    number of microbatches or stages, however slow they look.
     """
 
     def __init__(
@@ -164,6 +165,8 @@ class CutSearch:
         reference: Program,
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         clock: Clock,
+        *,
+        narrow: bool = True,
     ) -> None:
         self.space, self.prices, self.reference = space, prices, reference
         self.num_layers = reference.num_layers
@@ -178,6 +181,8 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._best = math.inf
+        self.margin = _COUNT_MARGIN if narrow else math.inf
+        self._narrow = narrow
         counts = space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others
         self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
@@ -195,7 +200,7 @@ class CutSearch:
         )
 
     def __iter__(self) -> Iterator[Cut]:
-        if self.stage_limit > 1:
+        if self.stage_limit > 1 and self._narrow:
             self._focus()
         usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
         self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
@@ -275,7 +280,7 @@ class CutSearch:
                 found.by_stages = dp.solve_each_count(
                     problem.with_stages(pinned) if pinned else problem,
                     relative_gap=_PROGRAM_GAP,
-                    within=_COUNT_MARGIN,
+                    within=self.margin,
                 )
         except NoFeasiblePlan as error:
             self.failures.append(error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.intraop.build import StageContext
 from autopar.intraop.compose import smallest_points, stage_mixture
+from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
@@ -35,13 +37,16 @@ from autopar.search.space import Space
 from autopar.search.unfold import renamed, same_structure
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
+from autopar.simulate import Timeline
 
+_LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
 _ATTEMPTS = 4
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 _ROUNDING = 1 + 1e-6
+_MANY_CELLS = 20_000  # of a schedule: stages x microbatches
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
@@ -84,6 +89,7 @@ class ExactSolver:
     ) -> None:
         self.space, self.prices, self.mesh_costs, self.clock = space, prices, mesh_costs, clock
         self._known: dict[object, _Known] = {}
+        self._fold = True
 
     def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
@@ -93,9 +99,25 @@ class ExactSolver:
         for attempt in range(_ATTEMPTS):
             policies = self._policies(program, cut, extra)
             window = write_window(
-                program.folded, program.kind_of_written, cut.first_layers, policies
+                program.folded,
+                program.kind_of_written,
+                cut.first_layers,
+                policies,
+                fold=self._fold,
             )
             try:
+                try:
+                    return self._solve_window(program, cut, window, policies, proven)
+                except NotFoldable as error:  # equal layers that are not alike in this stage
+                    _LOG.info("every layer is written: %s", error)
+                    self._fold = False
+                    window = write_window(
+                        program.folded,
+                        program.kind_of_written,
+                        cut.first_layers,
+                        policies,
+                        fold=False,
+                    )
                 return self._solve_window(program, cut, window, policies, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
@@ -304,16 +326,14 @@ def best_schedule(
         kinds = sorted(kinds, key=lambda kind: _quick_step(cut, graphs, stages, kind))
     budgets = [space.budget_of(s.mesh) for s in stages[: cut.num_workers or len(stages)]]
     for kind in kinds:
-        timeline = simulate_stages(
-            graphs, stages, kind, cut.num_microbatches, num_workers=cut.num_workers
-        )
+        timeline, step_s = _played(cut, graphs, stages, kind)
         peaks = timeline.worker_peak_bytes
         fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
         if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, timeline, timeline.step_s, kind)
+            return Candidate(cut, stages, timeline, step_s, kind)
         if fits:
             held = tuple(map(_with_peak, stages, timeline.peak_bytes))
-            return Candidate(cut, held, timeline, timeline.step_s, kind)
+            return Candidate(cut, held, timeline, step_s, kind)
     raise NoFeasiblePlan(
         f"under the schedule {kinds[0]} some device would hold"
         f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
@@ -343,14 +363,29 @@ def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
 def _quick_step(
     cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...], kind: ScheduleKind
 ) -> float:
-    """Seconds of the step; of many microbatches those in the middle are alike, and only some are
-    played."""
+    """Seconds of the step, few microbatches played."""
+    return _played(cut, graphs, stages, kind, few=True)[1]
 
-    def played(count: int) -> float:
-        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers).step_s
 
-    count, few = cut.num_microbatches, 4 * cut.num_stages
-    if count <= 2 * few:
-        return played(count)
-    first, second = played(few), played(few + cut.num_stages)
-    return first + (count - few) * (second - first) / cut.num_stages
+def _played(
+    cut: Cut,
+    graphs: Sequence[Graph],
+    stages: tuple[StageSolution, ...],
+    kind: ScheduleKind,
+    *,
+    few: bool = False,
+) -> tuple[Timeline, float]:
+    """The timeline, and the seconds of the step. Of very many microbatches those in the middle are
+    alike: then the timeline is that of fewer, and the rest is counted at their pace."""
+
+    def play(count: int) -> Timeline:
+        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers)
+
+    count, workers = cut.num_microbatches, cut.num_workers or cut.num_stages
+    some = 4 * workers
+    if count <= 2 * some or (not few and count * cut.num_stages <= _MANY_CELLS):
+        timeline = play(count)
+        return timeline, timeline.step_s
+    first, second = play(some), play(some + workers)
+    pace_s = (second.step_s - first.step_s) / workers
+    return second, first.step_s + (count - some) * pace_s

@@ -81,14 +81,19 @@ class Window:
 
 
 def write_window(
-    folded: Folded, kinds: Sequence[int], first_layers: Sequence[int], policies: Sequence[Remat]
+    folded: Folded,
+    kinds: Sequence[int],
+    first_layers: Sequence[int],
+    policies: Sequence[Remat],
+    *,
+    fold: bool = True,
 ) -> Window:
     """kinds: of each layer of the folded graph, equal ones are equal layers. first_layers: of the
-    stages. policies: of each layer of the model."""
+    stages. policies: of each layer of the model. fold: False to write every layer."""
     regions = _regions(folded, kinds)
     bounds = [*first_layers, folded.num_layers]
     pieces = tuple(
-        tuple(_stage_pieces(regions, policies, start, stop))
+        tuple(_stage_pieces(regions, policies, start, stop, fold))
         for start, stop in itertools.pairwise(bounds)
     )
     starts = itertools.accumulate(
@@ -126,7 +131,7 @@ def _regions(folded: Folded, kinds: Sequence[int]) -> list[_Region]:
 
 
 def _stage_pieces(
-    regions: Sequence[_Region], policies: Sequence[Remat], start: int, stop: int
+    regions: Sequence[_Region], policies: Sequence[Remat], start: int, stop: int, fold: bool
 ) -> Iterator[Piece]:
     """The layers start .. stop - 1 of the model."""
     for region in regions:
@@ -137,9 +142,9 @@ def _stage_pieces(
             ends = (stop - 1, region.stop - 1)
             tail = layers[-1:] if layers[-1] in ends and len(layers) > 1 else []
             inner = layers[len(head) : len(layers) - len(tail)]
-            fold = region.repeated >= 0 and len(inner) > _FOLDED
+            shorter = fold and region.repeated >= 0 and len(inner) > _FOLDED
             yield from (Piece(layer, 1, False, remat) for layer in head)
-            if fold:
+            if shorter:
                 yield Piece(inner[0], len(inner), True, remat)
             else:
                 yield from (Piece(layer, 1, False, remat) for layer in inner)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from autopar.errors import NoFeasiblePlan, OptionError
+from autopar.explain import ONCE_PER_STEP, Kind, explained_stages, ledger
 from autopar.intraop.build import StageContext, build_problem
 from autopar.intraop.stage import solve_stage
 from autopar.options import SearchOptions
@@ -87,6 +88,16 @@ def test_under_every_budget_the_choice_is_that_of_brute_force() -> None:
         budget = nbytes + free.prediction.transient_bytes
         found = solve_stage(stage.graph, stage.table, costs, context, budget_bytes=budget)
         assert found.seconds == pytest.approx(best)
+
+
+def test_it_is_explained() -> None:
+    plan = offloaded()
+    for stage in explained_stages(graph_of("mlp"), plan):
+        spent, p = ledger(stage), stage.plan.prediction
+        assert sum(spent[k] for k in ONCE_PER_STEP) == pytest.approx(p.step_s)
+        assert spent[Kind.STEP_GATHER] == pytest.approx(p.gather_s)
+        assert spent[Kind.STEP_REDUCE] == pytest.approx(p.reduce_s)
+        assert spent[Kind.STEP_REDUCE] > 0
 
 
 def test_the_step_is_that_of_one_device() -> None:
