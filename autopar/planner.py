@@ -56,6 +56,8 @@ _SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLE
 # solutions differ by up to 3 % where memory is free, more where it binds
 # (tests/unit/intraop/test_compose.py).
 _WORTH_SOLVING = 1.06
+# Of few layers the tables know less, and whole stages are cheap.
+_FEW_LAYERS, _WORTH_SOLVING_FEW, _CANDIDATES_FEW = 8, 1.3, 8
 
 Progress = Callable[[str], None]
 
@@ -197,10 +199,13 @@ class _Search:
         search = CutSearch(
             self.space, prices, reference, self.mesh_costs, self.clock, narrow=narrow
         )
+        few = reference.num_layers <= _FEW_LAYERS
+        worth = _WORTH_SOLVING_FEW if few else _WORTH_SOLVING
+        most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
         best_table = None
         for cut in search:
             best_table = best_table or cut.seconds
-            if self.solved and cut.seconds > _WORTH_SOLVING * best_table:
+            if self.solved and cut.seconds > worth * best_table:
                 break
             try:
                 self.solved.append(exact.solve(self.program(cut.num_microbatches), cut))
@@ -215,7 +220,7 @@ class _Search:
                 self.cut_short = True
                 self.notes.append(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
                 break
-            if len(self.solved) >= self.space.options.candidates:
+            if len(self.solved) >= most:
                 break
         self.failures += search.failures
 

@@ -262,17 +262,16 @@ def stage_mixture(
     return Mixture(steps[first - 1], steps[first], float(share))
 
 
-def smallest_points(frontiers: Sequence[Frontier], in_flight: int) -> Frontier:
-    """Of each class the point of least bytes, transients included."""
+def smallest_points(frontiers: Sequence[Frontier], counts: IntArray, in_flight: int) -> Frontier:
+    """Of each class the point of least bytes in a stage with so many layers of each."""
+
+    def nbytes(point: Point, count: int) -> float:
+        kept = point.standing_bytes + in_flight * point.saved_bytes
+        return max(count, 1) * kept + point.transient_bytes
+
     return tuple(
-        min(
-            points,
-            key=lambda p: (
-                p.standing_bytes + in_flight * p.saved_bytes + p.transient_bytes,
-                p.seconds,
-            ),
-        )
-        for points in frontiers
+        min(points, key=lambda p: (nbytes(p, int(count)), p.seconds))
+        for points, count in zip(frontiers, counts, strict=True)
     )
 
 

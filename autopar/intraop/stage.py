@@ -88,6 +88,19 @@ def solve_stage(
     built = build_problem(graph, table, costs, context)
     if context.folds:
         built = fold_problem(built, graph, context.folds)
+    return solve_program(graph, built, costs, context, budget_bytes=budget_bytes, options=options)
+
+
+def solve_program(
+    graph: Graph,
+    built: StageProblem,
+    costs: MeshCosts,
+    context: StageContext,
+    *,
+    budget_bytes: float | None,
+    options: SolverOptions = SolverOptions(),
+) -> StageSolution:
+    """The same of a program that is built already, and may have fewer choices."""
     deadline = time.monotonic() + options.time_limit_s
     earlier = Earlier()
 

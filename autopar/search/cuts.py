@@ -40,6 +40,7 @@ _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _PROGRAM_GAP = 1e-3  # of the inter-op program
+_FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
 
 
@@ -181,7 +182,8 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._best = math.inf
-        self.margin = _COUNT_MARGIN if narrow else math.inf
+        margin = _COUNT_MARGIN if self.num_layers > _FEW_LAYERS else _COUNT_MARGIN_FEW
+        self.margin = margin if narrow else math.inf
         self._narrow = narrow
         counts = space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others

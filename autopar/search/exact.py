@@ -21,7 +21,7 @@ from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.intraop.build import StageContext
-from autopar.intraop.compose import smallest_points, stage_mixture
+from autopar.intraop.compose import Frontier, smallest_points, stage_mixture
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
 from autopar.lowering.lower import PreparedStage, prepare_stage
@@ -42,6 +42,8 @@ from autopar.simulate import Timeline
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
 _ATTEMPTS = 4
+_LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
+_SMALL_GRAPH = 1500  # operators
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
@@ -95,36 +97,68 @@ class ExactSolver:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
         solutions or not at all."""
-        extra = [0.0] * len(cut.first_layers)
+        extra = [0.0] * cut.num_stages
+        solved = self._fitting(program, cut, extra, proven)
+        if cut.num_workers is None and len(self.space.policies) > 1:
+            solved = self._taken_back(program, cut, extra, solved, proven)
+        return solved
+
+    def _fitting(self, program: Program, cut: Cut, extra: list[float], proven: bool) -> SolvedCut:
+        """The first attempt that fits. extra: grows for the stages that are too large."""
         for attempt in range(_ATTEMPTS):
-            policies = self._policies(program, cut, extra)
-            window = write_window(
-                program.folded,
-                program.kind_of_written,
-                cut.first_layers,
-                policies,
-                fold=self._fold,
-            )
             try:
-                try:
-                    return self._solve_window(program, cut, window, policies, proven)
-                except NotFoldable as error:  # equal layers that are not alike in this stage
-                    _LOG.info("every layer is written: %s", error)
-                    self._fold = False
-                    window = write_window(
-                        program.folded,
-                        program.kind_of_written,
-                        cut.first_layers,
-                        policies,
-                        fold=False,
-                    )
-                return self._solve_window(program, cut, window, policies, proven)
+                return self._attempt(program, cut, extra, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
                 if last or cut.num_workers is not None or extra[error.stage] >= 1:
                     raise error.reason from None
                 extra[error.stage] += _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
+
+    def _taken_back(
+        self, program: Program, cut: Cut, extra: list[float], solved: SolvedCut, proven: bool
+    ) -> SolvedCut:
+        """With fewer layers that recompute, where that fits too and is faster: layers alone need
+        more than a whole stage. One attempt for large graphs, more for small ones."""
+        small = len(solved.window.graph.operators) <= _SMALL_GRAPH
+        for less in _LESS if small else _LESS[-1:]:
+            stages = [
+                index
+                for index, pieces in enumerate(solved.window.pieces)
+                if any(piece.remat is not self.space.policies[0] for piece in pieces)
+            ]
+            if not stages:
+                break
+            fewer = [e - less if i in stages else e for i, e in enumerate(extra)]
+            for _ in stages:
+                try:
+                    found = self._attempt(program, cut, fewer, proven)
+                except _StageTooLarge as error:
+                    fewer[error.stage] = extra[error.stage]
+                    continue
+                if found.candidate.step_s < solved.candidate.step_s:
+                    solved, extra = found, fewer
+                break
+        return solved
+
+    def _attempt(
+        self, program: Program, cut: Cut, extra: Sequence[float], proven: bool
+    ) -> SolvedCut:
+        policies = self._policies(program, cut, extra)
+        try:
+            return self._solve_window(
+                program, cut, self._window(program, cut, policies), policies, proven
+            )
+        except NotFoldable as error:  # equal layers that are not alike in this stage
+            _LOG.info("every layer is written: %s", error)
+            self._fold = False
+        return self._solve_window(
+            program, cut, self._window(program, cut, policies), policies, proven
+        )
+
+    def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
+        kinds = program.kind_of_written
+        return write_window(program.folded, kinds, cut.first_layers, policies, fold=self._fold)
 
     # ---- recomputation
 
@@ -156,8 +190,11 @@ class ExactSolver:
             assert mixture is not None
         share = mixture.share
         fast, small = mixture.fast, mixture.small
-        if extra:
-            smallest = smallest_points(frontiers, flight)
+        if extra < 0:
+            share = max(0.0, share + extra)
+            fast = fast if share or extra > -1 else self._least_recomputing(frontiers)
+        elif extra > 0:
+            smallest = smallest_points(frontiers, counts, flight)
             if share + extra > 1:
                 fast, small, share = small, smallest, share + extra - 1
             else:
@@ -169,6 +206,11 @@ class ExactSolver:
             chosen.append((small if seen[kind] < some else fast)[kind].remat)
             seen[kind] += 1
         return chosen
+
+    def _least_recomputing(self, frontiers: Sequence[Frontier]) -> Frontier:
+        """Of each class a point under the policy that recomputes least."""
+        least = self.space.policies[0]
+        return tuple(next((p for p in f if p.remat is least), f[0]) for f in frontiers)
 
     def _flight(self, cut: Cut, stage: int) -> int:
         """Microbatches in flight that the stage has room for: rounded up where there are many

@@ -73,17 +73,18 @@ def _least(
     count: int,
 ) -> tuple[Closest, LogicalMesh] | None:
     flights = search.tables(count).rows
+    whole = search.counts.max(axis=0)
     need: dict[LogicalMesh, np.ndarray[tuple[int, int], np.dtype[np.float64]]] = {}
     for view, points in frontiers.items():
         known = search.prices.optimistic(view, count)
         rows = []
         for flight in flights:
             if search.prices.level(view, count) is Level.FULL:
-                small = smallest_points(points, flight)
+                small = smallest_points(points, whole, flight)
                 nbytes = np.array([p.standing_bytes + flight * p.saved_bytes for p in small])
                 spikes = np.array([p.transient_bytes for p in small])
             else:  # it is priced when it is on the path
-                small = smallest_points(known, flight) if known else ()
+                small = smallest_points(known, whole, flight) if known else ()
                 nbytes = np.array([p.standing_bytes + flight * p.saved_bytes for p in small])
                 nbytes = nbytes if known else np.zeros(len(points))
                 spikes = np.zeros(len(points))
@@ -115,7 +116,7 @@ def _least(
     views = [v for v in search.space.views[search.space.submeshes[worst.submesh]] if v in need]
     view = min(views, key=lambda v: float(need[v][worst.in_flight - 1, row]))
     flight = flights[worst.in_flight - 1]
-    small = smallest_points(frontiers[view], flight)
+    small = smallest_points(frontiers[view], whole, flight)
     counts = search.counts[row]
     closest = Closest(
         num_microbatches=count,

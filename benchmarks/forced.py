@@ -1,0 +1,236 @@
+"""Plans that are told: cut, views, recomputation and microbatches are given, and the stages'
+integer programs may be restricted. What they cost is what the search says of its own plans: the
+same cost model, the same solver, the same simulated schedule. The search itself takes no part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from autopar.candidate import simulate_stages
+from autopar.errors import NoFeasiblePlan
+from autopar.estimate import MeshCosts
+from autopar.graph.program import Graph
+from autopar.graph.repeat import whole_graph
+from autopar.intraop.build import Choice, Node, StageContext, StageProblem, build_problem
+from autopar.intraop.fold import fold_problem
+from autopar.intraop.stage import SolverOptions, StageSolution, solve_program
+from autopar.lowering.lower import PreparedStage, prepare_stage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import cut_stages, parameter_owners
+from autopar.mesh import LogicalMesh
+from autopar.plan import Remat
+from autopar.schedule import ScheduleKind, in_flight_count
+from autopar.search.program import Program
+from autopar.search.unfold import renamed, same_structure
+from autopar.search.window import Window, write_window
+from autopar.search.workload import Workload
+from autopar.sharding.registry import RuleTable
+from cost_models import Cluster
+
+SCHEDULE = ScheduleKind.ONE_F_ONE_B
+
+Keep = Callable[[Node, Choice], bool]
+Restriction = Callable[[PreparedStage, LogicalMesh], Keep]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToldStages:
+    """The stages of a cut before anything is chosen. keys: equal for stages that are equal but for
+    names."""
+
+    graphs: tuple[Graph, ...]
+    prepared: tuple[PreparedStage, ...]
+    owned: tuple[frozenset[str], ...]
+    window: Window | None
+    keys: tuple[str, ...]
+
+
+class Forced:
+    """Solves told stages; remembers what it has solved. budget_bytes: per device.
+
+    folded: equal layers of a stage are folded as in the search; else every layer is written out.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        cluster: Cluster,
+        budget_bytes: float,
+        *,
+        folded: bool,
+        solver: SolverOptions = SolverOptions(),
+    ) -> None:
+        self.workload, self.cluster, self.budget_bytes = workload, cluster, budget_bytes
+        self.folded, self.solver = folded, solver
+        self.num_solves = 0
+        self.remembered: dict[Any, Any] = {}  # by whoever asks
+        self._programs: dict[int, Program] = {}
+        self._costs: dict[LogicalMesh, MeshCosts] = {}
+        self._cuts: dict[Any, ToldStages] = {}
+        self._known: dict[Any, tuple[Graph, StageSolution | None]] = {}
+
+    def program(self, num_microbatches: int) -> Program:
+        if num_microbatches not in self._programs:
+            folded = self.workload.at(num_microbatches)
+            self._programs[num_microbatches] = Program(folded, num_microbatches)
+        return self._programs[num_microbatches]
+
+    def cut(
+        self, num_microbatches: int, first_layers: tuple[int, ...], policies: tuple[Remat, ...]
+    ) -> ToldStages:
+        """policies: of each layer of the model."""
+        key = (num_microbatches, first_layers, policies)
+        if key not in self._cuts:
+            self._cuts[key] = self._cut(*key)
+        return self._cuts[key]
+
+    def _cut(
+        self, num_microbatches: int, first_layers: tuple[int, ...], policies: tuple[Remat, ...]
+    ) -> ToldStages:
+        program = self.program(num_microbatches)
+        window = None
+        if self.folded:
+            window = write_window(program.folded, program.kind_of_written, first_layers, policies)
+            recomputed = apply_recompute(window.graph, window.policies)
+            first_layers = window.first_layers
+        else:
+            recomputed = apply_recompute(whole_graph(program.folded), policies)
+        dims = RuleTable(recomputed).dims
+        graphs = cut_stages(recomputed, first_layers)
+        owners = parameter_owners(graphs)
+        owned = tuple(
+            frozenset(o for o, holder in owners.items() if holder == index)
+            for index in range(len(graphs))
+        )
+        prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
+        keys = []
+        for index, stage in enumerate(prepared):
+            first = min((op.layer for op in stage.graph.operators), default=0)
+            folds = () if window is None else window.folds(index)
+            text = (
+                f"{same_structure(stage.graph)}\n"
+                f"{[i.owner in owned[index] for i in stage.graph.inputs]}\n"
+                f"{[(f.layer - first, f.count) for f in folds]}\n{num_microbatches}"
+            )
+            keys.append(hashlib.sha256(text.encode()).hexdigest())
+        return ToldStages(graphs, prepared, owned, window, tuple(keys))
+
+    def solve(
+        self,
+        told: ToldStages,
+        index: int,
+        view: LogicalMesh,
+        num_microbatches: int,
+        stages_from_end: int,
+        restriction: Restriction | None = None,
+        name: str = "",
+    ) -> StageSolution | None:
+        """One stage, None where it does not fit. name: of the restriction."""
+        flight = in_flight_count(SCHEDULE, stages_from_end, num_microbatches)
+        stage = told.prepared[index]
+        key = (told.keys[index], view, name)
+        if key not in self._known:
+            free = self._solved(told, index, view, num_microbatches, flight, None, restriction)
+            self._known[key] = (stage.graph, free)
+        graph, found = self._known[key]
+        if found is None:
+            return None
+        prediction = replace(found.prediction, in_flight=flight)
+        if prediction.peak_bytes > self.budget_bytes:
+            key = (*key, flight)
+            if key not in self._known:
+                tight = self._solved(
+                    told, index, view, num_microbatches, flight, self.budget_bytes, restriction
+                )
+                self._known[key] = (stage.graph, tight)
+            graph, found = self._known[key]
+            if found is None:
+                return None
+            prediction = found.prediction
+        return replace(renamed(found, graph, stage.graph), prediction=prediction)
+
+    def _solved(
+        self,
+        told: ToldStages,
+        index: int,
+        view: LogicalMesh,
+        num_microbatches: int,
+        flight: int,
+        budget: float | None,
+        restriction: Restriction | None,
+    ) -> StageSolution | None:
+        stage = told.prepared[index]
+        folds = () if told.window is None else told.window.folds(index)
+        context = StageContext(num_microbatches, flight, told.owned[index], folds=folds)
+        costs = self._costs.setdefault(view, MeshCosts(self.cluster, view))
+        built = build_problem(stage.graph, stage.table, costs, context)
+        if folds:
+            built = fold_problem(built, stage.graph, folds)
+        self.num_solves += 1
+        try:
+            if restriction is not None:
+                built = restricted(built, restriction(stage, view))
+            return solve_program(
+                stage.graph, built, costs, context, budget_bytes=budget, options=self.solver
+            )
+        except NoFeasiblePlan:
+            return None
+
+    def step_s(
+        self, graphs: tuple[Graph, ...], stages: tuple[StageSolution, ...], num_microbatches: int
+    ) -> float:
+        """Simulated."""
+        return simulate_stages(graphs, stages, SCHEDULE, num_microbatches).step_s
+
+
+def restricted(built: StageProblem, keep: Keep) -> StageProblem:
+    """The program with the choices that are kept. NoFeasiblePlan where a node is left without."""
+    problem = built.problem
+    kept = []
+    for node in built.nodes:
+        picks = [i for i, choice in enumerate(node.choices) if keep(node, choice)]
+        if not picks:
+            raise NoFeasiblePlan(f"{node.kind} {node.name} has no choice that is allowed")
+        kept.append(np.array(picks))
+    matrices: dict[Any, np.ndarray[Any, np.dtype[np.float64]]] = {}  # equal ones stay one object
+
+    def cut(matrix: np.ndarray[Any, np.dtype[np.float64]], u: int, v: int) -> Any:
+        key = (id(matrix), kept[u].tobytes(), kept[v].tobytes())
+        if key not in matrices:
+            matrices[key] = np.ascontiguousarray(matrix[np.ix_(kept[u], kept[v])])
+        return matrices[key]
+
+    edges = zip(problem.edges, problem.edge_seconds, strict=True)
+
+    def chosen(node: Node, picks: np.ndarray[Any, Any]) -> Node:
+        return replace(node, choices=tuple(node.choices[i] for i in picks))
+
+    return replace(
+        built,
+        problem=replace(
+            problem,
+            node_seconds=tuple(s[k] for s, k in zip(problem.node_seconds, kept, strict=True)),
+            node_bytes=tuple(b[k] for b, k in zip(problem.node_bytes, kept, strict=True)),
+            edge_seconds=tuple(cut(matrix, u, v) for (u, v), matrix in edges),
+        ),
+        nodes=tuple(map(chosen, built.nodes, kept)),
+        twins=tuple((chosen(node, kept[first]), first) for node, first in built.twins),
+    )
+
+
+def table_text(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def header_text(title: str, command: str, facts: Mapping[str, object]) -> str:
+    """The head of a result: where it was measured."""
+    lines = [f"# {title}", "", f"- command: `{command}`"]
+    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
