@@ -39,6 +39,7 @@ _VIEWS = 2  # of a stage's submesh that are solved exactly
 _WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
+_SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
 _PROGRAM_GAP = 1e-3  # of the inter-op program
 _FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
@@ -185,6 +186,7 @@ class CutSearch:
         margin = _COUNT_MARGIN if self.num_layers > _FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
         self._narrow = narrow
+        self._large = space.cluster.num_devices > _SMALL_CLUSTER
         counts = space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others
         self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
@@ -202,7 +204,7 @@ class CutSearch:
         )
 
     def __iter__(self) -> Iterator[Cut]:
-        if self.stage_limit > 1 and self._narrow:
+        if self.stage_limit > 1 and self._narrow and self._large:
             self._focus()
         usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
         self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
