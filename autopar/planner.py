@@ -35,7 +35,7 @@ from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan, Remat, SearchRecord, StagePlan
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
-from autopar.search.cuts import CutSearch
+from autopar.search.cuts import FEW_LAYERS, WORTH_SOLVING, CutSearch
 from autopar.search.exact import ExactSolver, SolvedCut
 from autopar.search.infeasible import explain
 from autopar.search.interleave import interleaved_cuts
@@ -52,12 +52,8 @@ _LOG = logging.getLogger(__name__)
 _POLICIES = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
 _SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLEAVED)
 
-# A cut whose table value is this much above the best is not solved exactly. Tables and exact
-# solutions differ by up to 3 % where memory is free, more where it binds
-# (tests/unit/intraop/test_compose.py).
-_WORTH_SOLVING = 1.06
 # Of few layers the tables know less, and whole stages are cheap.
-_FEW_LAYERS, _WORTH_SOLVING_FEW, _CANDIDATES_FEW = 8, 1.3, 8
+_WORTH_SOLVING_FEW, _CANDIDATES_FEW = 1.3, 8
 
 Progress = Callable[[str], None]
 
@@ -166,8 +162,7 @@ class _Search:
         except KeyboardInterrupt:
             if not self.solved:
                 raise
-            self.cut_short = True
-            self.notes.append("interrupted: the best plan so far")
+            self._end_early("interrupted: the best plan so far")
         if not self.solved and not prices.refused and self._may_offload():
             plan = self._offloading().run()
         elif not self.solved:
@@ -175,7 +170,7 @@ class _Search:
         else:
             best = min(self.solved, key=lambda s: s.candidate.step_s)
             plan = self._plan(self._proved(best, prices), prices)
-        if key and not self.cut_short:
+        if key and not (self.cut_short or self.clock.expired):
             remember_plan(key, plan)
         return plan
 
@@ -199,8 +194,8 @@ class _Search:
         search = CutSearch(
             self.space, prices, reference, self.mesh_costs, self.clock, narrow=narrow
         )
-        few = reference.num_layers <= _FEW_LAYERS
-        worth = _WORTH_SOLVING_FEW if few else _WORTH_SOLVING
+        few = reference.num_layers <= FEW_LAYERS
+        worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
         best_table = None
         for cut in search:
@@ -217,14 +212,23 @@ class _Search:
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
-                self.cut_short = True
-                self.notes.append(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
+                self._end_early(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
                 break
             if len(self.solved) >= most:
                 break
         self.failures += search.failures
 
+    def _end_early(self, note: str) -> None:
+        """The plan is not kept for other searches, and says why."""
+        self.cut_short = True
+        self.notes.append(note)
+
     def _nothing(self, reference: Program, prices: Prices) -> NoFeasiblePlan:
+        if self.clock.expired and self.failures:
+            return NoFeasiblePlan(
+                f"no plan was found within the time limit of {self.clock.limit_s:g} s: raise it."
+                f" The last cut that was tried: {self.failures[-1]}"
+            )
         with self.clock.passes("what would fit"):
             search = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock)
             error = explain(search, self.program(self.space.microbatch_counts[-1]))
@@ -260,7 +264,10 @@ class _Search:
         try:
             program = self.program(cut.num_microbatches)
             proven = again.solve(program, replace(cut, views=views), proven=True)
-        except (KeyboardInterrupt, NoFeasiblePlan):
+        except NoFeasiblePlan:
+            return best
+        except KeyboardInterrupt:
+            self._end_early("interrupted: the best plan so far")
             return best
         return min(proven, best, key=lambda s: s.candidate.step_s)
 

@@ -92,7 +92,7 @@ def plan_once(request: Mapping[str, Any]) -> dict[str, Any]:
         model,
         batch,
         Cluster.parse(request["cluster"]),
-        options=SearchOptions(**options),
+        options=SearchOptions(cache=False, **options),
         progress=clock,
     )
     clock("end")

@@ -4,9 +4,10 @@ looks.
     until the best cut's stages are all exact:  solve the inter-op program, raise the level of the
                                                 views on its path
 
-Tables are lower bounds, so that the first cut whose stages are exact is the best of all; of the
-others only what a path touched was ever priced. One such search runs for each number of
-microbatches and number of stages, the most promising first.
+Tables rise as they are priced, so that the first cut whose stages are exact is the best of the
+exact tables, up to the margins below; of the others only what a path touched was ever priced.
+Tables know single layers: whole stages can be faster or slower (`search.exact`). One such search
+runs for each number of microbatches, the most promising first.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from autopar.search.uniform import focus
 FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
-_WORTH_SOLVING = 1.06  # a view whose table value is this much above the best is not
+WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
 _PROGRAM_GAP = 1e-3  # of the inter-op program
-_FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
+FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
 
 
@@ -177,13 +178,12 @@ class CutSearch:
         pinned = space.options.num_stages
         self.stage_limit = pinned or min(self.num_layers, space.cluster.num_devices // smallest)
         self.failures: list[NoFeasiblePlan] = []
-        self.num_programs = 0
         self._mesh_costs, self._clock = mesh_costs, clock
         self._by_count: dict[int, _Tables] = {}
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._best = math.inf
-        margin = _COUNT_MARGIN if self.num_layers > _FEW_LAYERS else _COUNT_MARGIN_FEW
+        margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
         self._narrow = narrow
         self._large = space.cluster.num_devices > _SMALL_CLUSTER
@@ -231,11 +231,6 @@ class CutSearch:
                 self.raise_views(inexact, count)
                 self._push(count)
 
-    @property
-    def bound(self) -> float:
-        """No cut that is still to come has a smaller table value."""
-        return self._heap[0][0] if self._heap else math.inf
-
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
         scale = self.reference.num_microbatches / count
@@ -278,7 +273,6 @@ class CutSearch:
         problem = self.tables(count).refresh()
         found = self._found.setdefault(count, _Found({}))
         pinned = self.space.options.num_stages
-        self.num_programs += 1
         try:
             with self._clock.passes("stage cut", f"{count} microbatch(es)"):
                 found.by_stages = dp.solve_each_count(
@@ -298,7 +292,7 @@ class CutSearch:
             tuple(
                 (entry.seconds, entry.view)
                 for entry in entries[:_VIEWS]
-                if entry.seconds <= _WORTH_SOLVING * entries[0].seconds
+                if entry.seconds <= WORTH_SOLVING * entries[0].seconds
             )
             for entries in ranked
         )

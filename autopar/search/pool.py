@@ -1,29 +1,26 @@
 """The same work on several items at once, in forks of this process.
 
-A fork has all that the search has built, and gives its result back through a pipe. What it adds to
-caches is lost, so only work that takes long enough is worth one. Results are in the order of the
-items, so that a search does not depend on how many processors there are.
+What a fork adds to caches is lost, so only work that takes long enough is worth one. Results are in
+the order of the items, so that a search does not depend on how many processors there are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import select
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from autopar.errors import InternalError
+from autopar.forks import Fork, outcome, start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_CHUNK = 1 << 20
 
 
 def num_workers() -> int:
@@ -43,71 +40,40 @@ def each(
     if limit <= 1:
         return [work(item) for item in items]
     shares = [range(w, len(items), limit) for w in range(limit)]
-    children = [_start(work, [items[i] for i in share]) for share in shares[1:]]
-    answers: dict[int, tuple[bool, object]] = {}
+    forks = [_start(work, [items[i] for i in share]) for share in shares[1:]]
+    answers: dict[int, tuple[bool, Result | Exception]] = {}
     try:
         for i in shares[0]:
-            answers[i] = _answer(work, items[i])
-        for share, (_, reader) in zip(shares[1:], children, strict=True):
-            answers.update(zip(share, _received(reader), strict=True))
+            answers[i] = outcome(partial(work, items[i]))
+        for share, fork in zip(shares[1:], forks, strict=True):
+            answers.update(zip(share, _received(fork), strict=True))
     finally:
-        for child, reader in children:
-            with contextlib.suppress(OSError):
-                os.close(reader)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        for fork in forks:
+            fork.end(kill=True)
     results = []
     for i in range(len(items)):
         failed, result = answers[i]
         if failed:
-            assert isinstance(result, BaseException)
+            assert isinstance(result, Exception)
             raise result
         results.append(result)
     return results  # type: ignore[return-value]
 
 
-def _answer(work: Callable[[Item], Result], item: Item) -> tuple[bool, object]:
-    try:
-        return False, work(item)
-    except Exception as error:
-        return True, error
-
-
-def _start(work: Callable[[Item], Result], items: Sequence[Item]) -> tuple[int, int]:
-    """(process, end of its pipe)."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-        child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _work(work, items, writer)
-    os.close(writer)
-    return child, reader
-
-
-def _work(work: Callable[[Item], Result], items: Sequence[Item], writer: int) -> NoReturn:
-    """In the child. It ends without any of the parent's clean-up."""
-    try:
+def _start(work: Callable[[Item], Result], items: Sequence[Item]) -> Fork:
+    def all_of_them() -> list[tuple[bool, Result | Exception]]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports
-        torch.set_num_threads(1)  # a fork has none of its parent's threads
-        data = pickle.dumps([_answer(work, item) for item in items])
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(data)
-    finally:
-        os._exit(0)
+        return [outcome(partial(work, item)) for item in items]
+
+    return start(all_of_them)
 
 
-def _received(reader: int) -> list[tuple[bool, object]]:
-    data = bytearray()
-    while True:
-        select.select([reader], [], [])
-        chunk = os.read(reader, _CHUNK)
-        if not chunk:
-            break
-        data += chunk
+def _received(fork: Fork) -> list[tuple[bool, Result | Exception]]:
+    data, _ = fork.received()
     if not data:
         raise InternalError("a worker of the search ended without an answer")
-    found: list[tuple[bool, object]] = pickle.loads(data)
+    failed, answers = pickle.loads(data)
+    if failed:
+        raise answers
+    found: list[tuple[bool, Result | Exception]] = answers
     return found

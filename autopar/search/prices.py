@@ -108,7 +108,6 @@ class Prices:
         self._program, self._mesh_costs, self._offload = program, mesh_costs, offload
         self._policies, self._clock = tuple(policies), clock
         self._views: dict[LogicalMesh, _View] = {}
-        self.num_solves = 0
         self.refused: OptionError | None = None  # a pin that some view cannot honour
 
     def level(self, view: LogicalMesh, count: int) -> Level:
@@ -143,7 +142,6 @@ class Prices:
             prepared = self._program(job.count).prepared(job.policy)
             size += sum(len(stage.graph.operators) for stage in prepared)
             self._mesh_costs(job.view)
-        self.num_solves += len(jobs)
         found = each(self._run, jobs, None if size >= _WORTH_A_FORK else 1)
         answers = dict(zip(jobs, found, strict=True))
         for step in steps:

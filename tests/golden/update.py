@@ -96,7 +96,9 @@ def plan_of(case: Case) -> ParallelPlan:
         Cluster.parse(case.cluster),
         num_microbatches=case.num_microbatches,
         budget_bytes=budget,
-        options=SearchOptions(num_stages=1, mesh_shape=case.mesh_shape, remat=Remat.NONE),
+        options=SearchOptions(
+            num_stages=1, mesh_shape=case.mesh_shape, remat=Remat.NONE, cache=False
+        ),
     )
 
 

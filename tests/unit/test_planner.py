@@ -36,7 +36,7 @@ def planned(cluster: str = "h100:1x4", microbatches: int = 4, **options: Any) ->
         Cluster.parse(cluster),
         num_microbatches=microbatches,
         budget_bytes=budget,
-        options=SearchOptions(**options),
+        options=SearchOptions(cache=False, **options),
     )
 
 
