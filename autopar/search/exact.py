@@ -307,8 +307,10 @@ class ExactSolver:
         first = min((op.layer for op in stage.graph.operators), default=0)
         owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
         pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
+        dims = [stage.table.dims[i.ref] for i in stage.graph.inputs]
         text = (
-            f"{same_structure(stage.graph)}\n{owned}\n{pins}\n{context.num_microbatches}\n"
+            f"{same_structure(stage.graph)}\n{owned}\n{pins}\n{dims}\n"
+            f"{context.num_microbatches}\n"
             f"{[(f.layer - first, f.count) for f in context.folds]}\n{proven}"
         )
         free_key = (hashlib.sha256(text.encode()).hexdigest(), view)

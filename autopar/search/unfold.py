@@ -123,7 +123,10 @@ def same_structure(graph: Graph) -> str:
             f"{number(op.name)} {op.op_name} {op.phase} {op.layer - first_layer} {reads} {metas}"
             f" {_plain_args(op)}"
         )
-    lines += [f"{o.kind} {number(o.ref.name)} {o.ref.index}" for o in graph.outputs]
+    own = {i.name for i in graph.inputs}
+    for out in graph.outputs:
+        target = number(out.target) if out.target in own else ""
+        lines.append(f"{out.kind} {number(out.ref.name)} {out.ref.index} {target}")
     return "\n".join(lines)
 
 
