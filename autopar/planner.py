@@ -16,6 +16,7 @@ time limit or an interrupt ends the search: then it is the best so far.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +45,7 @@ from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
+from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
 from autopar.search.unfold import unfold
 from autopar.search.workload import Workload, one_graph
 from cost_models import Cluster
@@ -155,9 +157,12 @@ class _Search:
         try:
             exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
             self._look(reference, prices, exact, narrow=True)
+            small = is_small(self.space, reference)
+            if small and not self.cut_short:
+                self._try_all(reference, prices)
             if not self.solved and prices.refused is None:
                 self._look(reference, prices, exact, narrow=False)
-            if self.solved:
+            if self.solved and not small:
                 self._interleave(prices)
         except KeyboardInterrupt:
             if not self.solved:
@@ -212,11 +217,35 @@ class _Search:
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
-                self._end_early(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
+                self._end_early(self._time_limit())
                 break
             if len(self.solved) >= most:
                 break
         self.failures += search.failures
+
+    def _time_limit(self) -> str:
+        return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
+
+    def _try_all(self, reference: Program, prices: Prices) -> None:
+        """Looks at every cut, where there are few stages to solve."""
+        tables = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock, narrow=False)
+        exact = ExactSolver(
+            self.space,
+            prices,
+            self.mesh_costs,
+            self.clock,
+            alike=False,
+            target_gap=min(TARGET_GAP, self.space.options.target_gap),
+        )
+        least = min((s.candidate.step_s for s in self.solved), default=math.inf)
+        search = ThoroughSearch(tables, exact, self.program, least)
+        try:
+            search.run()
+        finally:
+            winner = search.winner()
+            self.solved += [] if winner is None else [winner]
+        if self.clock.expired and self.solved:
+            self._end_early(self._time_limit())
 
     def _end_early(self, note: str) -> None:
         """The plan is not kept for other searches, and says why."""
@@ -260,16 +289,20 @@ class _Search:
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
-        again = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        again = self._solver(prices, best)
         try:
             program = self.program(cut.num_microbatches)
-            proven = again.solve(program, replace(cut, views=views), proven=True)
+            proven = again.told(program, replace(cut, views=views), best.policies, proven=True)
         except NoFeasiblePlan:
             return best
         except KeyboardInterrupt:
             self._end_early("interrupted: the best plan so far")
             return best
         return min(proven, best, key=lambda s: s.candidate.step_s)
+
+    def _solver(self, prices: Prices, like: SolvedCut) -> ExactSolver:
+        """One that solves as the cut was solved."""
+        return ExactSolver(self.space, prices, self.mesh_costs, self.clock, alike=like.alike)
 
     # ---- the answer
 
@@ -285,7 +318,10 @@ class _Search:
         _LOG.info("the graph of %s microbatches is not as derived", cut.num_microbatches)
         program = Program(folded, cut.num_microbatches, self.space.options.placements)
         self.programs[cut.num_microbatches] = program
-        return ExactSolver(self.space, prices, self.mesh_costs, self.clock).solve(program, cut)
+        try:
+            return self._solver(prices, best).told(program, cut, best.policies)
+        except NoFeasiblePlan:
+            return self._solver(prices, best).solve(program, cut)
 
     def _plan(self, best: SolvedCut, prices: Prices) -> ParallelPlan:
         """The winner in the names of the graph that was really captured."""

@@ -29,7 +29,7 @@ from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.schedule import in_flight_count
 from autopar.search.clock import Clock
-from autopar.search.prices import Prices, StagePrices
+from autopar.search.prices import Level, Prices, StagePrices
 from autopar.search.program import Program
 from autopar.search.space import Space
 from autopar.search.uniform import focus
@@ -182,6 +182,7 @@ class CutSearch:
         self._by_count: dict[int, _Tables] = {}
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
+        self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
         self._best = math.inf
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
@@ -256,6 +257,25 @@ class CutSearch:
         meshes = ", ".join(map(str, views)) if len(views) <= 3 else f"{len(views)} meshes"
         with self._clock.passes("layer points", f"{meshes}, {count} microbatch(es)"):
             self.prices.raise_levels(views, count, *self._anchors)
+
+    def raise_to_free(self, count: int) -> None:
+        """Every view that some cut can have, at this number of microbatches."""
+        usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
+        while low := [v for v in usable if self.prices.level(v, count) < Level.FREE]:
+            self.raise_views(dict.fromkeys(low, True), count)
+
+    def least_seconds(
+        self, view: LogicalMesh, count: int, first: int, stop: int, in_flight: int
+    ) -> float:
+        """What a stage of the layers first .. stop - 1 takes at least per microbatch: see
+        `Prices.least_seconds`."""
+        key = view, count, in_flight
+        if key not in self._least:
+            budget = self.space.budget_of(view)
+            self._least[key] = self.prices.least_seconds(
+                view, count, self.counts, in_flight, budget
+            )
+        return float(self._least[key][self.index[first, stop - 1]])
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""

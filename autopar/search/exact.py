@@ -7,37 +7,38 @@ folded (`search.window`), and equal stages are solved once.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from autopar.candidate import Candidate, Cut, simulate_stages
+from autopar.candidate import Candidate, Cut
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.graph.program import Graph
-from autopar.intraop.build import StageContext
+from autopar.graph.program import Graph, Ref
+from autopar.graph.repeat import whole_graph
+from autopar.intraop.build import Fold, StageContext
 from autopar.intraop.compose import Frontier, smallest_points, stage_mixture
 from autopar.intraop.fold import NotFoldable
-from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.intraop.stage import StageSolution
+from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
-from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
+from autopar.search.schedules import best_schedule
 from autopar.search.space import Space
-from autopar.search.unfold import renamed, same_structure
+from autopar.search.stages import StageSolver
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import Timeline
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
@@ -47,19 +48,18 @@ _SMALL_GRAPH = 1500  # operators
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
-_ROUNDING = 1 + 1e-6
-_MANY_CELLS = 20_000  # of a schedule: stages x microbatches
-_PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolvedCut:
-    """A candidate with what it takes to write its plan: window and prepared stages."""
+    """A candidate with what it takes to write its plan: window and prepared stages. alike: as in
+    `ExactSolver`."""
 
     candidate: Candidate
     window: Window
     policies: tuple[Remat, ...]  # of each layer of the model
     prepared: tuple[PreparedStage, ...]
+    alike: bool
 
 
 class _StageTooLarge(Exception):
@@ -70,17 +70,21 @@ class _StageTooLarge(Exception):
         self.stage, self.reason = stage, reason
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Known:
-    """A solved stage graph; solution: None where nothing fits."""
+class Run(NamedTuple):
+    """Consecutive layers as a stage. owned: canonical names of the parameters that it keeps."""
 
     graph: Graph
-    solution: StageSolution | None
-    reason: NoFeasiblePlan | None = None
+    prepared: PreparedStage
+    owned: frozenset[str]
 
 
 class ExactSolver:
-    """Solves cuts; remembers the stages that it has solved."""
+    """Solves cuts; remembers the stages that it has solved.
+
+    alike: equal layers are folded, and stages with nearly the same microbatches in flight have room
+    for the same number, so that fewer and smaller programs are solved. False where every stage is
+    to be solved as it is. target_gap: of a stage; that of the options by default.
+    """
 
     def __init__(
         self,
@@ -88,10 +92,15 @@ class ExactSolver:
         prices: Prices,
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         clock: Clock,
+        *,
+        alike: bool = True,
+        target_gap: float | None = None,
     ) -> None:
-        self.space, self.prices, self.mesh_costs, self.clock = space, prices, mesh_costs, clock
-        self._known: dict[object, _Known] = {}
-        self._fold = True
+        self.space, self.prices, self.clock, self.alike = space, prices, clock, alike
+        self.stages = StageSolver(space.options, mesh_costs, clock, target_gap)
+        self._fold = alike
+        self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
+        self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
     def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
@@ -102,6 +111,53 @@ class ExactSolver:
         if cut.num_workers is None and len(self.space.policies) > 1:
             solved = self._taken_back(program, cut, extra, solved, proven)
         return solved
+
+    def told(
+        self, program: Program, cut: Cut, policies: tuple[Remat, ...], *, proven: bool = False
+    ) -> SolvedCut:
+        """The cut with so told a policy for each layer. NoFeasiblePlan where a stage does not
+        fit."""
+        window = self._window(program, cut, policies)
+        try:
+            return self._solve_window(program, cut, window, policies, proven)
+        except _StageTooLarge as error:
+            raise error.reason from None
+
+    # ---- told stages, every layer written
+
+    def run(self, program: Program, layers: tuple[int, int], policy: Remat) -> Run:
+        """The layers first .. stop - 1 under a policy."""
+        count = program.num_microbatches
+        if (count, layers, policy) not in self._runs:
+            if (count, policy) not in self._recomputed:
+                graph = apply_recompute(whole_graph(program.folded), policy)
+                self._recomputed[count, policy] = graph, RuleTable(graph).dims
+            graph, dims = self._recomputed[count, policy]
+            first_layers = sorted({0, *layers} - {program.num_layers})
+            graphs = cut_stages(graph, first_layers)
+            index = first_layers.index(layers[0])
+            owned = frozenset(o for o, s in parameter_owners(graphs).items() if s == index)
+            prepared = prepare_stage(graphs[index], dims)
+            self._runs[count, layers, policy] = Run(graphs[index], prepared, owned)
+        return self._runs[count, layers, policy]
+
+    def fastest(self, run: Run, cut: Cut, stage: int, view: LogicalMesh) -> StageSolution:
+        """Whatever its bytes. OptionError for a pin that the view cannot honour."""
+        return self.stages.free(run.prepared, view, self._context(cut, stage, run.owned, ()))
+
+    def within(self, run: Run, cut: Cut, stage: int, view: LogicalMesh) -> StageSolution:
+        """NoFeasiblePlan where nothing fits the budget."""
+        context = self._context(cut, stage, run.owned, ())
+        return self._on_view(run.prepared, view, context, cut, False)
+
+    def fits(self, cut: Cut, solution: StageSolution) -> bool:
+        """Stages that take turns are held against the budget together, once they are simulated,
+        unless stages are to be alike."""
+        if cut.num_workers is not None and not self.alike:
+            return True
+        return solution.prediction.peak_bytes <= self._budget(cut, solution.mesh)
+
+    # ---- whole cuts
 
     def _fitting(self, program: Program, cut: Cut, extra: list[float], proven: bool) -> SolvedCut:
         """The first attempt that fits. extra: grows for the stages that are too large."""
@@ -216,7 +272,7 @@ class ExactSolver:
         """Microbatches in flight that the stage has room for: rounded up where there are many
         stages, so that they are alike."""
         flight = cut.in_flight(stage)
-        if cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
+        if not self.alike or cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
             return flight
         return min(cut.in_flight(0), 1 << (flight - 1).bit_length())
 
@@ -254,7 +310,7 @@ class ExactSolver:
                     raise _StageTooLarge(index, reason) from None
         with self.clock.passes("simulate", label):
             candidate = best_schedule(self.space, cut, graphs, tuple(stages))
-        return SolvedCut(candidate, window, policies, prepared)
+        return SolvedCut(candidate, window, policies, prepared, self.alike)
 
     def _solve_stage(
         self,
@@ -266,14 +322,7 @@ class ExactSolver:
         proven: bool,
     ) -> StageSolution:
         """On the best of the views that the tables put first."""
-        context = StageContext(
-            cut.num_microbatches,
-            self._flight(cut, index),
-            owned,
-            self.space.options.placements,
-            folds=window.folds(index),
-            offload=bool(self.space.options.offload),
-        )
+        context = self._context(cut, index, owned, window.folds(index))
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
@@ -295,6 +344,18 @@ class ExactSolver:
         prediction = replace(best.prediction, in_flight=cut.in_flight(index))
         return replace(best, prediction=prediction)
 
+    def _context(
+        self, cut: Cut, stage: int, owned: frozenset[str], folds: tuple[Fold, ...]
+    ) -> StageContext:
+        return StageContext(
+            cut.num_microbatches,
+            self._flight(cut, stage),
+            owned,
+            self.space.options.placements,
+            folds=folds,
+            offload=bool(self.space.options.offload),
+        )
+
     def _on_view(
         self,
         stage: PreparedStage,
@@ -303,133 +364,12 @@ class ExactSolver:
         cut: Cut,
         proven: bool,
     ) -> StageSolution:
-        budget = self._budget(cut, view)
-        first = min((op.layer for op in stage.graph.operators), default=0)
-        owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
-        pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
-        dims = [stage.table.dims[i.ref] for i in stage.graph.inputs]
-        text = (
-            f"{same_structure(stage.graph)}\n{owned}\n{pins}\n{dims}\n"
-            f"{context.num_microbatches}\n"
-            f"{[(f.layer - first, f.count) for f in context.folds]}\n{proven}"
-        )
-        free_key = (hashlib.sha256(text.encode()).hexdigest(), view)
-        known = self._known.get(free_key)
-        if known is None:
-            free = self._solved(stage, view, context, None, proven)
-            known = self._known[free_key] = _Known(stage.graph, free)
-        assert known.solution is not None
-        prediction = replace(known.solution.prediction, in_flight=context.in_flight)
-        if prediction.peak_bytes <= budget:
-            free = renamed(known.solution, known.graph, stage.graph)
-            return replace(free, prediction=prediction)
-        if cut.num_workers is not None:
+        if cut.num_workers is None:
+            budget = self._budget(cut, view)
+            return self.stages.within(stage, view, context, budget, proven=proven)
+        free = self.stages.free(stage, view, context, proven=proven)
+        if not self.fits(cut, free):
             raise NoFeasiblePlan(
                 "its fastest solution does not fit its share of the worker's memory"
             )
-        tight_key = (*free_key, context.in_flight, budget)
-        if tight_key not in self._known:
-            try:
-                found = self._solved(stage, view, context, budget, proven)
-                self._known[tight_key] = _Known(stage.graph, found)
-            except NoFeasiblePlan as error:
-                self._known[tight_key] = _Known(stage.graph, None, error)
-        known = self._known[tight_key]
-        if known.solution is None:
-            assert known.reason is not None
-            raise known.reason
-        return renamed(known.solution, known.graph, stage.graph)
-
-    def _solved(
-        self,
-        stage: PreparedStage,
-        view: LogicalMesh,
-        context: StageContext,
-        budget: float | None,
-        proven: bool,
-    ) -> StageSolution:
-        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else 1.0)
-        options = self.space.options
-        return solve_stage(
-            stage.graph,
-            stage.table,
-            self.mesh_costs(view),
-            context,
-            budget_bytes=budget,
-            options=SolverOptions(options.solver, limit_s, options.target_gap, proven),
-        )
-
-
-def best_schedule(
-    space: Space, cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...]
-) -> Candidate:
-    """The cut under the schedule that simulates fastest, of those that fit; the first of equal
-    ones. NoFeasiblePlan where none fits."""
-    kinds = _kinds(space, cut)
-    if len(kinds) > 1:
-        kinds = sorted(kinds, key=lambda kind: _quick_step(cut, graphs, stages, kind))
-    budgets = [space.budget_of(s.mesh) for s in stages[: cut.num_workers or len(stages)]]
-    for kind in kinds:
-        timeline, step_s = _played(cut, graphs, stages, kind)
-        peaks = timeline.worker_peak_bytes
-        fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
-        if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, timeline, step_s, kind)
-        if fits:
-            held = tuple(map(_with_peak, stages, timeline.peak_bytes))
-            return Candidate(cut, held, timeline, step_s, kind)
-    raise NoFeasiblePlan(
-        f"under the schedule {kinds[0]} some device would hold"
-        f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
-        least_bytes=max(peaks),
-    )
-
-
-def _with_peak(stage: StageSolution, peak_bytes: float) -> StageSolution:
-    """What a schedule holds beyond what the stage was solved for counts as transient."""
-    more = peak_bytes - stage.prediction.peak_bytes
-    if more <= 0:
-        return stage
-    transient = stage.prediction.transient_bytes + more
-    return replace(stage, prediction=replace(stage.prediction, transient_bytes=transient))
-
-
-def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
-    """The schedules that a cut can have, 1F1B first."""
-    if cut.num_workers is not None:
-        return [ScheduleKind.INTERLEAVED]
-    if cut.num_stages == 1:
-        return [space.schedules[0]]
-    kinds: list[ScheduleKind] = [k for k in space.schedules if k is not ScheduleKind.INTERLEAVED]
-    return kinds or [ScheduleKind.INTERLEAVED]
-
-
-def _quick_step(
-    cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...], kind: ScheduleKind
-) -> float:
-    """Seconds of the step, few microbatches played."""
-    return _played(cut, graphs, stages, kind, few=True)[1]
-
-
-def _played(
-    cut: Cut,
-    graphs: Sequence[Graph],
-    stages: tuple[StageSolution, ...],
-    kind: ScheduleKind,
-    *,
-    few: bool = False,
-) -> tuple[Timeline, float]:
-    """The timeline, and the seconds of the step. Of very many microbatches those in the middle are
-    alike: then the timeline is that of fewer, and the rest is counted at their pace."""
-
-    def play(count: int) -> Timeline:
-        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers)
-
-    count, workers = cut.num_microbatches, cut.num_workers or cut.num_stages
-    some = 4 * workers
-    if count <= 2 * some or (not few and count * cut.num_stages <= _MANY_CELLS):
-        timeline = play(count)
-        return timeline, timeline.step_s
-    first, second = play(some), play(some + workers)
-    pace_s = (second.step_s - first.step_s) / workers
-    return second, first.step_s + (count - some) * pace_s
+        return free

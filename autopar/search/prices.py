@@ -207,15 +207,31 @@ class Prices:
         fits = np.isfinite(seconds)
         if level is Level.FULL:
             return StagePrices(seconds, ~nothing, fits)
-        free = _refused(stage_seconds(frontiers, counts, in_flight, math.inf))
-        least = self.optimistic(view, count)
-        if least is not None:
-            tight = stage_seconds(least, counts, in_flight, budget_bytes)
-            seconds = np.where(fits, seconds, np.maximum(free, _refused(tight)))
-        else:
-            seconds = np.where(fits, seconds, free)
+        least = self.least_seconds(view, count, counts, in_flight, budget_bytes)
+        seconds = np.where(fits, seconds, least)
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
+
+    def least_seconds(
+        self,
+        view: LogicalMesh,
+        count: int,
+        counts: NDArray[np.int64] | FloatArray,
+        in_flight: int,
+        budget_bytes: float,
+    ) -> FloatArray:
+        """Of the same stages, whatever points are known: no less than their layers take alone, or
+        than a mixture of optimistic points that fits."""
+        if view not in self._views:
+            return np.zeros(counts.shape[0])
+        known = self._views[view]
+        points = known.free[count] if count in known.free else _scaled(known.free, count)
+        free = _refused(stage_seconds(points, counts, in_flight, math.inf))
+        least = self.optimistic(view, count)
+        if least is None:
+            return free
+        tight = _refused(stage_seconds(least, counts, in_flight, budget_bytes))
+        return np.maximum(free, tight)
 
     # ---- solving
 
