@@ -155,11 +155,11 @@ class _Search:
             self.program, self.mesh_costs, self.space.policies, self.clock, offload=offload
         )
         try:
-            exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
-            self._look(reference, prices, exact, narrow=True)
             small = is_small(self.space, reference)
+            exact = self._solver(prices, alike=not small)
+            self._look(reference, prices, exact, narrow=True)
             if small and not self.cut_short:
-                self._try_all(reference, prices)
+                self._try_all(reference, prices, exact)
             if not self.solved and prices.refused is None:
                 self._look(reference, prices, exact, narrow=False)
             if self.solved and not small:
@@ -199,7 +199,7 @@ class _Search:
         search = CutSearch(
             self.space, prices, reference, self.mesh_costs, self.clock, narrow=narrow
         )
-        few = reference.num_layers <= FEW_LAYERS
+        few = exact.alike and reference.num_layers <= FEW_LAYERS  # else all cuts are looked at
         worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
         best_table = None
@@ -226,17 +226,9 @@ class _Search:
     def _time_limit(self) -> str:
         return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
 
-    def _try_all(self, reference: Program, prices: Prices) -> None:
+    def _try_all(self, reference: Program, prices: Prices, exact: ExactSolver) -> None:
         """Looks at every cut, where there are few stages to solve."""
         tables = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock, narrow=False)
-        exact = ExactSolver(
-            self.space,
-            prices,
-            self.mesh_costs,
-            self.clock,
-            alike=False,
-            target_gap=min(TARGET_GAP, self.space.options.target_gap),
-        )
         least = min((s.candidate.step_s for s in self.solved), default=math.inf)
         search = ThoroughSearch(tables, exact, self.program, least)
         try:
@@ -273,7 +265,7 @@ class _Search:
             return
         cut = min(self.solved, key=lambda s: s.candidate.step_s).candidate.cut
         program = self.program(cut.num_microbatches)
-        exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        exact = self._solver(prices, alike=True)
         for shorter in interleaved_cuts(program, prices, cut):
             try:
                 self.solved.append(exact.solve(program, shorter))
@@ -289,7 +281,7 @@ class _Search:
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
-        again = self._solver(prices, best)
+        again = self._solver(prices, alike=best.alike)
         try:
             program = self.program(cut.num_microbatches)
             proven = again.told(program, replace(cut, views=views), best.policies, proven=True)
@@ -300,9 +292,15 @@ class _Search:
             return best
         return min(proven, best, key=lambda s: s.candidate.step_s)
 
-    def _solver(self, prices: Prices, like: SolvedCut) -> ExactSolver:
-        """One that solves as the cut was solved."""
-        return ExactSolver(self.space, prices, self.mesh_costs, self.clock, alike=like.alike)
+    def _solver(self, prices: Prices, *, alike: bool) -> ExactSolver:
+        gap = (
+            self.space.options.target_gap
+            if alike
+            else min(TARGET_GAP, self.space.options.target_gap)
+        )
+        return ExactSolver(
+            self.space, prices, self.mesh_costs, self.clock, alike=alike, target_gap=gap
+        )
 
     # ---- the answer
 
@@ -319,9 +317,9 @@ class _Search:
         program = Program(folded, cut.num_microbatches, self.space.options.placements)
         self.programs[cut.num_microbatches] = program
         try:
-            return self._solver(prices, best).told(program, cut, best.policies)
+            return self._solver(prices, alike=best.alike).told(program, cut, best.policies)
         except NoFeasiblePlan:
-            return self._solver(prices, best).solve(program, cut)
+            return self._solver(prices, alike=best.alike).solve(program, cut)
 
     def _plan(self, best: SolvedCut, prices: Prices) -> ParallelPlan:
         """The winner in the names of the graph that was really captured."""

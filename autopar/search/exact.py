@@ -83,7 +83,7 @@ class ExactSolver:
 
     alike: equal layers are folded, and stages with nearly the same microbatches in flight have room
     for the same number, so that fewer and smaller programs are solved. False where every stage is
-    to be solved as it is. target_gap: of a stage; that of the options by default.
+    to be solved as it is. target_gap: of a stage.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class ExactSolver:
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         clock: Clock,
         *,
-        alike: bool = True,
-        target_gap: float | None = None,
+        alike: bool,
+        target_gap: float,
     ) -> None:
         self.space, self.prices, self.clock, self.alike = space, prices, clock, alike
         self.stages = StageSolver(space.options, mesh_costs, clock, target_gap)

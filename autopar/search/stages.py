@@ -34,17 +34,17 @@ class _Known:
 
 
 class StageSolver:
-    """target_gap: of a stage; that of the options by default."""
+    """target_gap: of stages that are not proven; those that are have the one of the options."""
 
     def __init__(
         self,
         options: SearchOptions,
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         clock: Clock,
-        target_gap: float | None = None,
+        target_gap: float,
     ) -> None:
         self._options, self._mesh_costs, self._clock = options, mesh_costs, clock
-        self._target_gap = options.target_gap if target_gap is None else target_gap
+        self._target_gap = target_gap
         self._known: dict[object, _Known] = {}
 
     def free(
@@ -94,13 +94,14 @@ class StageSolver:
         proven: bool,
     ) -> StageSolution:
         limit_s = self._clock.left_s * (_PROOF_SHARE if proven else 1.0)
+        gap = self._options.target_gap if proven else self._target_gap
         return solve_stage(
             stage.graph,
             stage.table,
             self._mesh_costs(view),
             context,
             budget_bytes=budget,
-            options=SolverOptions(self._options.solver, limit_s, self._target_gap, proven),
+            options=SolverOptions(self._options.solver, limit_s, gap, proven),
         )
 
 
