@@ -108,8 +108,8 @@ def import_all() -> None:
     """What capture and search import when they are first used, once for all forks."""
     torch.set_num_threads(1)
     model, batch = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(4, 8)
-    options = SearchOptions(cache=False)
-    plan_model(model, batch, Cluster.parse("h100:1x2"), options=options)
+    cluster, options = Cluster.parse("h100:1x2"), SearchOptions(cache=False)
+    plan_model(model, batch, cluster, loss_fn=lambda y, _: y.sum(), options=options)
 
 
 @dataclass(frozen=True, slots=True)
