@@ -383,7 +383,7 @@ class Compared:
 def compare(number: int) -> Compared:
     instance = random_instance(number)
     workload = ModelWorkload(GraphFamily(instance.model, instance.batch), instance.counts)
-    options = SearchOptions(cache=False)
+    options = SearchOptions(cache=False, offload=False)
     started = time.monotonic()
     plan: ParallelPlan | None = find_plan(workload, instance.cluster, options=options)
     assert plan is not None
