@@ -83,7 +83,7 @@ class ThoroughSearch:
         self._winner: tuple[Cut, Sequence[_Option]] | None = None
 
     def run(self) -> None:
-        """Looks at every cut, until the time limit where there is a plan by then."""
+        """Looks at every cut, or until the time limit."""
         clock, heap = self._exact.clock, list[tuple[float, int, Cut]]()
         for count in self.space.microbatch_counts:
             self._search.raise_to_free(count)
@@ -92,7 +92,7 @@ class ThoroughSearch:
                     heap.append((self._bound(cut), len(heap), cut))
         heapq.heapify(heap)
         with clock.passes("exact stages", f"of {len(heap)} cuts"):
-            while heap and not self._ended():
+            while heap and not clock.expired:
                 bound, order, cut = heapq.heappop(heap)
                 if bound >= self._step_s * _WORTH:
                     break
@@ -100,9 +100,6 @@ class ThoroughSearch:
                     heapq.heappush(heap, (self._bound(cut), order, cut))
                 else:
                     self._look(cut)
-
-    def _ended(self) -> bool:
-        return self._exact.clock.expired and self._step_s < math.inf
 
     def winner(self) -> SolvedCut | None:
         """The plan that simulates best of those looked at, where it beats step_s."""
@@ -122,7 +119,7 @@ class ThoroughSearch:
         stages = [self._stage_options(cut, stage) for stage in range(cut.num_stages)]
         ranked = [sorted(options, key=lambda o: o.busy_s) for options in stages]
         for options in itertools.product(*ranked):
-            if self._ended():
+            if self._exact.clock.expired:
                 return
             found = self._played(cut, options)
             if found is not None and found.step_s < self._step_s * _WORTH:
