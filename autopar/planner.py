@@ -302,7 +302,7 @@ class _Search:
             rules: dict[str, set[str]] = {}
             for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
                 whole = insert_hubs(stage)
-                written = best.prepared[i]
+                written = best.prepared[best.window.stage_of[i]]
                 found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
                 layers = (cut.first_layers[i], bounds[i] - 1)
                 stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))

@@ -2,7 +2,7 @@
 
 Layers recompute as the tables' mixture says: of each class as many as it takes to fit. Where the
 whole stage does not fit after all, more of them do; where it leaves room, fewer. Equal layers are
-folded (`search.window`), and equal stages are solved once.
+folded, and equal stages are written and solved once (`search.window`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.candidate import Candidate, Cut, simulate_stages
+from autopar.candidate import Candidate, Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
@@ -28,6 +28,7 @@ from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
+from autopar.pace import Pace, pace
 from autopar.plan import Remat
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
@@ -37,7 +38,7 @@ from autopar.search.space import Space
 from autopar.search.unfold import renamed, same_structure
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import Timeline
+from autopar.simulate import StageCost, Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
@@ -59,15 +60,15 @@ class SolvedCut:
     candidate: Candidate
     window: Window
     policies: tuple[Remat, ...]  # of each layer of the model
-    prepared: tuple[PreparedStage, ...]
+    prepared: tuple[PreparedStage, ...]  # the written stages
 
 
 class _StageTooLarge(Exception):
-    """A stage that does not fit as its layers recompute now."""
+    """A stage, and those equal to it, that does not fit as its layers recompute now."""
 
-    def __init__(self, stage: int, reason: NoFeasiblePlan) -> None:
+    def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
         super().__init__(str(reason))
-        self.stage, self.reason = stage, reason
+        self.stages, self.reason = stages, reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,9 +111,10 @@ class ExactSolver:
                 return self._attempt(program, cut, extra, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
-                if last or cut.num_workers is not None or extra[error.stage] >= 1:
+                if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
-                extra[error.stage] += _MORE * 2**attempt
+                for stage in error.stages:
+                    extra[stage] += _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
@@ -122,10 +124,11 @@ class ExactSolver:
         more than a whole stage. One attempt for large graphs, more for small ones."""
         small = len(solved.window.graph.operators) <= _SMALL_GRAPH
         for less in _LESS if small else _LESS[-1:]:
+            window = solved.window
             stages = [
                 index
-                for index, pieces in enumerate(solved.window.pieces)
-                if any(piece.remat is not self.space.policies[0] for piece in pieces)
+                for index, written in enumerate(window.stage_of)
+                if any(p.remat is not self.space.policies[0] for p in window.pieces[written])
             ]
             if not stages:
                 break
@@ -134,7 +137,8 @@ class ExactSolver:
                 try:
                     found = self._attempt(program, cut, fewer, proven)
                 except _StageTooLarge as error:
-                    fewer[error.stage] = extra[error.stage]
+                    for stage in error.stages:
+                        fewer[stage] = extra[stage]
                     continue
                 if found.candidate.step_s < solved.candidate.step_s:
                     solved, extra = found, fewer
@@ -157,8 +161,25 @@ class ExactSolver:
         )
 
     def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        kinds = program.kind_of_written
-        return write_window(program.folded, kinds, cut.first_layers, policies, fold=self._fold)
+        """Stages are equal that have equal layers, policies, views and room."""
+        bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
+        stages = [
+            (
+                program.kind_of_layer[start:stop].tobytes(),
+                policies[start:stop],
+                cut.views[index],
+                self._flight(cut, index),
+            )
+            for index, (start, stop) in enumerate(bounds)
+        ]
+        return write_window(
+            program.folded,
+            program.kind_of_written,
+            cut.first_layers,
+            policies,
+            fold=self._fold,
+            stages=stages if self._fold else None,
+        )
 
     # ---- recomputation
 
@@ -241,19 +262,25 @@ class ExactSolver:
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
             prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
-            stages = []
+            written = []
             for index, stage in enumerate(prepared):
                 owned = frozenset(o for o, holder in owners.items() if holder == index)
                 try:
-                    stages.append(self._solve_stage(stage, cut, window, index, owned, proven))
+                    written.append(self._solve_stage(stage, cut, window, index, owned, proven))
                 except NoFeasiblePlan as error:
+                    alike = window.stands_for(index)
                     reason = NoFeasiblePlan(
-                        f"stage {index} of {len(prepared)}: {error}",
+                        f"stage {alike[0]} of {cut.num_stages}: {error}",
                         least_bytes=error.least_bytes,
                     )
-                    raise _StageTooLarge(index, reason) from None
+                    raise _StageTooLarge(alike, reason) from None
+            stages = tuple(
+                _with_flight(written[number], cut.in_flight(index))
+                for index, number in enumerate(window.stage_of)
+            )
         with self.clock.passes("simulate", label):
-            candidate = best_schedule(self.space, cut, graphs, tuple(stages))
+            transfers = _all_transfers(stage_transfers(graphs, written), window)
+            candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared)
 
     def _solve_stage(
@@ -261,17 +288,18 @@ class ExactSolver:
         stage: PreparedStage,
         cut: Cut,
         window: Window,
-        index: int,
+        written: int,
         owned: frozenset[str],
         proven: bool,
     ) -> StageSolution:
-        """On the best of the views that the tables put first."""
+        """A written stage, on the best of the views that the tables put first."""
+        index = window.stage_of.index(written)
         context = StageContext(
             cut.num_microbatches,
             self._flight(cut, index),
             owned,
             self.space.options.placements,
-            folds=window.folds(index),
+            folds=window.folds(written),
             offload=bool(self.space.options.offload),
         )
         best: StageSolution | None = None
@@ -292,8 +320,7 @@ class ExactSolver:
                 best = found
         if best is None:
             raise failures[0] if failures else refused[0]
-        prediction = replace(best.prediction, in_flight=cut.in_flight(index))
-        return replace(best, prediction=prediction)
+        return best
 
     def _on_view(
         self,
@@ -360,24 +387,45 @@ class ExactSolver:
         )
 
 
+def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:
+    return replace(stage, prediction=replace(stage.prediction, in_flight=in_flight))
+
+
+def _all_transfers(written: Sequence[Transfer], window: Window) -> list[Transfer]:
+    """Those between written stages, between the stages that they stand for: neighbours send to
+    neighbours. NotFoldable where one comes from further away, from a stage that stands for many."""
+    found = []
+    for transfer in written:
+        source, target = transfer.source_stage, transfer.target_stage
+        step = target - source
+        senders = window.stands_for(source)
+        if abs(step) > 1 and len(senders) > 1:
+            raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
+        for index in window.stands_for(target):
+            sender = index - step if abs(step) == 1 else senders[0]
+            found.append(replace(transfer, source_stage=sender, target_stage=index))
+    return found
+
+
 def best_schedule(
-    space: Space, cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...]
+    space: Space, cut: Cut, transfers: Sequence[Transfer], stages: tuple[StageSolution, ...]
 ) -> Candidate:
-    """The cut under the schedule that simulates fastest, of those that fit; the first of equal
-    ones. NoFeasiblePlan where none fits."""
+    """The cut under the schedule that is fastest, of those that fit; the first of equal ones.
+    NoFeasiblePlan where none fits."""
+    costs = [StageCost.of(stage.prediction) for stage in stages]
     kinds = _kinds(space, cut)
     if len(kinds) > 1:
-        kinds = sorted(kinds, key=lambda kind: _quick_step(cut, graphs, stages, kind))
+        kinds = sorted(kinds, key=lambda kind: _played(cut, costs, transfers, kind, few=True)[1])
     budgets = [space.budget_of(s.mesh) for s in stages[: cut.num_workers or len(stages)]]
     for kind in kinds:
-        timeline, step_s = _played(cut, graphs, stages, kind)
-        peaks = timeline.worker_peak_bytes
+        played, step_s = _played(cut, costs, transfers, kind)
+        peaks = played.worker_peak_bytes
         fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
         if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, timeline, step_s, kind)
+            return Candidate(cut, stages, step_s, kind)
         if fits:
-            held = tuple(map(_with_peak, stages, timeline.peak_bytes))
-            return Candidate(cut, held, timeline, step_s, kind)
+            held = tuple(map(_with_peak, stages, played.peak_bytes))
+            return Candidate(cut, held, step_s, kind)
     raise NoFeasiblePlan(
         f"under the schedule {kinds[0]} some device would hold"
         f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
@@ -404,32 +452,25 @@ def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
     return kinds or [ScheduleKind.INTERLEAVED]
 
 
-def _quick_step(
-    cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...], kind: ScheduleKind
-) -> float:
-    """Seconds of the step, few microbatches played."""
-    return _played(cut, graphs, stages, kind, few=True)[1]
-
-
 def _played(
     cut: Cut,
-    graphs: Sequence[Graph],
-    stages: tuple[StageSolution, ...],
+    costs: Sequence[StageCost],
+    transfers: Sequence[Transfer],
     kind: ScheduleKind,
     *,
     few: bool = False,
-) -> tuple[Timeline, float]:
-    """The timeline, and the seconds of the step. Of very many microbatches those in the middle are
-    alike: then the timeline is that of fewer, and the rest is counted at their pace."""
+) -> tuple[Pace, float]:
+    """The pace, and the seconds of the step. Of very many microbatches those in the middle are
+    alike: then the pace is that of fewer, and the rest is counted at it."""
 
-    def play(count: int) -> Timeline:
-        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers)
+    def play(count: int) -> Pace:
+        return pace(kind, count, costs, transfers, cut.num_workers)
 
     count, workers = cut.num_microbatches, cut.num_workers or cut.num_stages
     some = 4 * workers
     if count <= 2 * some or (not few and count * cut.num_stages <= _MANY_CELLS):
-        timeline = play(count)
-        return timeline, timeline.step_s
+        played = play(count)
+        return played, played.step_s
     first, second = play(some), play(some + workers)
     pace_s = (second.step_s - first.step_s) / workers
     return second, first.step_s + (count - some) * pace_s
