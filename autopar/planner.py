@@ -54,8 +54,8 @@ _SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLE
 
 # Of few layers the tables know less, and whole stages are cheap.
 _WORTH_SOLVING_FEW, _CANDIDATES_FEW = 1.3, 8
-# Of more stages than that fewer cuts are solved: they are dearer, and one stage more or less changes
-# each of the others by its share only.
+# Of more stages than that fewer cuts are solved: they are dearer, and one stage more or less
+# changes each of the others by its share only.
 _FEW_STAGES = 8
 
 Progress = Callable[[str], None]

@@ -50,6 +50,7 @@ _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has mor
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 _ROUNDING = 1 + 1e-6
 _MANY_CELLS = 20_000  # of a schedule: stages x microbatches
+_FEW = 128  # microbatches: so many more than fill and drain a pipeline show its pace
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
@@ -161,13 +162,13 @@ class ExactSolver:
         )
 
     def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        """Stages are equal that have equal layers, policies, views and room."""
+        """Stages are equal that have equal layers, policies, best view and room."""
         bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
         stages = [
             (
                 program.kind_of_layer[start:stop].tobytes(),
                 policies[start:stop],
-                cut.views[index],
+                cut.views[index][0][1],
                 self._flight(cut, index),
             )
             for index, (start, stop) in enumerate(bounds)
@@ -467,7 +468,7 @@ def _played(
         return pace(kind, count, costs, transfers, cut.num_workers)
 
     count, workers = cut.num_microbatches, cut.num_workers or cut.num_stages
-    some = 4 * workers
+    some = min(4 * workers, 2 * workers + _FEW)
     if count <= 2 * some or (not few and count * cut.num_stages <= _MANY_CELLS):
         played = play(count)
         return played, played.step_s
