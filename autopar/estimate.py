@@ -326,6 +326,10 @@ class MeshCosts:
 
     # ---- parameters and transfers
 
+    def all_reduce_seconds(self, nbytes: float, axis: int) -> float:
+        """Of so many bytes on each device."""
+        return float(self._collective(CollectiveKind.ALL_REDUCE, axis).seconds(nbytes))
+
     def copy_seconds(self, nbytes: float) -> float:
         """Seconds to read and write so many bytes in all."""
         return nbytes * self._copy_s_per_byte

@@ -56,6 +56,9 @@ _SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLE
 
 # Of few layers the tables know less, and whole stages are cheap.
 _WORTH_SOLVING_FEW, _CANDIDATES_FEW = 1.3, 8
+# Of more stages than that fewer cuts are solved: they are dearer, and one stage more or less
+# changes each of the others by its share only.
+_FEW_STAGES = 8
 
 Progress = Callable[[str], None]
 
@@ -129,6 +132,7 @@ class _Search:
         self.solved: list[SolvedCut] = []
         self.failures: list[NoFeasiblePlan] = []
         self.notes: list[str] = []
+        self.narrowed = ""  # what was left out of the search
         self.cut_short = False
 
     def program(self, count: int) -> Program:
@@ -205,7 +209,8 @@ class _Search:
         best_table = None
         for cut in search:
             best_table = best_table or cut.seconds
-            if self.solved and cut.seconds > worth * best_table:
+            margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
+            if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
             try:
                 self.solved.append(exact.solve(self.program(cut.num_microbatches), cut))
@@ -222,6 +227,8 @@ class _Search:
             if len(self.solved) >= most:
                 break
         self.failures += search.failures
+        if narrow and search.note:
+            self.narrowed = search.note
 
     def _time_limit(self) -> str:
         return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
@@ -336,7 +343,7 @@ class _Search:
             rules: dict[str, set[str]] = {}
             for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
                 whole = insert_hubs(stage)
-                written = best.prepared[i]
+                written = best.prepared[best.window.stage_of[i]]
                 found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
                 layers = (cut.first_layers[i], bounds[i] - 1)
                 stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
@@ -348,7 +355,7 @@ class _Search:
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
             objective_s=_step(candidate.stages, cut.num_microbatches, bound=False),
             bound_s=_step(candidate.stages, cut.num_microbatches, bound=True),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *([self.narrowed] if self.narrowed else [])),
             candidates=tuple(describe(c) for c in ranked),
         )
         return ParallelPlan(

@@ -66,8 +66,10 @@ class _Tables:
 
     def __init__(self, search: CutSearch, count: int) -> None:
         space = search.space
-        limit = search.stage_limit
-        self.count = count
+        pinned = space.options.num_stages
+        least = min(s.num_devices for s in search.sizes[count])
+        limit = pinned or min(search.num_layers, space.cluster.num_devices // least)
+        self.count, self.stage_limit = count, limit
         self.flights = [in_flight_count(space.table_schedule, s + 1, count) for s in range(limit)]
         self.rows = sorted(set(self.flights))
         self._search = search
@@ -80,7 +82,8 @@ class _Tables:
         """The inter-op program at the levels that the views have reached by now."""
         search, space = self._search, self._search.space
         changed = self.problem is None
-        for submesh in space.submeshes:
+        sizes = search.sizes[self.count]
+        for submesh in sizes:
             for view in space.views[submesh]:
                 state = search.prices.state(view, self.count)
                 if self._levels.get(view) != state:
@@ -91,13 +94,13 @@ class _Tables:
             assert self.problem is not None
             return self.problem
         self.version += 1
-        seconds = [
-            np.min([self._parts[v][0] for v in space.views[s]], axis=0) for s in space.submeshes
-        ]
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
         first, last = np.triu_indices(layers)
-        table[:, first, last] = np.stack(seconds, axis=-1)[:, search.index[first, last]]
+        for m, submesh in enumerate(space.submeshes):
+            if submesh in sizes:
+                seconds = np.min([self._parts[v][0] for v in space.views[submesh]], axis=0)
+                table[:, first, last, m] = seconds[:, search.index[first, last]]
         self.problem = InterOpProblem(
             num_layers=layers,
             num_devices=tuple(group.num_devices for group in space.cluster.groups),
@@ -107,7 +110,7 @@ class _Tables:
             stage_seconds=table,
             transfer_seconds=search.transfers(self.count),
             in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
-            max_stages=search.stage_limit,
+            max_stages=self.stage_limit,
         )
         return self.problem
 
@@ -190,26 +193,29 @@ class CutSearch:
         self._large = space.cluster.num_devices > _SMALL_CLUSTER
         counts = space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others
-        self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+        self._ends = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+        self.sizes: Mapping[int, tuple[Submesh, ...]] = dict.fromkeys(counts, space.submeshes)
+        self.note = ""  # what was left out
 
     def _focus(self) -> None:
         """Only what is near the best equal pipeline."""
-
-        def transfer(count: int, submesh: Submesh) -> float:
-            nbytes = self.reference.crossing[1:].mean() * self.reference.num_microbatches / count
-            costs = self._mesh_costs(self.space.views[submesh][0])
-            return costs.receive_seconds(float(nbytes) / submesh.num_devices)
-
-        self.space = focus(
-            self.space, self.prices, self.reference, transfer, self.raise_views, self._clock
+        found = focus(
+            self.space,
+            self.prices,
+            self.reference,
+            self._mesh_costs,
+            self.raise_views,
+            self._clock,
         )
+        self.space, self.sizes, self.note = found.space, found.sizes, found.note
 
     def __iter__(self) -> Iterator[Cut]:
         if self.stage_limit > 1 and self._narrow and self._large:
             self._focus()
-        usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
-        self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
         for count in self.space.microbatch_counts:
+            usable = [view for s in self.usable(count) for view in self.space.views[s]]
+            first = self._anchors(count)[0]
+            self.raise_views({v: True for v in usable if not self.prices.known(v, first)}, count)
             self._solve(count)
         while self._heap and not (self._clock.expired and self._best < math.inf):
             _, count = heapq.heappop(self._heap)
@@ -243,24 +249,31 @@ class CutSearch:
                     out[layer, m] = costs.receive_seconds(scale * nbytes / submesh.num_devices)
         return out
 
-    def usable(self) -> tuple[Submesh, ...]:
+    def usable(self, count: int) -> tuple[Submesh, ...]:
         """Submeshes that some cut can have."""
         if self.stage_limit > 1:
-            return self.space.submeshes
+            return self.sizes[count]
         whole = self.space.cluster.num_devices
-        return tuple(s for s in self.space.submeshes if s.num_devices == whole)
+        return tuple(s for s in self.sizes[count] if s.num_devices == whole)
 
-    def raise_views(self, views: Mapping[LogicalMesh, bool], count: int) -> None:
+    def _anchors(self, count: int) -> tuple[int, int]:
+        """The numbers of microbatches from which prices at others are scaled. Where few are left,
+        each is priced itself."""
+        return (count, count) if self.note else self._ends
+
+    def raise_views(
+        self, views: Mapping[LogicalMesh, bool], count: int, anchors: tuple[int, int] | None = None
+    ) -> None:
         """views: with whether the stage that asks fits with its fastest solutions."""
         if not views:
             return
         meshes = ", ".join(map(str, views)) if len(views) <= 3 else f"{len(views)} meshes"
         with self._clock.passes("layer points", f"{meshes}, {count} microbatch(es)"):
-            self.prices.raise_levels(views, count, *self._anchors)
+            self.prices.raise_levels(views, count, *(anchors or self._anchors(count)))
 
     def raise_to_free(self, count: int) -> None:
         """Every view that some cut can have, at this number of microbatches."""
-        usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
+        usable = [view for submesh in self.usable(count) for view in self.space.views[submesh]]
         while low := [v for v in usable if self.prices.level(v, count) < Level.FREE]:
             self.raise_views(dict.fromkeys(low, True), count)
 

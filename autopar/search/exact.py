@@ -2,7 +2,7 @@
 
 Layers recompute as the tables' mixture says: of each class as many as it takes to fit. Where the
 whole stage does not fit after all, more of them do; where it leaves room, fewer. Equal layers are
-folded (`search.window`), and equal stages are solved once.
+folded, and equal stages are written and solved once (`search.window`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.candidate import Candidate, Cut
+from autopar.candidate import Candidate, Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
@@ -39,6 +39,7 @@ from autopar.search.space import Space
 from autopar.search.stages import StageSolver
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
+from autopar.simulate import Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
@@ -58,16 +59,16 @@ class SolvedCut:
     candidate: Candidate
     window: Window
     policies: tuple[Remat, ...]  # of each layer of the model
-    prepared: tuple[PreparedStage, ...]
+    prepared: tuple[PreparedStage, ...]  # the written stages
     alike: bool
 
 
 class _StageTooLarge(Exception):
-    """A stage that does not fit as its layers recompute now."""
+    """A stage, and those equal to it, that does not fit as its layers recompute now."""
 
-    def __init__(self, stage: int, reason: NoFeasiblePlan) -> None:
+    def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
         super().__init__(str(reason))
-        self.stage, self.reason = stage, reason
+        self.stages, self.reason = stages, reason
 
 
 class Run(NamedTuple):
@@ -166,9 +167,10 @@ class ExactSolver:
                 return self._attempt(program, cut, extra, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
-                if last or cut.num_workers is not None or extra[error.stage] >= 1:
+                if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
-                extra[error.stage] += _MORE * 2**attempt
+                for stage in error.stages:
+                    extra[stage] += _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
@@ -178,10 +180,11 @@ class ExactSolver:
         more than a whole stage. One attempt for large graphs, more for small ones."""
         small = len(solved.window.graph.operators) <= _SMALL_GRAPH
         for less in _LESS if small else _LESS[-1:]:
+            window = solved.window
             stages = [
                 index
-                for index, pieces in enumerate(solved.window.pieces)
-                if any(piece.remat is not self.space.policies[0] for piece in pieces)
+                for index, written in enumerate(window.stage_of)
+                if any(p.remat is not self.space.policies[0] for p in window.pieces[written])
             ]
             if not stages:
                 break
@@ -190,7 +193,8 @@ class ExactSolver:
                 try:
                     found = self._attempt(program, cut, fewer, proven)
                 except _StageTooLarge as error:
-                    fewer[error.stage] = extra[error.stage]
+                    for stage in error.stages:
+                        fewer[stage] = extra[stage]
                     continue
                 if found.candidate.step_s < solved.candidate.step_s:
                     solved, extra = found, fewer
@@ -213,8 +217,25 @@ class ExactSolver:
         )
 
     def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        kinds = program.kind_of_written
-        return write_window(program.folded, kinds, cut.first_layers, policies, fold=self._fold)
+        """Stages are equal that have equal layers, policies, best view and room."""
+        bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
+        stages = [
+            (
+                program.kind_of_layer[start:stop].tobytes(),
+                policies[start:stop],
+                cut.views[index][0][1],
+                self._flight(cut, index),
+            )
+            for index, (start, stop) in enumerate(bounds)
+        ]
+        return write_window(
+            program.folded,
+            program.kind_of_written,
+            cut.first_layers,
+            policies,
+            fold=self._fold,
+            stages=stages if self._fold else None,
+        )
 
     # ---- recomputation
 
@@ -297,19 +318,25 @@ class ExactSolver:
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
             prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
-            stages = []
+            written = []
             for index, stage in enumerate(prepared):
                 owned = frozenset(o for o, holder in owners.items() if holder == index)
                 try:
-                    stages.append(self._solve_stage(stage, cut, window, index, owned, proven))
+                    written.append(self._solve_stage(stage, cut, window, index, owned, proven))
                 except NoFeasiblePlan as error:
+                    alike = window.stands_for(index)
                     reason = NoFeasiblePlan(
-                        f"stage {index} of {len(prepared)}: {error}",
+                        f"stage {alike[0]} of {cut.num_stages}: {error}",
                         least_bytes=error.least_bytes,
                     )
-                    raise _StageTooLarge(index, reason) from None
+                    raise _StageTooLarge(alike, reason) from None
+            stages = tuple(
+                _with_flight(written[number], cut.in_flight(index))
+                for index, number in enumerate(window.stage_of)
+            )
         with self.clock.passes("simulate", label):
-            candidate = best_schedule(self.space, cut, graphs, tuple(stages))
+            transfers = _all_transfers(stage_transfers(graphs, written), window)
+            candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
     def _solve_stage(
@@ -317,12 +344,13 @@ class ExactSolver:
         stage: PreparedStage,
         cut: Cut,
         window: Window,
-        index: int,
+        written: int,
         owned: frozenset[str],
         proven: bool,
     ) -> StageSolution:
-        """On the best of the views that the tables put first."""
-        context = self._context(cut, index, owned, window.folds(index))
+        """A written stage, on the best of the views that the tables put first."""
+        index = window.stage_of.index(written)
+        context = self._context(cut, index, owned, window.folds(written))
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
@@ -341,8 +369,7 @@ class ExactSolver:
                 best = found
         if best is None:
             raise failures[0] if failures else refused[0]
-        prediction = replace(best.prediction, in_flight=cut.in_flight(index))
-        return replace(best, prediction=prediction)
+        return best
 
     def _context(
         self, cut: Cut, stage: int, owned: frozenset[str], folds: tuple[Fold, ...]
@@ -373,3 +400,23 @@ class ExactSolver:
                 "its fastest solution does not fit its share of the worker's memory"
             )
         return free
+
+
+def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:
+    return replace(stage, prediction=replace(stage.prediction, in_flight=in_flight))
+
+
+def _all_transfers(written: Sequence[Transfer], window: Window) -> list[Transfer]:
+    """Those between written stages, between the stages that they stand for: neighbours send to
+    neighbours. NotFoldable where one comes from further away, from a stage that stands for many."""
+    found = []
+    for transfer in written:
+        source, target = transfer.source_stage, transfer.target_stage
+        step = target - source
+        senders = window.stands_for(source)
+        if abs(step) > 1 and len(senders) > 1:
+            raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
+        for index in window.stands_for(target):
+            sender = index - step if abs(step) == 1 else senders[0]
+            found.append(replace(transfer, source_stage=sender, target_stage=index))
+    return found

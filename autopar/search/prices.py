@@ -118,14 +118,15 @@ class Prices:
             return Level.FULL
         return Level.FREE if count in known.free else Level.SCALED
 
-    def known(self, view: LogicalMesh) -> bool:
-        """Whether anything is."""
-        return view in self._views
+    def known(self, view: LogicalMesh, count: int) -> bool:
+        """Whether anything is: what is known of fewer microbatches tells of more."""
+        known = self._views.get(view)
+        return known is not None and any(c <= count for c in known.free)
 
     def state(self, view: LogicalMesh, count: int) -> tuple[int, int, bool]:
         """Changes whenever what is known about the view at this number of microbatches does."""
         known = self._views.get(view)
-        if known is None:
+        if known is None or not self.known(view, count):
             return Level.SCALED, 0, False
         return self.level(view, count), len(known.free), known.optimistic is not None
 
@@ -200,7 +201,7 @@ class Prices:
     ) -> StagePrices:
         """Of the stages with so many layers of each class, counts[U, classes]."""
         nothing = np.zeros(counts.shape[0], dtype=bool)
-        if view not in self._views:
+        if not self.known(view, count):
             return StagePrices(np.zeros(counts.shape[0]), nothing, nothing)
         level, frontiers = self.level(view, count), self.frontiers(view, count)
         seconds = _refused(stage_seconds(frontiers, counts, in_flight, budget_bytes))
@@ -222,7 +223,7 @@ class Prices:
     ) -> FloatArray:
         """Of the same stages, whatever points are known: no less than their layers take alone, or
         than a mixture of optimistic points that fits."""
-        if view not in self._views:
+        if not self.known(view, count):
             return np.zeros(counts.shape[0])
         known = self._views[view]
         points = known.free[count] if count in known.free else _scaled(known.free, count)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.candidate import Candidate, Cut
+from autopar.candidate import Candidate, Cut, stage_transfers
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.graph.program import Graph
 from autopar.intraop.stage import StageSolution
@@ -242,7 +242,8 @@ class ThoroughSearch:
                 options[stage].busy_s = math.inf
         graphs, solutions = zip(*(o.solved for o in options if o.solved), strict=True)
         try:
-            return best_schedule(self.space, cut, graphs, solutions)
+            transfers = stage_transfers(graphs, solutions)
+            return best_schedule(self.space, cut, transfers, solutions)
         except NoFeasiblePlan:  # an interleaved schedule that does not fit
             return None
 

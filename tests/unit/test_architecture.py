@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.sharding", "autopar.schedule"),
     ("autopar.plan",),
     ("autopar.estimate", "autopar.simulate"),
-    ("autopar.intraop",),
+    ("autopar.intraop", "autopar.pace"),
     ("autopar.interop", "autopar.lowering", "autopar.options"),
     ("autopar.candidate", "autopar.explain"),
     ("autopar.search",),
@@ -43,7 +43,8 @@ NO_TORCH = (
     *(f"autopar.intraop.{name}" for name in ("eliminate", "fallback", "ilp", "cbc", "mathopt")),
     *(f"autopar.intraop.{name}" for name in ("memory", "improve")),
     *(f"autopar.interop.{name}" for name in ("problem", "dp", "tables", "infeasible")),
-    *("autopar.schedule", "autopar.simulate", "autopar.plan", "autopar.mesh", "autopar.errors"),
+    *("autopar.schedule", "autopar.simulate", "autopar.pace", "autopar.plan", "autopar.mesh"),
+    "autopar.errors",
 )
 # Calls torch.distributed; the others may name its tensor and placement types.
 DISTRIBUTED = ("autopar.runtime.comm",)
