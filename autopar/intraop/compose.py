@@ -35,11 +35,11 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
-from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable

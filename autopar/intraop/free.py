@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import SolverError
-from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, WarmMessages, ascend
+from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, ascend
 from autopar.intraop.eliminate import eliminate, elimination_order
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.problem import FloatArray, IntraOpProblem
 from autopar.intraop.reduce import Graph
+from autopar.intraop.sweep import WarmMessages
 
 TABLE_LIMIT = 30_000_000
 """Entries of the largest table that elimination may build: 240 MB of float64."""

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, FreeResult, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.improve import Assignment, Neighbourhood
 from autopar.intraop.problem import FloatArray, IntraOpProblem, least_bytes, relative_gap
+from autopar.intraop.sweep import WarmMessages
 
 STEP_TABLE_LIMIT = 1_000_000
 """Largest elimination table within one step on the hull: more certainty is not worth its time
