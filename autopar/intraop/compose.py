@@ -53,7 +53,7 @@ IntArray = NDArray[np.int64]
 PRICES = (0.0, 0.1, 1.0, 10.0)
 # Points steer: this is good enough for that.
 _POINT_GAP = 1e-3
-_POINT_SWEEPS = 20  # of each round
+_POINT_SWEEPS = 40  # of each round
 _POINT_TABLE = 200_000  # entries that elimination may build
 
 

@@ -115,13 +115,9 @@ def minimise(
     best = _Best()
     for attempt in range(_ROUNDS):
         graph.reduce()
-        if (
-            not all(np.isfinite(c_v).any() for c_v in graph.unary.values())
-            or graph.constant == np.inf
-        ):
+        if not graph.keep_allowed() or graph.constant == np.inf:
             best.bound = best.value  # nothing better than the incumbent is left
             return best.result()
-        graph.keep({v: np.isfinite(c_v) for v, c_v in graph.unary.items()})
         if _eliminated(graph, best, _EASY_TABLE):
             return best.result()
         dual = ascend(

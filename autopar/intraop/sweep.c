@@ -1,7 +1,7 @@
-/* The passes of autopar/intraop/sweep.py over its flat program, in C.
+/* The passes of autopar/intraop/sweep.py over its flat program, in C; and reduce.py's min-plus.
 
    The same formulas with the same order of sums, so that both give the same bits: built without
-   contraction of a * b + c and for the baseline of the machine's architecture (compiled.py). Minima
+   contraction of a * b + c and for the baseline of the machine's architecture (native.py). Minima
    have no order.
 
    strategies   of all nodes one after the other; a node's are [first, first + size)
@@ -56,6 +56,22 @@ static void min_rows_less(int64_t rows, int64_t columns, const double *restrict 
         for (int64_t t = 0; t < columns; t++) {
             const double x = matrix[t] - a[s];
             out[t] = x < out[t] ? x : out[t];
+        }
+    }
+}
+
+/* out [n_u, n_w] = min over v of left[v, u] + right[v, w] */
+void min_plus(int64_t n_v, int64_t n_u, int64_t n_w, const double *left,
+              const double *restrict right, double *restrict out) {
+    for (int64_t u = 0; u < n_u; u++, out += n_w) {
+        for (int64_t w = 0; w < n_w; w++) out[w] = INFINITY;
+        for (int64_t v = 0; v < n_v; v++) {
+            const double more = left[v * n_u + u];
+            const double *row = right + v * n_w;
+            for (int64_t w = 0; w < n_w; w++) {
+                const double x = more + row[w];
+                out[w] = x < out[w] ? x : out[w];
+            }
         }
     }
 }

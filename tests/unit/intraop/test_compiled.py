@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autopar.intraop import compiled
+from autopar.intraop import compiled, native
 from autopar.intraop.dual import ascend
-from autopar.intraop.reduce import Graph
+from autopar.intraop.reduce import Graph, min_plus, min_plus_in_numpy
 from autopar.intraop.sweep import TreeReweighted, WarmMessages
 from tests.unit.intraop.random_problems import small_problem
 from tests.unit.intraop.stages import gpt2_graph
@@ -26,13 +26,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No library is known yet, nor afterwards."""
-    compiled.library.cache_clear()
+    native.library.cache_clear()
     yield
-    compiled.library.cache_clear()
+    native.library.cache_clear()
 
 
 def assert_same(graph: Graph, sweeps: int, forbidden_seconds: float = 50.0) -> None:
-    library = compiled.library()
+    library = native.library()
     assert library is not None
     start = np.random.default_rng(0)
     warm: WarmMessages = {
@@ -72,10 +72,19 @@ def test_same_bits_on_a_captured_layer(mesh: tuple[int, ...]) -> None:
 
 
 @needs_compiler
+def test_same_bits_of_a_min_plus_product() -> None:
+    rng = np.random.default_rng(1)
+    for n_v, n_u, n_w in ((1, 1, 1), (3, 5, 2), (49, 49, 49), (7, 300, 300)):
+        left, right = rng.normal(size=(n_v, n_u)), rng.normal(size=(n_v, n_w))
+        left[rng.random(left.shape) < 0.2] = np.inf
+        assert np.array_equal(min_plus(left, right), min_plus_in_numpy(left, right))
+
+
+@needs_compiler
 def test_processes_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOPAR_CACHE_DIR", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(compiled.compiled_file, ["cc", "cc"])
+        first, second = pool.map(native.compiled_file, ["cc", "cc"])
     assert first == second
     assert list((tmp_path / "compiled").iterdir()) == [first]  # and no draft is left
     assert CDLL(str(first)).forward
@@ -88,11 +97,11 @@ def test_without_a_library_numpy_does_it(
     problem = small_problem(7)
     graph = Graph(problem, problem.node_seconds)
     found = ascend(graph, deadline=time.monotonic() + 10.0)
-    compiled.library.cache_clear()
+    native.library.cache_clear()
     if broken == "compiler":
         monkeypatch.setenv("CC", str(tmp_path / "none"))
     else:
         monkeypatch.setenv("AUTOPAR_CACHE_DIR", "/dev/null/nowhere")
-    assert compiled.library() is None
+    assert native.library() is None
     again = ascend(graph, deadline=time.monotonic() + 10.0)
     assert (found.choice, found.primal, found.bound) == (again.choice, again.primal, again.bound)
