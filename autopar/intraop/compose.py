@@ -35,11 +35,11 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
-from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable
@@ -53,7 +53,7 @@ IntArray = NDArray[np.int64]
 PRICES = (0.0, 0.1, 1.0, 10.0)
 # Points steer: this is good enough for that.
 _POINT_GAP = 1e-3
-_POINT_SWEEPS = 20  # of each round
+_POINT_SWEEPS = 40  # of each round
 _POINT_TABLE = 200_000  # entries that elimination may build
 
 

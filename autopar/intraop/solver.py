@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from autopar.errors import OptionError, SolverError
+from autopar.intraop.branch import branch, is_small
 from autopar.intraop.cbc import solve_cbc
 from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS
 from autopar.intraop.fallback import solve_remainder
@@ -54,9 +55,10 @@ def solve(
     Stops at target_gap (relative; 0 = prove the optimum) or time_limit_s, whichever is first; a
     solution that is not proven optimal says so. Raises NoFeasiblePlan when nothing fits,
     SolverError when the time limit came before any assignment or a backend is missing.
-    fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS; a
-    search over many problems asks for that and comes back to the winner. earlier: what DUAL found
-    on the same program under other budgets, used and added to.
+    fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS, and
+    branches in small programs only; a search over many problems asks for that and comes back to
+    the winner. earlier: what DUAL found on the same program under other budgets, used and added
+    to.
     """
     if not time_limit_s > 0:
         raise OptionError(f"time_limit_s must be > 0, got {time_limit_s}")
@@ -123,6 +125,10 @@ def _solve_budgeted(
         close_enough=min(0.02 * target_gap, STEP_CLOSE_ENOUGH) if target_gap else CLOSED_GAP,
     )
     known = minimise_within_budget(problem, effort=effort, earlier=earlier)
+    gap = np.inf if known.best is None else relative_gap(known.best.seconds, known.bound)
+    if gap > target_gap and (fallback or is_small(problem)):
+        halfway = (time.monotonic() + deadline) / 2
+        known = branch(problem, known, earlier, replace(effort, deadline=halfway), target_gap)
     stats: dict[str, object] = {
         "sweeps": known.sweeps,
         "fixed": known.fixed,

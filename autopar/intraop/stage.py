@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes
 from autopar.graph.program import Graph, InputKind, OutputKind, TensorMeta
+from autopar.intraop.branch import is_small
 from autopar.intraop.build import (
     Chosen,
     ParameterChoice,
@@ -130,7 +131,13 @@ def solve_program(
     unavoidable = least_transient_bytes(
         graph, built, costs.mesh.axis_sizes, context.num_microbatches
     )
-    bound = max(solution.bound, earlier.bound(budget_bytes - unavoidable)[0])
+    widest = budget_bytes - unavoidable
+    bound = max(solution.bound, earlier.bound(widest)[0])
+    if is_small(built.problem) and relative_gap(best.seconds, bound) > options.target_gap:
+        found = solve_within(widest, False)
+        bound = max(bound, found.bound)
+        if found.prediction.peak_bytes <= budget_bytes and found.seconds < best.seconds:
+            best = found
     return _with_true_bound(best, bound, limit)
 
 

@@ -41,6 +41,7 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 NO_TORCH = (
     *(f"autopar.intraop.{name}" for name in ("problem", "solver", "dual", "reduce", "free")),
     *(f"autopar.intraop.{name}" for name in ("eliminate", "fallback", "ilp", "cbc", "mathopt")),
+    *(f"autopar.intraop.{name}" for name in ("sweep", "compiled", "native")),
     *(f"autopar.intraop.{name}" for name in ("memory", "improve")),
     *(f"autopar.interop.{name}" for name in ("problem", "dp", "tables", "infeasible")),
     *("autopar.schedule", "autopar.simulate", "autopar.pace", "autopar.plan", "autopar.mesh"),
