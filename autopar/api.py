@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from autopar.errors import OptionError, PlanError, RuleWarning
+from autopar.garbage import seldom_collected
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.family import GraphFamily
@@ -65,16 +66,18 @@ def plan_model(
     """
     family = GraphFamily(model, example_batch, loss_fn, precision, options.num_layers)
     workload = ModelWorkload(family, microbatch_counts(example_batch, options))
-    plan = find_plan(
-        workload,
-        cluster,
-        budget_bytes=parse_bytes(memory_budget),
-        options=options,
-        progress=progress,
-    )
+    with seldom_collected(), contextlib.closing(family):
+        family.expect_all(workload.counts)
+        plan = find_plan(
+            workload,
+            cluster,
+            budget_bytes=parse_bytes(memory_budget),
+            options=options,
+            progress=progress,
+        )
+        graph = whole_graph(workload.exact(plan.num_microbatches))
     for sentence in plan.unwritten_rules():
         warnings.warn(sentence, RuleWarning, stacklevel=2)
-    graph = whole_graph(workload.exact(plan.num_microbatches))
     return replace(plan, precision=str(precision)), graph
 
 

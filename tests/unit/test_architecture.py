@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; a module imports from rows above its own in this list only. A package is one unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cost_models",),
-    ("autopar.errors", "autopar.cache", "autopar.forks"),
+    ("autopar.errors", "autopar.cache", "autopar.forks", "autopar.garbage"),
     ("autopar.mesh", "autopar.ops", "autopar.layout"),
     ("autopar.graph",),
     ("autopar.sharding", "autopar.schedule"),
