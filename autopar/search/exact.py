@@ -146,10 +146,12 @@ class ExactSolver:
         """Whatever its bytes. OptionError for a pin that the view cannot honour."""
         return self.stages.free(run.prepared, view, self._context(cut, stage, run.owned, ()))
 
-    def within(self, run: Run, cut: Cut, stage: int, view: LogicalMesh) -> StageSolution:
-        """NoFeasiblePlan where nothing fits the budget."""
-        context = self._context(cut, stage, run.owned, ())
-        return self._on_view(run.prepared, view, context, cut, False)
+    def within(
+        self, run: Run, cut: Cut, stage: int, view: LogicalMesh, target_gap: float | None = None
+    ) -> StageSolution:
+        """NoFeasiblePlan where nothing fits the budget. target_gap: another than the solver's."""
+        context, budget = self._context(cut, stage, run.owned, ()), self._budget(cut, view)
+        return self.stages.within(run.prepared, view, context, budget, target_gap=target_gap)
 
     def fits(self, cut: Cut, solution: StageSolution) -> bool:
         """Stages that take turns are held against the budget together, once they are simulated,

@@ -71,15 +71,17 @@ class StageSolver:
         budget: float,
         *,
         proven: bool = False,
+        target_gap: float | None = None,
     ) -> StageSolution:
-        """The fastest solution found that fits; NoFeasiblePlan where none does."""
+        """The fastest solution found that fits; NoFeasiblePlan where none does. target_gap: another
+        one than that of the others."""
         free = self.free(stage, view, context, proven=proven)
         if free.prediction.peak_bytes <= budget:
             return free
-        key = (_key(stage, view, context, proven), context.in_flight, budget)
+        key = (_key(stage, view, context, proven), context.in_flight, budget, target_gap)
         if key not in self._known:
             try:
-                found = self._solved(stage, view, context, budget, proven)
+                found = self._solved(stage, view, context, budget, proven, target_gap)
                 self._known[key] = _Known(stage.graph, found)
             except NoFeasiblePlan as error:
                 self._known[key] = _Known(stage.graph, None, error)
@@ -92,9 +94,10 @@ class StageSolver:
         context: StageContext,
         budget: float | None,
         proven: bool,
+        target_gap: float | None = None,
     ) -> StageSolution:
         limit_s = self._clock.left_s * (_PROOF_SHARE if proven else 1.0)
-        gap = self._options.target_gap if proven else self._target_gap
+        gap = target_gap or (self._options.target_gap if proven else self._target_gap)
         return solve_stage(
             stage.graph,
             stage.table,

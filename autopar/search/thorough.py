@@ -10,9 +10,10 @@ that is no less than the best step found:
     start   = forward of one microbatch in all stages before w's first
 
 An option is solved when a plan that needs it is looked at. Before, its busy_s is that of its layers
-alone (`Prices.least_seconds`); then that of its fastest solution, until it is solved within the
-budget. A stage that fits without recomputation has no other policy there. Cuts are made for the
-microbatches in flight of each schedule that is allowed.
+alone (`Prices.least_seconds`); then that of its fastest solution; then the bound of a rough one
+within the budget, as if the best one received as much; then its own. A stage that fits without
+recomputation has no other policy there. Cuts are made for the microbatches in flight of each
+schedule that is allowed.
 
 Exponential in stages, hence for few stage programs only (`is_small`).
 """
@@ -39,6 +40,7 @@ from autopar.search.schedules import best_schedule
 from autopar.search.space import Space
 
 TARGET_GAP = 1e-3  # of a stage
+_ROUGH_GAP = 0.1
 _SMALL = 60_000  # operators of all stage programs, on every view and of every microbatch size
 _WORTH = 1 - 1e-9  # of the best step: rounding is no gain
 
@@ -54,7 +56,7 @@ def is_small(space: Space, reference: Program) -> bool:
 @dataclass(slots=True, eq=False)
 class _Option:
     """A stage on one view under one policy, with lower bounds until it is solved; busy_s is inf
-    where it does not fit. fastest: whatever its bytes. solved: within the budget."""
+    where it does not fit. fastest: whatever its bytes. rough, solved: within the budget."""
 
     view: LogicalMesh
     policy: Remat
@@ -62,6 +64,7 @@ class _Option:
     own_s: float = 0.0
     forward_s: float = 0.0
     fastest: StageSolution | None = None
+    rough: StageSolution | None = None
     solved: tuple[Graph, StageSolution] | None = None
 
 
@@ -248,7 +251,7 @@ class ThoroughSearch:
             return None
 
     def _solve(self, cut: Cut, stage: int, option: _Option) -> None:
-        """One step towards the option's solution: the fastest one, then within the budget."""
+        """One step towards the option's solution."""
         program, layers = self._program(cut.num_microbatches), self._layers(cut, stage)
         if option.policy is not self.space.policies[0]:
             plain = next(o for o in self._stage_options(cut, stage) if o.view is option.view)
@@ -258,17 +261,22 @@ class ThoroughSearch:
                 option.busy_s = math.inf
                 return
         run = self._exact.run(program, layers, option.policy)
-        first = option.fastest is None
-        solve = self._exact.fastest if first else self._exact.within
-        found = solve(run, cut, stage, option.view)
+        if option.fastest is None:
+            found = option.fastest = self._exact.fastest(run, cut, stage, option.view)
+            done = self._exact.fits(cut, found)
+        elif option.rough is None:
+            found = self._exact.within(run, cut, stage, option.view, _ROUGH_GAP)
+            option.rough, done = found, found.gap <= TARGET_GAP
+        else:
+            found, done = self._exact.within(run, cut, stage, option.view), True
         p, count = found.prediction, cut.num_microbatches
         once_s = max(p.step_s, p.gather_s + p.reduce_s)
-        option.busy_s = count * (p.forward_s + p.backward_s) + once_s
-        if first:
-            option.fastest = found
-        if not first or self._exact.fits(cut, found):
-            option.own_s, option.forward_s = option.busy_s - p.gather_s, p.forward_s
+        busy_s = count * (p.forward_s + p.backward_s) + once_s
+        if done:
+            option.busy_s, option.own_s, option.forward_s = busy_s, busy_s - p.gather_s, p.forward_s
             option.solved = run.graph, found
+        else:
+            option.busy_s = max(option.busy_s, busy_s - count * (found.seconds - found.bound))
 
 
 def _least_step_s(cut: Cut, stages: Sequence[tuple[float, float, float]]) -> float:
