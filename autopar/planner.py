@@ -159,7 +159,7 @@ class _Search:
         try:
             exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
             self._look(reference, prices, exact, narrow=True)
-            if not self.solved and prices.refused is None:
+            if not self.solved and prices.refused is None and not self.clock.expired:
                 self._look(reference, prices, exact, narrow=False)
             if self.solved:
                 self._interleave(prices)
