@@ -39,10 +39,10 @@ from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
 _MOST = 3  # numbers of microbatches
-_MORE_PRICED = 8  # pricings of large submeshes after the first exact pipeline: alternatives to it
+_MORE_PRICED = 8  # views of large submeshes after the first exact pipeline: alternatives to it
 # What bounds are expected to rise by until they are exact: of other numbers of microbatches, of
 # solutions that do not fit, of estimates by replicas, of those that share a row. Empirical.
-_LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.1
+_LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.25
 _SIZES = 2  # submeshes between a half and twice the best sizes are kept
 _ROWS_ANCHOR = 32  # small submeshes are priced at microbatches of this share of the rows, and fewer
 _SHARE_OF_TIME = 1 / 3  # of the limit
@@ -107,7 +107,7 @@ def focus(
         for seconds, pipeline, exact in search.ranked(some):
             if exact:
                 kept[pipeline] = seconds
-            elif pipeline.submesh not in search.small:
+            elif not prices.known(pipeline.view, pipeline.num_microbatches):
                 more -= 1
             best = min(kept.values(), default=math.inf)
             enough = kept and (first or more < 0)
@@ -133,7 +133,11 @@ def _focused(space: Space, kept: Mapping[_Pipeline, float], looked_at: int) -> F
     for count in counts:
         own = {p.submesh.num_devices for p in near if p.num_microbatches == count}
         low, high = min(own) / _SIZES, max(own) * _SIZES
-        sizes[count] = tuple(s for s in space.submeshes if low <= s.num_devices <= high)
+        near_sizes = [s for s in space.submeshes if low <= s.num_devices <= high]
+        sums = _sums({s.num_devices for s in near_sizes}, space.cluster.num_devices)
+        sizes[count] = tuple(
+            s for s in near_sizes if space.cluster.num_devices - s.num_devices in sums
+        )
     used = {s for own in sizes.values() for s in own}
     submeshes = tuple(s for s in space.submeshes if s in used)
     narrowed = replace(
@@ -152,6 +156,15 @@ def _focused(space: Space, kept: Mapping[_Pipeline, float], looked_at: int) -> F
         f"of {looked_at} equal pipelines the best are near {note}: other numbers and sizes were "
         "not cut into stages",
     )
+
+
+def _sums(sizes: set[int], most: int) -> set[int]:
+    """The numbers of devices up to `most` that submeshes of these sizes make up."""
+    sums = {0}
+    for devices in range(min(sizes), most + 1, math.gcd(*sizes)):
+        if any(devices - size in sums for size in sizes):
+            sums.add(devices)
+    return sums
 
 
 class _Uniform:
