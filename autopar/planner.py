@@ -164,7 +164,7 @@ class _Search:
             self._look(reference, prices, exact, narrow=True)
             if small and not self.cut_short:
                 self._try_all(reference, prices, exact)
-            if not self.solved and prices.refused is None:
+            if not self.solved and prices.refused is None and not self.clock.expired:
                 self._look(reference, prices, exact, narrow=False)
             if self.solved and not small:
                 self._interleave(prices)

@@ -43,6 +43,7 @@ from autopar.simulate import Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
+_ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _SMALL_GRAPH = 1500  # operators
@@ -109,7 +110,7 @@ class ExactSolver:
         solutions or not at all."""
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, proven)
-        if cut.num_workers is None and len(self.space.policies) > 1:
+        if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
             solved = self._taken_back(program, cut, extra, solved, proven)
         return solved
 
@@ -172,7 +173,7 @@ class ExactSolver:
                 if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
                 for stage in error.stages:
-                    extra[stage] += _MORE * 2**attempt
+                    extra[stage] += _ALL if self.clock.late else _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(

@@ -22,6 +22,7 @@ from autopar.search.clock import Clock
 from autopar.search.unfold import renamed, same_structure
 
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
+_STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the others get some
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +97,7 @@ class StageSolver:
         proven: bool,
         target_gap: float | None = None,
     ) -> StageSolution:
-        limit_s = self._clock.left_s * (_PROOF_SHARE if proven else 1.0)
+        limit_s = self._clock.left_s * (_PROOF_SHARE if proven else _STAGE_SHARE)
         gap = target_gap or (self._options.target_gap if proven else self._target_gap)
         return solve_stage(
             stage.graph,
