@@ -21,7 +21,7 @@ from autopar.intraop.sweep import TreeReweighted, WarmMessages
 CLOSED_GAP = 1e-10
 """Relative gap below which bound and primal are the same number in float64 sums of 1e4 terms."""
 MAX_SWEEPS = 400
-_STALL_SWEEPS = 6
+_STALL_SWEEPS = 12
 _FUSE_SWEEPS = 20
 """Every so many sweeps assignments are fused, which takes as long as a few hundred of them in C."""
 _FUSE_KEPT = 5
@@ -33,8 +33,8 @@ _WORTH_FIXING = 0.5
 _STALL_SHARE = 0.02
 _STALL_NEAR = 0.3
 _STALL_GAIN = 1e-5
-"""Stalled: six sweeps moved the bound by less than 2 % of the gap (30 % where it is near enough),
-and by less than this share of itself: assignments stay far off until the bound is nearly tight
+"""Stalled: twelve sweeps moved the bound by less than 2 % of the gap (30 % where it is near), and
+by less than this share of itself: assignments stay far off until the bound is nearly tight
 (empirical; llama, GPT, MoE and T5 graphs).
 """
 

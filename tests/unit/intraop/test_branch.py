@@ -23,7 +23,7 @@ def test_optimum_within_a_budget(seed: int) -> None:
     optimum = brute_force(problem).optimum(problem.budget_bytes)
     if not np.isfinite(optimum):
         return
-    found = solve(problem, target_gap=0.0, fallback=False)
+    found = solve(problem, target_gap=0.0, fallback=False, branching=True)
     assert found.bound <= optimum * (1 + 1e-9)
     assert found.seconds == pytest.approx(optimum, rel=1e-6)
 
