@@ -282,13 +282,12 @@ class MeshCosts:
         """[len(sources), len(targets)] seconds, and seconds per byte of the whole tensor."""
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
-        table = np.empty((2, len(rows), len(columns)))
-        for i, source in enumerate(rows):
-            for j, target in enumerate(columns):
-                cost = self.reshard(dims, source, target)
-                table[:, i, j] = cost.latency_s, cost.seconds_per_byte
+        costs = [self.reshard(dims, source, target) for source in rows for target in columns]
+        shape = (len(rows), len(columns))
+        latency = np.array([cost.latency_s for cost in costs]).reshape(shape)
+        per_byte = np.array([cost.seconds_per_byte for cost in costs]).reshape(shape)
         spread = np.ix_(row_of, column_of)
-        return table[0][spread], table[1][spread]
+        return latency[spread], per_byte[spread]
 
     def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
         cost = self._collectives.get((kind, axis))

@@ -22,7 +22,6 @@ from autopar.graph.program import (
     OutputKind,
     Ref,
     check_graph,
-    map_refs,
 )
 
 
@@ -74,10 +73,7 @@ def _stage_graph(graph: Graph, operators: Sequence[Operator]) -> Graph:
             )
         return Ref(str(ref))
 
-    body = []
-    for op in operators:
-        args, kwargs = map_refs((op.args, dict(op.kwargs)), local)
-        body.append(replace(op, args=args, kwargs=kwargs))
+    body = [op.reading(local) for op in operators]
     outputs = [out for out in graph.outputs if out.ref.name in own]
     for op in graph.operators:
         if op.name not in own:
