@@ -283,9 +283,8 @@ class MeshCosts:
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
         costs = [self.reshard(dims, source, target) for source in rows for target in columns]
-        shape = (len(rows), len(columns))
-        latency = np.array([cost.latency_s for cost in costs]).reshape(shape)
-        per_byte = np.array([cost.seconds_per_byte for cost in costs]).reshape(shape)
+        table = np.array([(cost.latency_s, cost.seconds_per_byte) for cost in costs], np.float64)
+        latency, per_byte = table.reshape(len(rows), len(columns), 2).transpose(2, 0, 1)
         spread = np.ix_(row_of, column_of)
         return latency[spread], per_byte[spread]
 
