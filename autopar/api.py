@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,9 +32,10 @@ from autopar.graph.repeat import Folded, whole_graph
 from autopar.options import SearchOptions, parse_bytes
 from autopar.plan import ParallelPlan
 from autopar.planner import find_plan
-from autopar.runtime.launch import torchrun_world
-from autopar.runtime.module import ParallelModel
 from cost_models import Cluster
+
+if TYPE_CHECKING:
+    from autopar.runtime.module import ParallelModel
 
 Progress = Callable[[str], None]
 
@@ -148,6 +149,9 @@ def parallelize(
                    brings its own precision.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
+    from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
+    from autopar.runtime.module import ParallelModel
+
     world = torchrun_world()
     given = ParallelPlan.load(plan) if isinstance(plan, (str, Path)) else plan
     if given is None:

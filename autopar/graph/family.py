@@ -176,13 +176,11 @@ class _Line:
         return found
 
     def operator(self, a: Operator, b: Operator) -> Operator:
-        alike = replace(b, args=a.args, kwargs=a.kwargs, results=a.results)
-        _same(a.name, a, alike)
+        _same(a.name, a, b.changed(args=a.args, kwargs=a.kwargs, results=a.results))
         _same(a.name, len(a.results), len(b.results))
-        return replace(
-            a,
+        return a.changed(
             args=self.tree(a.args, b.args),
-            kwargs=self.tree(dict(a.kwargs), dict(b.kwargs)),
+            kwargs=self.tree(a.kwargs, b.kwargs),
             results=tuple(
                 self.meta(x, y) if x is not None and y is not None else _same(a.name, x, y)
                 for x, y in zip(a.results, b.results, strict=True)
@@ -190,6 +188,8 @@ class _Line:
         )
 
     def meta(self, a: TensorMeta, b: TensorMeta) -> TensorMeta:
+        if a == b:
+            return a
         _same("a type", a.dtype, b.dtype)
         return TensorMeta(self.tree(a.shape, b.shape), a.dtype)
 

@@ -22,7 +22,6 @@ from autopar.graph.program import (
     OutputKind,
     Ref,
     check_graph,
-    map_refs,
 )
 
 
@@ -92,10 +91,7 @@ def _stage_graphs(graph: Graph, parts: Sequence[Sequence[Operator]]) -> Iterator
                 )
             return Ref(str(ref))
 
-        body = []
-        for op in operators:
-            args, kwargs = map_refs((op.args, dict(op.kwargs)), local)
-            body.append(replace(op, args=args, kwargs=kwargs))
+        body = [op.reading(local) for op in operators]
         # a gradient summed over uses in other stages may be made where nothing reads the parameter
         summed = {out.target for out in outputs[part] if out.kind is OutputKind.GRADIENT}
         used.update((ref, inp) for ref, inp in inputs.items() if inp.name in summed)
