@@ -6,7 +6,7 @@
               best path goes (search.cuts)
     exact     the best few cuts: every stage's whole integer program under the budget, equal layers
               folded (search.exact)
-    simulate  the actual schedule, event by event; the plan is what simulates best
+    simulate  the actual schedule; the plan is what simulates best
     unfold    the winner written out for every layer (search.unfold)
 
 The result is deterministic: it depends on the graphs, the cluster and the options only, unless the
@@ -159,7 +159,7 @@ class _Search:
         try:
             exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
             self._look(reference, prices, exact, narrow=True)
-            if not self.solved and prices.refused is None:
+            if not self.solved and prices.refused is None and not self.clock.expired:
                 self._look(reference, prices, exact, narrow=False)
             if self.solved:
                 self._interleave(prices)

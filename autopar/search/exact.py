@@ -42,7 +42,9 @@ from autopar.simulate import StageCost, Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
+_ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
+_STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the others get some
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _SMALL_GRAPH = 1500  # operators
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
@@ -101,7 +103,7 @@ class ExactSolver:
         solutions or not at all."""
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, proven)
-        if cut.num_workers is None and len(self.space.policies) > 1:
+        if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
             solved = self._taken_back(program, cut, extra, solved, proven)
         return solved
 
@@ -115,7 +117,7 @@ class ExactSolver:
                 if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
                 for stage in error.stages:
-                    extra[stage] += _MORE * 2**attempt
+                    extra[stage] += _ALL if self.clock.late else _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
@@ -376,7 +378,7 @@ class ExactSolver:
         budget: float | None,
         proven: bool,
     ) -> StageSolution:
-        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else 1.0)
+        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else _STAGE_SHARE)
         options = self.space.options
         return solve_stage(
             stage.graph,

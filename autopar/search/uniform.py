@@ -39,10 +39,10 @@ from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
 _MOST = 3  # numbers of microbatches
-_MORE_PRICED = 4  # pricings of large submeshes after the first exact pipeline: alternatives to it
+_MORE_PRICED = 8  # views of large submeshes after the first exact pipeline: alternatives to it
 # What bounds are expected to rise by until they are exact: of other numbers of microbatches, of
 # solutions that do not fit, of estimates by replicas, of those that share a row. Empirical.
-_LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.1
+_LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.25
 _SIZES = 2  # submeshes between a half and twice the best sizes are kept
 _ROWS_ANCHOR = 32  # small submeshes are priced at microbatches of this share of the rows, and fewer
 _SHARE_OF_TIME = 1 / 3  # of the limit
@@ -98,36 +98,46 @@ def focus(
     small = [view for submesh in search.small for view in space.views[submesh]]
     for anchor in anchors:
         raise_views(dict.fromkeys(small, True), anchor, anchors)
-    kept: list[tuple[float, _Pipeline]] = []
-    for seconds, pipeline, exact in search.ranked([p for p in pipelines if search.is_small(p)]):
-        if exact:
-            kept.append((seconds, pipeline))
-            search.calibrate(pipeline, seconds)
-        if exact or time.monotonic() > deadline:
-            break
-    more = _MORE_PRICED
-    for seconds, pipeline, exact in search.ranked(pipelines):
-        if exact and pipeline not in (p for _, p in kept):
-            kept.append((seconds, pipeline))
-        if not exact and not search.is_small(pipeline):
-            more -= 1
-        best = min((k[0] for k in kept), default=math.inf)
-        if seconds > _NEAR * best or (kept and more < 0) or time.monotonic() > deadline:
-            break
+    own = [p for p in pipelines if p.submesh in search.small]
+    kept: dict[_Pipeline, float] = {}
+
+    def look(some: Sequence[_Pipeline], *, first: bool = False) -> None:
+        """Keeps those that are exact and near the best; first: the best alone."""
+        more = _MORE_PRICED
+        for seconds, pipeline, exact in search.ranked(some):
+            if exact:
+                kept[pipeline] = seconds
+            elif not prices.known(pipeline.view, pipeline.num_microbatches):
+                more -= 1
+            best = min(kept.values(), default=math.inf)
+            enough = kept and (first or more < 0)
+            if enough or seconds > _NEAR * best or time.monotonic() > deadline:
+                break
+
+    look(own, first=True)
+    for pipeline, seconds in kept.items():
+        search.calibrate(pipeline, seconds)
+    look(pipelines)
+    look(own)
     if not kept:  # none fits, or out of time: the best that is known
         bounds = ((search.step(p)[0], n) for n, p in enumerate(pipelines))
-        kept = [(s, pipelines[n]) for s, n in sorted(bounds)[:1] if math.isfinite(s)]
-    return _focused(space, sorted(kept, key=lambda k: k[0]), len(pipelines)) if kept else everything
+        kept = {pipelines[n]: s for s, n in sorted(bounds)[:1] if math.isfinite(s)}
+    return _focused(space, kept, len(pipelines)) if kept else everything
 
 
-def _focused(space: Space, kept: list[tuple[float, _Pipeline]], looked_at: int) -> Focus:
-    near = [p for seconds, p in kept if seconds <= _NEAR * kept[0][0]]
+def _focused(space: Space, kept: Mapping[_Pipeline, float], looked_at: int) -> Focus:
+    best = min(kept.values())
+    near = [p for p in sorted(kept, key=lambda p: kept[p]) if kept[p] <= _NEAR * best]
     counts = tuple(sorted(list(dict.fromkeys(p.num_microbatches for p in near))[:_MOST]))
     sizes: dict[int, tuple[Submesh, ...]] = {}
     for count in counts:
         own = {p.submesh.num_devices for p in near if p.num_microbatches == count}
         low, high = min(own) / _SIZES, max(own) * _SIZES
-        sizes[count] = tuple(s for s in space.submeshes if low <= s.num_devices <= high)
+        near_sizes = [s for s in space.submeshes if low <= s.num_devices <= high]
+        sums = _sums({s.num_devices for s in near_sizes}, space.cluster.num_devices)
+        sizes[count] = tuple(
+            s for s in near_sizes if space.cluster.num_devices - s.num_devices in sums
+        )
     used = {s for own in sizes.values() for s in own}
     submeshes = tuple(s for s in space.submeshes if s in used)
     narrowed = replace(
@@ -146,6 +156,15 @@ def _focused(space: Space, kept: list[tuple[float, _Pipeline]], looked_at: int) 
         f"of {looked_at} equal pipelines the best are near {note}: other numbers and sizes were "
         "not cut into stages",
     )
+
+
+def _sums(sizes: set[int], most: int) -> set[int]:
+    """The numbers of devices up to `most` that submeshes of these sizes make up."""
+    sums = {0}
+    for devices in range(min(sizes), most + 1, math.gcd(*sizes)):
+        if any(devices - size in sums for size in sizes):
+            sums.add(devices)
+    return sums
 
 
 class _Uniform:
@@ -182,9 +201,6 @@ class _Uniform:
         few = stages <= self._reference.num_layers
         return rest == 0 and few and stages == (pinned or stages)
 
-    def is_small(self, pipeline: _Pipeline) -> bool:
-        return pipeline.submesh in self.small
-
     def ranked(self, pipelines: Sequence[_Pipeline]) -> Iterator[tuple[float, _Pipeline, bool]]:
         """Seconds, pipeline, and whether they are exact, the best first. A pipeline that is not
         exact is priced better when the next one is asked for, and comes again."""
@@ -200,15 +216,24 @@ class _Uniform:
                 if exact:
                     continue
                 count = pipeline.num_microbatches
-                anchors = self.anchors if self.is_small(pipeline) else (count, count)
+                anchors = self.anchors if pipeline.submesh in self.small else (count, count)
                 self._raise_views({pipeline.view: fits}, count, anchors)
             heapq.heappush(heap, (self.step(pipeline)[0], order, pipeline))
 
     def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
         """The first pipeline that is exact says what memory adds to an estimate."""
+        free = self._seconds(pipeline, math.inf) + self._transfer(pipeline)
+        passes = pipeline.num_microbatches - 1 + pipeline.num_stages
+        self._memory = max(1.0, seconds / (passes * free))
+
+    def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
+        """Of one of its stages, by the prices of its view."""
         stages, count = pipeline.num_stages, pipeline.num_microbatches
-        free = self._replicas(pipeline) + self._transfer(pipeline)
-        self._memory = max(1.0, seconds / ((count - 1 + stages) * free))
+        share = self._counts[None] / stages
+        priced = self._prices.stage_seconds(
+            pipeline.view, count, share, min(count, stages), budget_bytes
+        )
+        return float(priced.seconds[0])
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         """(seconds, exact, whether the fastest solutions fit)."""
