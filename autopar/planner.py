@@ -6,7 +6,7 @@
               best path goes (search.cuts)
     exact     the best few cuts: every stage's whole integer program under the budget, equal layers
               folded (search.exact)
-    simulate  the actual schedule, event by event; the plan is what simulates best
+    simulate  the actual schedule; the plan is what simulates best
     unfold    the winner written out for every layer (search.unfold)
 
 The result is deterministic: it depends on the graphs, the cluster and the options only, unless the

@@ -106,11 +106,18 @@ def write_window(
     stage, equal ones are equal stages; None to write all of them."""
     regions = _regions(folded, kinds)
     bounds = list(itertools.pairwise([*first_layers, folded.num_layers]))
-    stage_of = _written_stages(range(len(bounds)) if stages is None else stages)
-    pieces = tuple(
-        tuple(_stage_pieces(regions, policies, *bounds[stage_of.index(written)], fold))
-        for written in range(stage_of[-1] + 1)
-    )
+
+    def written(stage_of: Sequence[int]) -> tuple[tuple[Piece, ...], ...]:
+        return tuple(
+            tuple(_stage_pieces(regions, policies, *bounds[stage_of.index(number)], fold))
+            for number in range(stage_of[-1] + 1)
+        )
+
+    each = tuple(range(len(bounds)))
+    stage_of = each if stages is None else _written_stages(stages)
+    pieces = written(stage_of)
+    if stage_of != each and not _can_be_written(regions, pieces):
+        stage_of, pieces = each, written(each)
     starts = itertools.accumulate(
         (sum(p.num_written for p in stage) for stage in pieces), initial=0
     )
@@ -177,6 +184,25 @@ def _stage_pieces(
             yield from (Piece(layer, 1, False, remat) for layer in tail)
 
 
+def _num_written(region: _Region, pieces: Sequence[Sequence[Piece]]) -> int:
+    return sum(
+        piece.num_written
+        for stage in pieces
+        for piece in stage
+        if region.first <= piece.first < region.stop
+    )
+
+
+def _can_be_written(regions: Sequence[_Region], pieces: Sequence[Sequence[Piece]]) -> bool:
+    """Whether the folded graph can have these layers: only some of its layers can be repeated."""
+    return all(
+        _num_written(r, pieces) > r.fixed
+        if r.repeated >= 0
+        else _num_written(r, pieces) == r.stop - r.first
+        for r in regions
+    )
+
+
 def _copies(
     folded: Folded, regions: Sequence[_Region], pieces: Sequence[Sequence[Piece]]
 ) -> tuple[int, ...]:
@@ -184,12 +210,7 @@ def _copies(
     copies = list(folded.copies)
     for region in regions:
         if region.repeated >= 0:
-            written = sum(
-                piece.num_written
-                for stage in pieces
-                for piece in stage
-                if region.first <= piece.first < region.stop
-            )
+            written = _num_written(region, pieces)
             copies[region.repeated] = written - region.fixed
             if copies[region.repeated] < 1:
                 raise InternalError(
