@@ -7,6 +7,7 @@ processors, so that the search inside a case does not fork onto those of another
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import pickle
@@ -19,14 +20,10 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
 
-from autopar.api import plan_model
 from autopar.forks import Fork, start
-from autopar.options import SearchOptions
 from benchmarks import environment
 from benchmarks.run import RESULTS
-from cost_models import Cluster
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -105,11 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, minutes: float, limit_s: f
 
 
 def import_all() -> None:
-    """What capture and search import when they are first used, once for all forks."""
+    """What capture and search import when they are first used, once for all forks. Nothing is run:
+    autograd has threads in builds for CUDA, and does not work in a fork of a process that used
+    it."""
     torch.set_num_threads(1)
-    model, batch = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(4, 8)
-    cluster, options = Cluster.parse("h100:1x2"), SearchOptions(cache=False)
-    plan_model(model, batch, cluster, loss_fn=lambda y, _: y.sum(), options=options)
+    for name in ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.decomposition"):
+        importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True)
