@@ -154,16 +154,13 @@ class _Search:
         known = remembered_plan(key) if key else None
         if known is not None:
             return known
-        offload = bool(self.space.options.offload)
-        prices = Prices(
-            self.program, self.mesh_costs, self.space.policies, self.clock, offload=offload
-        )
+        prices = self._prices()
         try:
             small = is_small(self.space, reference)
             exact = self._solver(prices, alike=not small)
             self._look(reference, prices, exact, narrow=True)
             if small and not self.cut_short:
-                self._try_all(reference, prices, exact)
+                self._try_all(reference, exact)
             if not self.solved and prices.refused is None and not self.clock.expired:
                 self._look(reference, prices, exact, narrow=False)
             if self.solved and not small:
@@ -182,6 +179,13 @@ class _Search:
         if key and not (self.cut_short or self.clock.expired):
             remember_plan(key, plan)
         return plan
+
+    def _prices(self, *, alone: bool = False) -> Prices:
+        offload = bool(self.space.options.offload)
+        policies = self.space.policies
+        return Prices(
+            self.program, self.mesh_costs, policies, self.clock, offload=offload, alone=alone
+        )
 
     def _may_offload(self) -> bool:
         """Whether another search, with parameters on hosts, is allowed and would differ."""
@@ -233,9 +237,10 @@ class _Search:
     def _time_limit(self) -> str:
         return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
 
-    def _try_all(self, reference: Program, prices: Prices, exact: ExactSolver) -> None:
+    def _try_all(self, reference: Program, exact: ExactSolver) -> None:
         """Looks at every cut, where there are few stages to solve."""
-        tables = CutSearch(self.space, prices, reference, self.mesh_costs, self.clock, narrow=False)
+        bounds = self._prices(alone=True)
+        tables = CutSearch(self.space, bounds, reference, self.mesh_costs, self.clock, narrow=False)
         least = min((s.candidate.step_s for s in self.solved), default=math.inf)
         search = ThoroughSearch(tables, exact, self.program, least)
         try:

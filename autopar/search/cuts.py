@@ -44,6 +44,7 @@ _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatche
 _PROGRAM_GAP = 1e-3  # of the inter-op program
 FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
+_ONCE_MARGIN = 1.25  # the inter-op program counts once-per-step work of every stage
 
 
 @dataclass(slots=True)
@@ -52,12 +53,15 @@ class _Found:
     optimal while nothing on their paths has been priced higher since."""
 
     by_stages: dict[int, InterOpSolution]
+    steps: Mapping[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
     done: set[int] = field(default_factory=set)
 
     @property
-    def best(self) -> InterOpSolution | None:
-        left = [f for s, f in self.by_stages.items() if s not in self.done]
-        return min(left, key=lambda f: (f.seconds, len(f.stages)), default=None)
+    def best(self) -> tuple[float, InterOpSolution] | None:
+        """(step, cut) of the fastest that is left."""
+        left = [s for s in self.by_stages if s not in self.done]
+        found = min(left, key=lambda s: (self.steps[s], s), default=None)
+        return None if found is None else (self.steps[found], self.by_stages[found])
 
 
 class _Tables:
@@ -77,6 +81,7 @@ class _Tables:
         self._parts: dict[LogicalMesh, StagePrices] = {}
         self.problem: InterOpProblem | None = None
         self.version = 0
+        self._once: dict[tuple[int, int, int], float] = {}
 
     def refresh(self) -> InterOpProblem:
         """The inter-op program at the levels that the views have reached by now."""
@@ -94,6 +99,7 @@ class _Tables:
             assert self.problem is not None
             return self.problem
         self.version += 1
+        self._once.clear()
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
         first, last = np.triu_indices(layers)
@@ -123,6 +129,32 @@ class _Tables:
             for flight in self.rows
         ]
         return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+
+    def step_seconds(self, stages: Sequence[StageChoice]) -> float:
+        """Of a cut, once-per-step work counted where it is waited for: before the first stage
+        begins and after it has ended, or where it makes a stage the slowest. The inter-op program,
+        which knows the sum of both only, counts it in every stage that a microbatch passes."""
+        once = [self._once_seconds(stage) for stage in stages]
+        each = [stage.seconds - o for stage, o in zip(stages, once, strict=True)]
+        pipeline = sum(each) + (self.count - 1) * max(each) + self.count * once[0]
+        return max(pipeline, self.count * max(stage.seconds for stage in stages))
+
+    def _once_seconds(self, stage: StageChoice) -> float:
+        """Of a microbatch, on the stage's best view."""
+        search = self._search
+        row = int(search.index[stage.first_layer, stage.last_layer])
+        key = row, stage.submesh, stage.in_flight
+        if key not in self._once:
+            views = search.space.views[search.space.submeshes[stage.submesh]]
+            view = min(views, key=lambda v: float(self._parts[v].seconds[stage.in_flight - 1, row]))
+            self._once[key] = search.prices.once_seconds(
+                view,
+                self.count,
+                search.counts[row],
+                self.rows[stage.in_flight - 1],
+                search.space.budget_of(view),
+            )
+        return self._once[key]
 
     def ranked_views(self, stage: StageChoice) -> list[RankedView]:
         """Of the stage's submesh, the best first; of those that are about equal the exact ones, and
@@ -219,7 +251,7 @@ class CutSearch:
             self._solve(count)
         while self._heap and not (self._clock.expired and self._best < math.inf):
             _, count = heapq.heappop(self._heap)
-            best = self._found[count].best
+            step_s, best = self._found[count].best or (math.inf, None)
             if best is None:
                 continue
             tables = self.tables(count)
@@ -230,11 +262,11 @@ class CutSearch:
             ranked = [tables.ranked_views(stage) for stage in best.stages]
             inexact = {r[0].view: r[0].fits for r in ranked if not r[0].exact}
             if not inexact:
-                self._best = min(self._best, best.seconds)
-                yield self._cut(count, best, ranked)
+                self._best = min(self._best, step_s)
+                yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
                 self._push(count)
-            elif best.seconds < _WORTH_PRICING * self._best:
+            elif step_s < _WORTH_PRICING * self._best:
                 self.raise_views(inexact, count)
                 self._push(count)
 
@@ -299,7 +331,7 @@ class CutSearch:
     def _push(self, count: int) -> None:
         best = self._found[count].best
         if best is not None:
-            heapq.heappush(self._heap, (best.seconds, count))
+            heapq.heappush(self._heap, (best[0], count))
 
     def _solve(self, count: int) -> None:
         """The inter-op program for all numbers of stages that are left, in tables as they are."""
@@ -308,18 +340,26 @@ class CutSearch:
         pinned = self.space.options.num_stages
         try:
             with self._clock.passes("stage cut", f"{count} microbatch(es)"):
-                found.by_stages = dp.solve_each_count(
+                by_stages = dp.solve_each_count(
                     problem.with_stages(pinned) if pinned else problem,
                     relative_gap=_PROGRAM_GAP,
-                    within=self.margin,
+                    within=self.margin * _ONCE_MARGIN,
                 )
         except NoFeasiblePlan as error:
             self.failures.append(error)
-            found.by_stages = {}
+            by_stages = {}
+        steps = {s: self.tables(count).step_seconds(f.stages) for s, f in by_stages.items()}
+        most = self.margin * min(steps.values(), default=math.inf)
+        found.by_stages = {s: f for s, f in by_stages.items() if steps[s] <= most}
+        found.steps = steps
         self._push(count)
 
     def _cut(
-        self, count: int, found: InterOpSolution, ranked: Sequence[Sequence[RankedView]]
+        self,
+        count: int,
+        found: InterOpSolution,
+        ranked: Sequence[Sequence[RankedView]],
+        step_s: float,
     ) -> Cut:
         views = tuple(
             tuple(
@@ -333,7 +373,7 @@ class CutSearch:
             first_layers=tuple(s.first_layer for s in found.stages),
             submeshes=tuple(self.space.submeshes[s.submesh] for s in found.stages),
             views=views,
-            seconds=found.seconds,
+            seconds=step_s,
             num_microbatches=count,
             schedule=self.space.table_schedule,
         )

@@ -33,6 +33,7 @@ from autopar.intraop.compose import (
     Frontier,
     Point,
     layer_points,
+    once_seconds,
     stage_seconds,
     undominated,
 )
@@ -104,7 +105,10 @@ class Prices:
         clock: Clock,
         *,
         offload: bool = False,
+        alone: bool = False,
     ) -> None:
+        """alone: of layers as they are without neighbours, which bounds stages (`layer_points`)."""
+        self._alone = alone
         self._program, self._mesh_costs, self._offload = program, mesh_costs, offload
         self._policies, self._clock = tuple(policies), clock
         self._views: dict[LogicalMesh, _View] = {}
@@ -154,7 +158,7 @@ class Prices:
         self, view: LogicalMesh, count: int, smallest: int, largest: int, fits: bool
     ) -> _Step:
         known = self._views.get(view, _View())
-        first = self._policies[:1]
+        first = self._policies if self._alone else self._policies[:1]
         if smallest not in known.free:
             return _Step(view, smallest, Level.FREE, first)
         if not fits and known.optimistic is None:
@@ -213,6 +217,20 @@ class Prices:
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
 
+    def once_seconds(
+        self,
+        view: LogicalMesh,
+        count: int,
+        counts: NDArray[np.int64] | FloatArray,
+        in_flight: int,
+        budget_bytes: float,
+    ) -> float:
+        """The share of `stage_seconds` of one stage, counts[classes], that comes once per step; 0
+        where nothing is known."""
+        if not self.known(view, count):
+            return 0.0
+        return once_seconds(self.frontiers(view, count), counts, in_flight, budget_bytes)
+
     def least_seconds(
         self,
         view: LogicalMesh,
@@ -254,6 +272,7 @@ class Prices:
                     remat=job.policy,
                     prices=PRICES if job.level is Level.FULL else PRICES[:1],
                     deadline=self._clock.deadline,
+                    alone=self._alone,
                 )
                 if job.level is Level.SCALED:
                     points = (_fewest_bytes(points[0], stage, costs, context),)
@@ -273,7 +292,8 @@ def _fewest_bytes(
     for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
         nbytes[name] += float(sizes.min())
     standing = nbytes["parameter"] + nbytes["gradient"]
-    return Point(fastest.seconds, standing, nbytes["saved"], 0.0, fastest.remat)
+    least = (standing, nbytes["saved"], 0.0)
+    return Point(fastest.seconds, *least, fastest.remat, fastest.once_s)
 
 
 def _refused(seconds: FloatArray) -> FloatArray:
@@ -306,4 +326,5 @@ def _between(large: Point, small: Point, weight: float) -> Point:
         mix(large.saved_bytes, small.saved_bytes),
         mix(large.transient_bytes, small.transient_bytes),
         large.remat,
+        mix(large.once_s, small.once_s),
     )

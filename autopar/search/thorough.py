@@ -11,9 +11,9 @@ that is no less than the best step found:
 
 An option is solved when a plan that needs it is looked at. Before, its busy_s is that of its layers
 alone (`Prices.least_seconds`); then that of its fastest solution; then the bound of a rough one
-within the budget, as if the best one received as much; then its own. A stage that fits without
-recomputation has no other policy there. Cuts are made for the microbatches in flight of each
-schedule that is allowed.
+within the budget, as if the best one received as much; then its own. Recomputation may be faster
+even where all fits: what is not saved needs no layout to be saved in. Cuts are made for the
+microbatches in flight of each schedule that is allowed.
 
 Exponential in stages, hence for few stage programs only (`is_small`).
 """
@@ -69,8 +69,8 @@ class _Option:
 
 
 class ThoroughSearch:
-    """exact: solves every layer as it is (`alike` False). search: its tables bound what is not
-    solved. step_s: what a plan has to beat."""
+    """exact: solves every layer as it is (`alike` False). search: its tables, of layers alone,
+    bound what is not solved. step_s: what a plan has to beat."""
 
     def __init__(
         self,
@@ -253,13 +253,6 @@ class ThoroughSearch:
     def _solve(self, cut: Cut, stage: int, option: _Option) -> None:
         """One step towards the option's solution."""
         program, layers = self._program(cut.num_microbatches), self._layers(cut, stage)
-        if option.policy is not self.space.policies[0]:
-            plain = next(o for o in self._stage_options(cut, stage) if o.view is option.view)
-            if plain.fastest is None and plain.busy_s < math.inf:
-                self._solve(cut, stage, plain)
-            if plain.solved is not None and plain.solved[1] is plain.fastest:
-                option.busy_s = math.inf
-                return
         run = self._exact.run(program, layers, option.policy)
         if option.fastest is None:
             found = option.fastest = self._exact.fastest(run, cut, stage, option.view)

@@ -2,7 +2,10 @@
 
 Equal stages on equal submeshes have a closed form: with S stages, each an S-th of all layers,
 
-    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer)
+    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer - o)
+                    + B o
+
+where o is the share of t that comes once per step: stages wait for it together.
 
 A submesh of r small ones can at least do what r replicas of the small one do, each with an r-th of
 the rows, whose gradients are summed over the replicas once per step:
@@ -239,8 +242,18 @@ class _Uniform:
         """(seconds, exact, whether the fastest solutions fit)."""
         stages, count = pipeline.num_stages, pipeline.num_microbatches
         seconds, exact, fits = self._stage(pipeline)
-        seconds += self._transfer(pipeline)
-        return (count - 1 + stages) * seconds * self._trust(pipeline, exact, fits), exact, fits
+        once_s = self._once(pipeline)
+        passes_s = (count - 1 + stages) * (seconds + self._transfer(pipeline) - once_s)
+        return (passes_s + count * once_s) * self._trust(pipeline, exact, fits), exact, fits
+
+    def _once(self, pipeline: _Pipeline) -> float:
+        """The share of a stage's seconds that comes once per step."""
+        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
+        if not self._prices.known(view, count):
+            return 0.0 if pipeline.submesh in self.small else self._reduction(pipeline)
+        budget = self._space.budget_of(view)
+        share = self._counts / stages
+        return self._prices.once_seconds(view, count, share, min(count, stages), budget)
 
     def _trust(self, pipeline: _Pipeline, exact: bool, fits: bool) -> float:
         """What a bound is expected to rise by: bounds are loose, and without it nearly everything
