@@ -51,9 +51,9 @@ def test_it_finds_better_plans_and_solves_few_stages(monkeypatch: pytest.MonkeyP
     rough = without(monkeypatch)
     monkeypatch.setattr(ExactSolver, "fastest", counted)
     plan = planned()
-    runs_of_layers, views = 10, 2
+    runs_of_layers, views, policies = 10, 2, 3
     assert plan.step_s < rough.step_s * (1 - 1e-3)
-    assert 0 < len(solved) < runs_of_layers * views * len(INSTANCE.counts) / 2
+    assert 0 < len(solved) < runs_of_layers * views * policies * len(INSTANCE.counts) / 2
 
 
 def test_it_keeps_to_the_pins() -> None:
