@@ -14,11 +14,11 @@ from autopar.ops.library import LIBRARY, define
 define("keep_on_first(Tensor x, SymInt coordinate) -> Tensor")
 
 
-def _keep_on_first(x: Tensor, coordinate: int) -> Tensor:
+def keep_on_first(x: Tensor, coordinate: int) -> Tensor:
     return x.clone() if coordinate == 0 else torch.zeros_like(x)
 
 
-LIBRARY.impl("keep_on_first", _keep_on_first, "CompositeExplicitAutograd")
+LIBRARY.impl("keep_on_first", keep_on_first, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "autopar::keep_on_first", lambda x, coordinate: torch.empty_like(x), lib=LIBRARY
 )

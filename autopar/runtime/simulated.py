@@ -20,7 +20,7 @@ from autopar.lowering.transfer import Transfer
 from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
 from autopar.runtime.host import HOST
 from autopar.runtime.inputs import local_part, valid_part, whole_feed
-from autopar.runtime.interpreter import Shards
+from autopar.runtime.interpreter import Shards, interpreter
 from autopar.runtime.routes import Route, box_of, cut_tile, join_tiles
 from autopar.runtime.virtual import VirtualCollectives, unshard
 
@@ -166,12 +166,14 @@ class VirtualRun:
             optimizer.zero_grad()
 
     def _executor(self, stage: LoweredStage) -> StageExecutor:
+        ranks = range(stage.mesh.num_devices)
+        coordinates = [stage.mesh.coordinates(rank) for rank in ranks]
         return StageExecutor(
             self._lowered,
             self._graph,
             stage.index,
-            ranks=range(stage.mesh.num_devices),
-            collectives=VirtualCollectives(stage.mesh),
+            ranks=ranks,
+            players=interpreter(coordinates, VirtualCollectives(stage.mesh), self._device),
             transport=self._mail,
             device=self._device,
         )
