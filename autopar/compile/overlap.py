@@ -33,11 +33,11 @@ LAG = 2
 SMALL_BYTES = 1 << 20  # a collective this small costs its latency, not its bytes
 BUCKET_BYTES = 4 << 20
 
-_WAIT = functional.wait_tensor.default
+WAIT = functional.wait_tensor.default
 _ALL_REDUCE = functional.all_reduce.default
 _SCATTER = functional.reduce_scatter_tensor.default
 _PACKED = frozenset({_ALL_REDUCE, _SCATTER})
-_STARTS = frozenset(
+STARTS = frozenset(
     {
         _ALL_REDUCE,
         _SCATTER,
@@ -60,9 +60,9 @@ def check_order(module: fx.GraphModule) -> fx.GraphModule:
     nothing else reads what it started."""
     module.graph.lint()
     for node in module.graph.nodes:
-        if node.target in _STARTS:
+        if node.target in STARTS:
             readers = [user.target for user in node.users]
-            if readers != [_WAIT]:
+            if readers != [WAIT]:
                 raise InternalError(f"{node.name} is read by {readers}, not by one wait")
     return module
 
@@ -92,7 +92,7 @@ class _Parts:
         before_heavy = self._before_heavy()
         calls = {n for n in self.nodes if n.op == "call_function"}
         tail = calls - before_heavy - self.early
-        self.late = {n for n in tail if n.target in _STARTS}
+        self.late = {n for n in tail if n.target in STARTS}
         self.soon = _closure(self.late, lambda n: n.all_input_nodes, tail)
         self.after = _closure(self.late, lambda n: n.users, tail)
 
@@ -103,7 +103,7 @@ class _Parts:
             if node in self.early:
                 reads = [use[u] if u in self.early else self._index[u] for u in node.users]
                 use[node] = min(reads, default=len(self.nodes))
-        starts = [n for n in self.nodes if n in self.early and n.target in _STARTS]
+        starts = [n for n in self.nodes if n in self.early and n.target in STARTS]
         return sorted(starts, key=lambda n: use[n])
 
     def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -260,7 +260,7 @@ def _pack(graph: fx.Graph, member: fx.Node, operands: Sequence[fx.Node]) -> fx.N
 
 def _unpack(graph: fx.Graph, started: fx.Node, metas: Sequence[Tensor]) -> list[fx.Node]:
     """The results of the members of `_pack`."""
-    line = _call(graph, _WAIT, started)
+    line = _call(graph, WAIT, started)
     parts, first = [], 0
     for meta in metas:
         part = _call(graph, aten.slice.Tensor, line, 0, first, first + meta.numel())

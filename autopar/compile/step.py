@@ -28,17 +28,17 @@ from autopar.lowering.program import (
 )
 
 
-def is_whole_step(lowered: LoweredPlan) -> bool:
-    """Whether the plan's only stage plays only one microbatch."""
-    return (
-        len(lowered.stages) == 1
-        and lowered.schedule.num_microbatches == 1
-        and lowered.stages[0].weights is None
-    )
+def whole_step(lowered: LoweredPlan, index: int) -> LocalProgram | None:
+    """The step of a stage as one program; None where it is more than one, as there are other stages
+    or microbatches, or where parameters come from the host."""
+    stage = lowered.stages[index]
+    alone = len(lowered.stages) == 1 and lowered.schedule.num_microbatches == 1
+    on_host = any(p.host for p in stage.parameters)
+    return step_program(stage) if alone and stage.weights is None and not on_host else None
 
 
 def step_program(stage: LoweredStage) -> LocalProgram:
-    """Pre: is_whole_step. Post: check_program. O(instructions)."""
+    """Pre: one microbatch, no other stage. Post: check_program. O(instructions)."""
     join = _Joiner()
     parameters = join.add("g", stage.gather, {})
     made = join.add("f", stage.forward, parameters)

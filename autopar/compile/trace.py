@@ -67,6 +67,7 @@ def trace(
         graph: fx.GraphModule = make_fx(
             play, decomposition_table=decompositions(random), tracing_mode="fake"
         )(*inputs)
+    graph.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     return graph
 
 
@@ -84,6 +85,21 @@ def start(instruction: Communicate, shard: Tensor, group: str, size: int) -> Ten
             found = functional.all_to_all_single(shard, rows, rows, group)
     result: Tensor = found
     return result
+
+
+def collective_of(node: fx.Node) -> tuple[CollectiveOp, str, str]:
+    """(op, group, reduce) of what `start` made."""
+    op = _OPS[node.target]
+    reduce = node.args[1] if op in (CollectiveOp.ALL_REDUCE, CollectiveOp.REDUCE_SCATTER) else "sum"
+    return op, str(node.args[-1]), str(reduce)
+
+
+_OPS: dict[Any, CollectiveOp] = {
+    functional.all_reduce.default: CollectiveOp.ALL_REDUCE,
+    functional.all_gather_into_tensor.default: CollectiveOp.ALL_GATHER,
+    functional.reduce_scatter_tensor.default: CollectiveOp.REDUCE_SCATTER,
+    functional.all_to_all_single.default: CollectiveOp.ALL_TO_ALL,
+}
 
 
 class _Values:

@@ -134,11 +134,12 @@ def _sdpa_backward_cpu(
 
 class AttentionKernel(NamedTuple):
     """A kernel of torch for CUDA. forward: (q, k, v, causal, scale) -> (out, lse). backward:
-    (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv). Both with as many key heads as query
-    heads; results lie in memory as the kernel leaves them."""
+    (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv). grouped: whether it takes fewer key
+    heads than query heads. Results lie in memory as the kernel leaves them."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    grouped: bool
 
 
 def attention_kernel(
@@ -253,7 +254,7 @@ def sdpa_fused(
     kernel = attention_kernel(q, k, v, bias, causal, first_query)
     if kernel is None:
         return None
-    groups = q.shape[1] // k.shape[1]
+    groups = 1 if kernel.grouped else q.shape[1] // k.shape[1]
     return kernel.forward(q, _expand_heads(k, groups), _expand_heads(v, groups), causal, scale)
 
 
@@ -273,7 +274,7 @@ def sdpa_backward_fused(
     kernel = attention_kernel(q, k, v, bias, causal, first_query)
     if kernel is None:
         return None
-    groups = q.shape[1] // k.shape[1]
+    groups = 1 if kernel.grouped else q.shape[1] // k.shape[1]
     wide = (_expand_heads(k, groups), _expand_heads(v, groups))
     dq, dk, dv = kernel.backward(dout, q, *wide, out, lse, causal, scale)
     return dq, _sum_heads(dk, groups), _sum_heads(dv, groups)
@@ -295,9 +296,9 @@ def _sdpa_backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-_CUDNN = AttentionKernel(_cudnn, _cudnn_backward)
-_FLASH = AttentionKernel(_flash, _flash_backward)
-_EFFICIENT = AttentionKernel(_efficient, _efficient_backward)
+_CUDNN = AttentionKernel(_cudnn, _cudnn_backward, True)
+_FLASH = AttentionKernel(_flash, _flash_backward, True)
+_EFFICIENT = AttentionKernel(_efficient, _efficient_backward, False)
 
 
 def _sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from autopar.compile.step import is_whole_step, step_program
+from autopar.compile.step import whole_step
 from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.layout import REPLICATE, to_placements
@@ -325,8 +325,7 @@ def _make_executors(
             parameters = [p.name for p in stage.parameters]
             groups = () if comm is None else comm.groups[index]
             players = compiler(players, coordinates, groups, parameters, device)
-            on_host = any(p.host for p in stage.parameters)
-            whole = step_program(stage) if is_whole_step(lowered) and not on_host else None
+            whole = whole_step(lowered, index)
         executors[index] = StageExecutor(
             lowered,
             graph,
