@@ -130,10 +130,9 @@ def compile_parts(job: Job) -> None:
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return _plain_loss(logits.float(), targets)
+    return F.nll_loss(F.log_softmax(logits.float(), -1), targets)
 
 
-_plain_loss = F.cross_entropy
 _compiled_loss = torch.compile(_loss)
 
 

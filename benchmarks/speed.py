@@ -34,7 +34,8 @@ _TIMEOUT_S = 3600
 
 
 def measure(case: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One SpeedCase. settings: devices, backend, steps, warmup. RuntimeError if the job fails."""
+    """One SpeedCase. settings: devices, backend, steps, warmup, and runners, if not all of them.
+    RuntimeError if the job fails."""
     runners = _job({**settings, "case": case.name})
     per_step, kind = items_per_batch(case)
     times = {n: r["step_s"]["median"] for n, r in runners.items() if "step_s" in r}
@@ -91,6 +92,7 @@ def work(request: Mapping[str, Any], path: Path) -> None:
         OURS: lambda job: _ours(job, case, precision)
     }
     makers |= {name: _plain(maker) for name, maker in BASELINES.items()}
+    makers = {name: makers[name] for name in request.get("runners") or makers}
     runners = {}
     for name, maker in makers.items():
         job = _fresh_job(case, world.device)
@@ -99,12 +101,12 @@ def work(request: Mapping[str, Any], path: Path) -> None:
             runners[name] = _timed(job, maker, request["warmup"], request["steps"])
         except (NotAvailable, torch.OutOfMemoryError) as error:
             runners[name] = {"error": f"{type(error).__name__}: {error}"}
+        if world.rank == 0:  # what comes next may fail
+            path.write_text(json.dumps(runners), encoding="utf-8")
         del job
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
-    if world.rank == 0:
-        path.write_text(json.dumps(runners), encoding="utf-8")
     world.close()
 
 

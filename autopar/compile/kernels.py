@@ -28,6 +28,7 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]]:
     """Inductor's, and those of our operators, by overload, for one program. random_op_ids: of its
     random operators."""
+    from torch._inductor import lowering  # noqa: F401  (some decompositions ask it)
     from torch._inductor.decomposition import select_decomp_table
 
     keys = _KeyTable(random_op_ids)
