@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from autopar.errors import OptionError, PlanError, RuleWarning
+from autopar.garbage import seldom_collected
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.family import GraphFamily
@@ -31,9 +32,10 @@ from autopar.graph.repeat import Folded, whole_graph
 from autopar.options import SearchOptions, parse_bytes
 from autopar.plan import ParallelPlan
 from autopar.planner import find_plan
-from autopar.runtime.launch import torchrun_world
-from autopar.runtime.module import ParallelModel
 from cost_models import Cluster
+
+if TYPE_CHECKING:
+    from autopar.runtime.module import ParallelModel
 
 Progress = Callable[[str], None]
 
@@ -65,16 +67,18 @@ def plan_model(
     """
     family = GraphFamily(model, example_batch, loss_fn, precision, options.num_layers)
     workload = ModelWorkload(family, microbatch_counts(example_batch, options))
-    plan = find_plan(
-        workload,
-        cluster,
-        budget_bytes=parse_bytes(memory_budget),
-        options=options,
-        progress=progress,
-    )
+    with seldom_collected(), contextlib.closing(family):
+        family.expect_all(workload.counts)
+        plan = find_plan(
+            workload,
+            cluster,
+            budget_bytes=parse_bytes(memory_budget),
+            options=options,
+            progress=progress,
+        )
+        graph = whole_graph(workload.exact(plan.num_microbatches))
     for sentence in plan.unwritten_rules():
         warnings.warn(sentence, RuleWarning, stacklevel=2)
-    graph = whole_graph(workload.exact(plan.num_microbatches))
     return replace(plan, precision=str(precision)), graph
 
 
@@ -148,6 +152,9 @@ def parallelize(
                    step) or operator by operator; by default on GPUs.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
+    from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
+    from autopar.runtime.module import ParallelModel
+
     world = torchrun_world()
     given = ParallelPlan.load(plan) if isinstance(plan, (str, Path)) else plan
     if given is None:

@@ -61,14 +61,12 @@ class Cut:
 class Candidate:
     cut: Cut
     stages: tuple[StageSolution, ...]
-    timeline: Timeline
     step_s: float
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which workers are idle. step_s may be of more microbatches than the
-        timeline shows."""
+        """Share of the step in which workers are idle."""
         count = self.cut.num_microbatches
         busy_s = sum(
             count * (p.forward_s + p.backward_s) + p.step_s
@@ -100,10 +98,10 @@ def simulate_stages(
     compute, which the runtime does not do yet."""
     costs = [StageCost.of(stage.prediction) for stage in stages]
     built = build_schedule(schedule, len(stages), num_microbatches, num_workers)
-    return simulate(built, costs, _transfers(graphs, stages), overlap=overlap)
+    return simulate(built, costs, stage_transfers(graphs, stages), overlap=overlap)
 
 
-def _transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
+def stage_transfers(graphs: Sequence[Graph], stages: Sequence[StageSolution]) -> list[Transfer]:
     """Seconds between each pair of stages per microbatch and direction."""
     sender = {
         out.target: index

@@ -33,6 +33,7 @@ from autopar.arguments import (
     with_search,
 )
 from autopar.errors import AutoparError, RuntimeFailure
+from autopar.garbage import seldom_collected
 from autopar.plan import ParallelPlan
 from autopar.questions import questions
 from autopar.report.output import show as _print
@@ -360,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {"--verbose", "-v"} & set(given):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # here and in spawned processes
     try:
-        app(given, prog_name="autopar")
+        with seldom_collected():
+            app(given, prog_name="autopar")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:

@@ -282,13 +282,11 @@ class MeshCosts:
         """[len(sources), len(targets)] seconds, and seconds per byte of the whole tensor."""
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
-        table = np.empty((2, len(rows), len(columns)))
-        for i, source in enumerate(rows):
-            for j, target in enumerate(columns):
-                cost = self.reshard(dims, source, target)
-                table[:, i, j] = cost.latency_s, cost.seconds_per_byte
+        costs = [self.reshard(dims, source, target) for source in rows for target in columns]
+        table = np.array([(cost.latency_s, cost.seconds_per_byte) for cost in costs], np.float64)
+        latency, per_byte = table.reshape(len(rows), len(columns), 2).transpose(2, 0, 1)
         spread = np.ix_(row_of, column_of)
-        return table[0][spread], table[1][spread]
+        return latency[spread], per_byte[spread]
 
     def _collective(self, kind: CollectiveKind, axis: int) -> AffineCost:
         cost = self._collectives.get((kind, axis))
@@ -325,6 +323,10 @@ class MeshCosts:
         return AffineCost(latency, per_byte)
 
     # ---- parameters and transfers
+
+    def all_reduce_seconds(self, nbytes: float, axis: int) -> float:
+        """Of so many bytes on each device."""
+        return float(self._collective(CollectiveKind.ALL_REDUCE, axis).seconds(nbytes))
 
     def copy_seconds(self, nbytes: float) -> float:
         """Seconds to read and write so many bytes in all."""

@@ -55,6 +55,7 @@ def raw_dims(shape: tuple[int, ...]) -> Dims:
     return tuple((size,) if size != 1 else () for size in shape)
 
 
+@lru_cache(maxsize=16384)
 def flat_atoms(dims: Dims) -> Atoms:
     return tuple(atom for dim in dims for atom in dim)
 
@@ -101,6 +102,7 @@ def axes_of_atoms(layout: Layout, mesh: MeshSizes) -> dict[int, list[int]]:
     return axes
 
 
+@lru_cache(maxsize=65536)
 def is_valid(dims: Dims, layout: Layout, mesh: MeshSizes) -> bool:
     """Every sharded atom exists and can be shared by the axes on it."""
     atoms = flat_atoms(dims)
@@ -149,6 +151,7 @@ def local_shape(dims: Dims, layout: Layout, mesh: MeshSizes) -> tuple[int, ...]:
     return tuple(math.prod(next(atoms) for _ in dim) for dim in dims)
 
 
+@lru_cache(maxsize=65536)
 @lru_cache(maxsize=65536)
 def local_share(dims: Dims, layout: Layout, mesh: MeshSizes) -> float:
     """Part of a tensor that a shard is, padding included: local bytes / bytes of the tensor. No

@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -112,12 +112,15 @@ def find_factory(text: str) -> tuple[Factory, str]:
 def registered_models() -> dict[str, Factory]:
     """Every registered name that can be imported here: the zoo's, its published sizes, and the
     benchmark models'."""
-    factories: dict[str, Factory] = {}
+    return {name: factory for table in _tables() for name, factory in table.items()}
+
+
+def _tables() -> Iterator[Mapping[str, Factory]]:
+    """The zoo's last, since it imports transformers. No name is in two of them."""
     cases = _optional("benchmarks.models", "MODELS")
-    factories.update((name, _benchmark_factory(case)) for name, case in cases.items())
+    yield {name: _benchmark_factory(case) for name, case in cases.items()}
     for table in _ZOO_TABLES:
-        factories.update(_optional("tests.zoo", table))
-    return factories
+        yield _optional("tests.zoo", table)
 
 
 def model_sources() -> dict[str, str]:
@@ -154,10 +157,10 @@ def _benchmark_factory(case: Any) -> Factory:
 
 
 def _registered(name: str) -> Factory:
-    models = registered_models()
-    if name not in models:
-        raise OptionError(f"no model is called {name!r}{_close(name, models)}. {_FORMS}")
-    return models[name]
+    for table in _tables():
+        if name in table:
+            return table[name]
+    raise OptionError(f"no model is called {name!r}{_close(name, registered_models())}. {_FORMS}")
 
 
 def _file_module(path: Path) -> ModuleType:

@@ -6,7 +6,7 @@
               best path goes (search.cuts)
     exact     the best few cuts: every stage's whole integer program under the budget, equal layers
               folded (search.exact)
-    simulate  the actual schedule, event by event; the plan is what simulates best
+    simulate  the actual schedule; the plan is what simulates best
     unfold    the winner written out for every layer (search.unfold)
 
 The result is deterministic: it depends on the graphs, the cluster and the options only, unless the
@@ -16,6 +16,7 @@ time limit or an interrupt ends the search: then it is the best so far.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +45,7 @@ from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
+from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
 from autopar.search.unfold import unfold
 from autopar.search.workload import Workload, one_graph
 from cost_models import Cluster
@@ -54,6 +56,9 @@ _SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1, ScheduleKind.INTERLE
 
 # Of few layers the tables know less, and whole stages are cheap.
 _WORTH_SOLVING_FEW, _CANDIDATES_FEW = 1.3, 8
+# Of more stages than that fewer cuts are solved: they are dearer, and one stage more or less
+# changes each of the others by its share only.
+_FEW_STAGES = 8
 
 Progress = Callable[[str], None]
 
@@ -127,6 +132,7 @@ class _Search:
         self.solved: list[SolvedCut] = []
         self.failures: list[NoFeasiblePlan] = []
         self.notes: list[str] = []
+        self.narrowed = ""  # what was left out of the search
         self.cut_short = False
 
     def program(self, count: int) -> Program:
@@ -148,16 +154,16 @@ class _Search:
         known = remembered_plan(key) if key else None
         if known is not None:
             return known
-        offload = bool(self.space.options.offload)
-        prices = Prices(
-            self.program, self.mesh_costs, self.space.policies, self.clock, offload=offload
-        )
+        prices = self._prices()
         try:
-            exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+            small = is_small(self.space, reference)
+            exact = self._solver(prices, alike=not small)
             self._look(reference, prices, exact, narrow=True)
-            if not self.solved and prices.refused is None:
+            if small and not self.cut_short:
+                self._try_all(reference, exact)
+            if not self.solved and prices.refused is None and not self.clock.expired:
                 self._look(reference, prices, exact, narrow=False)
-            if self.solved:
+            if self.solved and not small:
                 self._interleave(prices)
         except KeyboardInterrupt:
             if not self.solved:
@@ -173,6 +179,13 @@ class _Search:
         if key and not (self.cut_short or self.clock.expired):
             remember_plan(key, plan)
         return plan
+
+    def _prices(self, *, alone: bool = False) -> Prices:
+        offload = bool(self.space.options.offload)
+        policies = self.space.policies
+        return Prices(
+            self.program, self.mesh_costs, policies, self.clock, offload=offload, alone=alone
+        )
 
     def _may_offload(self) -> bool:
         """Whether another search, with parameters on hosts, is allowed and would differ."""
@@ -194,13 +207,14 @@ class _Search:
         search = CutSearch(
             self.space, prices, reference, self.mesh_costs, self.clock, narrow=narrow
         )
-        few = reference.num_layers <= FEW_LAYERS
+        few = exact.alike and reference.num_layers <= FEW_LAYERS  # else all cuts are looked at
         worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
         best_table = None
         for cut in search:
             best_table = best_table or cut.seconds
-            if self.solved and cut.seconds > worth * best_table:
+            margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
+            if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
             try:
                 self.solved.append(exact.solve(self.program(cut.num_microbatches), cut))
@@ -212,11 +226,30 @@ class _Search:
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
-                self._end_early(f"time limit of {self.clock.limit_s:g} s: the best plan so far")
+                self._end_early(self._time_limit())
                 break
             if len(self.solved) >= most:
                 break
         self.failures += search.failures
+        if narrow and search.note:
+            self.narrowed = search.note
+
+    def _time_limit(self) -> str:
+        return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
+
+    def _try_all(self, reference: Program, exact: ExactSolver) -> None:
+        """Looks at every cut, where there are few stages to solve."""
+        bounds = self._prices(alone=True)
+        tables = CutSearch(self.space, bounds, reference, self.mesh_costs, self.clock, narrow=False)
+        least = min((s.candidate.step_s for s in self.solved), default=math.inf)
+        search = ThoroughSearch(tables, exact, self.program, least)
+        try:
+            search.run()
+        finally:
+            winner = search.winner()
+            self.solved += [] if winner is None else [winner]
+        if self.clock.expired and self.solved:
+            self._end_early(self._time_limit())
 
     def _end_early(self, note: str) -> None:
         """The plan is not kept for other searches, and says why."""
@@ -244,7 +277,7 @@ class _Search:
             return
         cut = min(self.solved, key=lambda s: s.candidate.step_s).candidate.cut
         program = self.program(cut.num_microbatches)
-        exact = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        exact = self._solver(prices, alike=True)
         for shorter in interleaved_cuts(program, prices, cut):
             try:
                 self.solved.append(exact.solve(program, shorter))
@@ -260,16 +293,26 @@ class _Search:
             return best
         cut = best.candidate.cut
         views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
-        again = ExactSolver(self.space, prices, self.mesh_costs, self.clock)
+        again = self._solver(prices, alike=best.alike)
         try:
             program = self.program(cut.num_microbatches)
-            proven = again.solve(program, replace(cut, views=views), proven=True)
+            proven = again.told(program, replace(cut, views=views), best.policies, proven=True)
         except NoFeasiblePlan:
             return best
         except KeyboardInterrupt:
             self._end_early("interrupted: the best plan so far")
             return best
         return min(proven, best, key=lambda s: s.candidate.step_s)
+
+    def _solver(self, prices: Prices, *, alike: bool) -> ExactSolver:
+        gap = (
+            self.space.options.target_gap
+            if alike
+            else min(TARGET_GAP, self.space.options.target_gap)
+        )
+        return ExactSolver(
+            self.space, prices, self.mesh_costs, self.clock, alike=alike, target_gap=gap
+        )
 
     # ---- the answer
 
@@ -285,7 +328,10 @@ class _Search:
         _LOG.info("the graph of %s microbatches is not as derived", cut.num_microbatches)
         program = Program(folded, cut.num_microbatches, self.space.options.placements)
         self.programs[cut.num_microbatches] = program
-        return ExactSolver(self.space, prices, self.mesh_costs, self.clock).solve(program, cut)
+        try:
+            return self._solver(prices, alike=best.alike).told(program, cut, best.policies)
+        except NoFeasiblePlan:
+            return self._solver(prices, alike=best.alike).solve(program, cut)
 
     def _plan(self, best: SolvedCut, prices: Prices) -> ParallelPlan:
         """The winner in the names of the graph that was really captured."""
@@ -302,7 +348,7 @@ class _Search:
             rules: dict[str, set[str]] = {}
             for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
                 whole = insert_hubs(stage)
-                written = best.prepared[i]
+                written = best.prepared[best.window.stage_of[i]]
                 found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
                 layers = (cut.first_layers[i], bounds[i] - 1)
                 stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
@@ -314,7 +360,7 @@ class _Search:
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
             objective_s=_step(candidate.stages, cut.num_microbatches, bound=False),
             bound_s=_step(candidate.stages, cut.num_microbatches, bound=True),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *([self.narrowed] if self.narrowed else [])),
             candidates=tuple(describe(c) for c in ranked),
         )
         return ParallelPlan(

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -174,11 +175,18 @@ def build_schedule(
     """The schedule of a kind, already proved by :func:`check_schedule`. num_workers: one per stage
     by default. O(S B)."""
     workers = num_stages if num_workers is None else num_workers
-    _check_counts(kind, num_stages, num_microbatches, workers)
-    rows = _FAMILIES[kind].rows(num_stages, num_microbatches, workers)
+    rows = schedule_rows(kind, num_stages, num_microbatches, workers)
     schedule = Schedule(kind, num_stages, num_microbatches, rows)
     check_schedule(schedule)
     return schedule
+
+
+def schedule_rows(
+    kind: ScheduleKind, num_stages: int, num_microbatches: int, num_workers: int
+) -> tuple[Row, ...]:
+    """Of that schedule, not proved again. O(S B)."""
+    _check_counts(kind, num_stages, num_microbatches, num_workers)
+    return _FAMILIES[kind].rows(num_stages, num_microbatches, num_workers)
 
 
 def _check_counts(
@@ -467,9 +475,14 @@ class _Place:
 def _interleaved_in_flight(place: _Place) -> int:
     if place.num_stages == place.num_workers:
         return min(place.num_microbatches, place.num_stages - place.stage)
-    rows = _interleaved_rows(place.num_stages, place.num_microbatches, place.num_workers)
-    kind = ScheduleKind.INTERLEAVED
-    return in_flight(Schedule(kind, place.num_stages, place.num_microbatches, rows))[place.stage]
+    counts = _interleaved_counts(place.num_stages, place.num_microbatches, place.num_workers)
+    return counts[place.stage]
+
+
+@lru_cache(maxsize=4)  # asked for stage by stage
+def _interleaved_counts(stages: int, count: int, workers: int) -> tuple[int, ...]:
+    rows = _interleaved_rows(stages, count, workers)
+    return in_flight(Schedule(ScheduleKind.INTERLEAVED, stages, count, rows))
 
 
 @dataclass(frozen=True, slots=True)

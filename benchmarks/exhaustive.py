@@ -1,35 +1,34 @@
 """The search against every plan there is, on random small graphs.
 
-    python -m benchmarks.exhaustive --graphs 300 --write
+    python -m benchmarks.exhaustive --graphs 300 --jobs 8 --write
 
 Every number of microbatches, every cut into stages, every assignment of submeshes that uses all
-devices, every view of each, every policy of recomputation (one per stage): every stage is solved as
-a whole integer program, with no layer folded, and every combination is simulated. Combinations are
-left out only where
+devices, every view of each, every policy of recomputation (one per stage), every schedule: every
+stage is solved as a whole integer program, with no layer folded, and every combination is
+simulated. Stages are solved for the microbatches in flight of 1F1B and of ZB-H1; interleaved ones,
+which share a device's memory, without a budget. A plan counts where its simulated bytes fit.
+Combinations are left out only where
 
-    max over stages s of  (B t_s + sum of t_r over earlier r)
+    max over workers of  B (sum of t_s over its stages s) + sum of f_r over stages before its first
 
-with t forward and backward of a microbatch, which 1F1B takes at least, is above the best; and of a
-stage's choices those that another one of the same stage beats in forward, backward, once-per-step
-and receiving seconds.
+with t forward and backward of a microbatch and f forward, which any schedule takes at least, is
+above the best; and of a stage's choices those that another one beats in all seconds and bytes.
 
 Stages are solved by the solver of the search without its fallback: exactly where memory is free.
-Where memory binds its gap can be large in stages so small (0.93 in graph 12), so that there the
-result is a comparison and no proof. The search mixes policies inside a stage, which the enumeration
-does not, and asks HiGHS about its winner: its plans can be better.
+Where memory binds it may leave a gap, so that there the result is a comparison and no proof. The
+search mixes policies inside a stage, which the enumeration does not, and asks HiGHS about its
+winner: its plans can be better. Of the search only the stage solver and the simulation are used.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.api import ModelWorkload
-from autopar.candidate import allowed_views
+from autopar.candidate import allowed_views, simulate_stages
 from autopar.errors import NoFeasiblePlan
 from autopar.graph.family import GraphFamily
 from autopar.graph.program import Graph
@@ -46,13 +45,15 @@ from autopar.mesh import LogicalMesh, Submesh
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan, Remat
 from autopar.planner import find_plan
-from benchmarks import environment
+from autopar.schedule import ScheduleKind, in_flight_count
+from benchmarks import jobs
 from benchmarks.forced import Forced, header_text, table_text
-from benchmarks.run import RESULTS
 from cost_models import Cluster, device, link
 
 SEED = 20261122
 EQUAL = 1e-6
+HEADER = ("graph", "what", "ratio", "ours", "best of all")
+_ROUNDING = 1 + 1e-6  # of bytes
 
 
 class MlpBlock(nn.Module):
@@ -185,6 +186,33 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """Stages before anything is solved. num_workers: devices' groups, fewer than stages where they
+    take turns."""
+
+    count: int
+    bounds: tuple[int, ...]  # first layers, and the number of layers
+    submeshes: tuple[Submesh, ...]
+    num_workers: int
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.submeshes)
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.num_workers < self.num_stages
+
+    @property
+    def schedules(self) -> tuple[ScheduleKind, ...]:
+        if self.takes_turns:
+            return (ScheduleKind.INTERLEAVED,)
+        if self.num_stages == 1:
+            return (ScheduleKind.ONE_F_ONE_B,)
+        return (ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZB_H1)
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     step_s: float
     text: str
@@ -202,62 +230,68 @@ def enumerate_all(
     submeshes, views = allowed_views(cluster, SearchOptions(), num_layers)
     found = Found(math.inf, "nothing fits", 0, 0)
     simulated = 0
-    for count in counts:
-        for num_stages in range(1, min(num_layers, cluster.num_devices) + 1):
-            packings = list(_packings(submeshes, cluster.num_devices, num_stages))
-            for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
-                bounds = (0, *inner, num_layers)
-                for packing in packings:
-                    options = [
-                        _options(forced, count, bounds, index, views[submesh])
-                        for index, submesh in enumerate(packing)
-                    ]
-                    for stages in itertools.product(*options):
-                        if _least_s(stages, count) >= found.step_s:
-                            continue
-                        simulated += 1
-                        step_s = forced.step_s(
-                            tuple(o.graph for o in stages),
-                            tuple(o.solution for o in stages),
-                            count,
-                        )
-                        if step_s < found.step_s:
-                            found = Found(step_s, _text(count, bounds, stages), 0, 0)
+    for shape in _shapes(submeshes, cluster.num_devices, num_layers, counts):
+        options = [
+            _options(forced, shape, index, views[submesh])
+            for index, submesh in enumerate(shape.submeshes)
+        ]
+        for stages in itertools.product(*options):
+            for schedule in shape.schedules:
+                if _least_s(stages, shape) >= found.step_s:
+                    continue
+                simulated += 1
+                step_s = _step_s(stages, shape, schedule, budget_bytes)
+                if step_s < found.step_s:
+                    found = Found(step_s, _text(shape, stages, schedule), 0, 0)
     return replace(found, simulated=simulated, solves=forced.num_solves)
 
 
-def _packings(
-    submeshes: Sequence[Submesh], devices: int, stages: int
-) -> Iterator[tuple[Submesh, ...]]:
-    for packing in itertools.product(submeshes, repeat=stages):
-        if sum(submesh.num_devices for submesh in packing) == devices:
-            yield packing
+def _shapes(
+    submeshes: Sequence[Submesh], devices: int, num_layers: int, counts: Sequence[int]
+) -> Iterator[Shape]:
+    """Those with stages on devices of their own, then those of equal submeshes in turns."""
+    for count, workers in itertools.product(counts, range(1, min(num_layers, devices) + 1)):
+        for packing in itertools.product(submeshes, repeat=workers):
+            if sum(submesh.num_devices for submesh in packing) != devices:
+                continue
+            turns = len(set(packing)) == 1 and workers > 1 and count % workers == 0
+            for times in range(1, num_layers // workers + 1 if turns else 2):
+                for inner in itertools.combinations(range(1, num_layers), workers * times - 1):
+                    yield Shape(count, (0, *inner, num_layers), packing * times, workers)
 
 
 def _options(
-    forced: Forced,
-    count: int,
-    bounds: Sequence[int],
-    index: int,
-    views: Sequence[LogicalMesh],
+    forced: Forced, shape: Shape, index: int, views: Sequence[LogicalMesh]
 ) -> tuple[Option, ...]:
     """Of one stage, those that no other beats in everything."""
-    first, stop, num_layers = bounds[index], bounds[index + 1], bounds[-1]
-    from_end = len(bounds) - 1 - index
-    key = ("options", count, first, stop, min(from_end, count), tuple(views))
+    first, stop, num_layers = shape.bounds[index], shape.bounds[index + 1], shape.bounds[-1]
+    flights = {
+        in_flight_count(
+            kind,
+            shape.num_stages - index,
+            shape.count,
+            num_stages=shape.num_stages,
+            num_workers=shape.num_workers,
+        )
+        for kind in shape.schedules
+    }
+    key = ("options", shape.count, first, stop, frozenset(flights), shape.takes_turns, tuple(views))
     known = forced.remembered.get(key)
     if known is not None:
         return known  # type: ignore[no-any-return]
     cuts = tuple(sorted({0, first, stop} - {num_layers}))
     options = []
-    for policy in (Remat.NONE, Remat.SELECTIVE, Remat.FULL):
-        policies = tuple(
-            policy if first <= layer < stop else Remat.NONE for layer in range(num_layers)
+    policies = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
+    for policy in policies[:1] if shape.takes_turns else policies:
+        told = forced.cut(
+            shape.count,
+            cuts,
+            tuple(policy if first <= layer < stop else Remat.NONE for layer in range(num_layers)),
         )
-        told = forced.cut(count, cuts, policies)
         position = cuts.index(first)
-        for view in views:
-            solution = forced.solve(told, position, view, count, from_end)
+        for view, flight in itertools.product(views, sorted(flights)):
+            within = not shape.takes_turns
+            solution = forced.solve(told, position, view, shape.count, flight, within_budget=within)
             if solution is not None:
                 options.append(Option(told.graphs[position], solution, policy))
     kept: list[Option] = []
@@ -269,29 +303,55 @@ def _options(
 
 
 def _costs(option: Option) -> tuple[float, ...]:
+    """Seconds and bytes, less of each is never worse."""
     p = option.solution.prediction
-    return (p.forward_s, p.backward_s, p.step_s, *option.solution.receive_s.values())
+    seconds = (p.forward_s, p.backward_s, p.backward_s - p.weight_s, p.gather_s, p.reduce_s)
+    nbytes = (p.parameter_bytes + p.gradient_bytes + p.optimizer_bytes, p.transient_bytes)
+    return (
+        *seconds,
+        p.step_s - p.gather_s - p.reduce_s,
+        *option.solution.receive_s.values(),
+        *nbytes,
+        p.saved_bytes,
+        p.weight_bytes,
+    )
 
 
 def _beats(one: Option, two: Option) -> bool:
     return all(a <= b for a, b in zip(_costs(one), _costs(two), strict=True))
 
 
-def _least_s(stages: Sequence[Option], count: int) -> float:
+def _least_s(stages: Sequence[Option], shape: Shape) -> float:
     before, least = 0.0, 0.0
-    for stage in stages:
-        least = max(least, before + count * stage.seconds)
-        before += stage.seconds
+    for worker in range(shape.num_workers):
+        own = stages[worker :: shape.num_workers]
+        least = max(least, before + shape.count * sum(stage.seconds for stage in own))
+        before += stages[worker].solution.prediction.forward_s
     return least
 
 
-def _text(count: int, bounds: Sequence[int], stages: Sequence[Option]) -> str:
+def _step_s(
+    stages: Sequence[Option], shape: Shape, schedule: ScheduleKind, budget_bytes: float
+) -> float:
+    """Simulated; inf where it does not fit."""
+    timeline = simulate_stages(
+        [stage.graph for stage in stages],
+        [stage.solution for stage in stages],
+        schedule,
+        shape.count,
+        num_workers=shape.num_workers,
+    )
+    fits = max(timeline.worker_peak_bytes) <= budget_bytes * _ROUNDING
+    return timeline.step_s if fits else math.inf
+
+
+def _text(shape: Shape, stages: Sequence[Option], schedule: ScheduleKind) -> str:
     parts = [
         f"{stop - first} on {option.solution.mesh}"
         + ("" if option.policy is Remat.NONE else f" {option.policy}")
-        for (first, stop), option in zip(itertools.pairwise(bounds), stages, strict=True)
+        for (first, stop), option in zip(itertools.pairwise(shape.bounds), stages, strict=True)
     ]
-    return f"B {count}: {', '.join(parts)}"
+    return f"B {shape.count} {schedule}: {', '.join(parts)}"
 
 
 # ---- the comparison
@@ -323,7 +383,7 @@ class Compared:
 def compare(number: int) -> Compared:
     instance = random_instance(number)
     workload = ModelWorkload(GraphFamily(instance.model, instance.batch), instance.counts)
-    options = SearchOptions(cache=False)
+    options = SearchOptions(cache=False, offload=False)
     started = time.monotonic()
     plan: ParallelPlan | None = find_plan(workload, instance.cluster, options=options)
     assert plan is not None
@@ -363,7 +423,7 @@ def _plan_text(plan: ParallelPlan) -> str:
         mesh = "x".join(map(str, stage.axis_sizes))
         policies = {str(plan.remat[layer]) for layer in layers} - {"none"}
         parts.append(" ".join([f"{len(layers)} on {mesh}", *sorted(policies)]))
-    return f"B {plan.num_microbatches}: {', '.join(parts)}"
+    return f"B {plan.num_microbatches} {plan.schedule}: {', '.join(parts)}"
 
 
 def summary(results: Sequence[Compared]) -> dict[str, Any]:
@@ -391,50 +451,41 @@ def summary(results: Sequence[Compared]) -> dict[str, Any]:
     return found
 
 
+def row(result: Compared) -> tuple[str, ...]:
+    return (str(result.number), result.text, f"{result.ratio:.4f}", result.ours, result.best)
+
+
+def line(result: Compared) -> str:
+    return (
+        f"{result.number} {result.ratio:.6f} {'tight' if result.tight else 'free'} ours"
+        f" {result.ours} | best {result.best} | {result.text} | {result.plan_s:.1f} s,"
+        f" {result.all_s:.1f} s {result.solves} solves {result.simulated} simulated"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--graphs", type=int, default=300)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=600.0, help="no graph starts after that")
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results")
+    jobs.add_arguments(parser, minutes=600.0, limit_s=1800.0)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    started, results = time.monotonic(), []
-    for number in range(args.first, args.first + args.graphs):
-        if time.monotonic() - started > 60 * args.minutes:
-            break
-        results.append(found := compare(number))
-        print(
-            f"{number} {found.ratio:.5f} {'tight' if found.tight else 'free'} ours {found.ours}"
-            f" | best {found.best} | {found.text} | {found.plan_s:.1f} s, {found.all_s:.1f} s"
-            f" {found.solves} solves {found.simulated} simulated",
-            flush=True,
-        )
+    numbers = range(args.first, args.first + args.graphs)
+    jobs.import_all()
+    done = jobs.compared(compare, numbers, args, line)
     facts = {
-        "commit": environment.commit(),
-        "versions": ", ".join(f"{k} {v}" for k, v in environment.versions().items()),
-        "hardware": json.dumps(environment.hardware()),
-        "graphs": f"{len(results)} of the {args.graphs} asked for, in the minutes given",
-        **summary(results),
+        **jobs.where(),
+        "graphs": f"{len(done.results)} of the {args.graphs} asked for",
+        **({"without a result": "; ".join(done.failures)} if done.failures else {}),
+        **summary(done.results),
     }
-    worst = sorted(results, key=lambda r: -r.ratio)
-    rows = [
-        (str(r.number), r.text, f"{r.ratio:.4f}", r.ours, r.best)
-        for r in worst
-        if r.ratio > 1 + EQUAL
-    ]
-    command = "python -m benchmarks.exhaustive " + " ".join(sys.argv[1:])
-    text = header_text("Every plan of small graphs", command, facts)
-    text += "\nWhere the search is worse:\n\n"
-    text += table_text(("graph", "what", "ratio", "ours", "best of all"), rows) + "\n"
+    worse = [r for r in done.results if r.ratio > 1 + EQUAL]
+    rows = [row(r) for r in sorted(worse, key=lambda r: -r.ratio)]
+    text = header_text("Every plan of small graphs", jobs.command("exhaustive"), facts)
+    text += "\nWhere the search is worse:\n\n" if rows else "\nThe search is worse nowhere.\n"
+    text += table_text(HEADER, rows) + "\n" if rows else ""
     print(text)
     if args.write:
-        records = [asdict(r) | {"ratio": r.ratio} for r in results]
-        path = RESULTS / "exhaustive-20261122.json"
-        path.write_text(
-            json.dumps({**facts, "results": records}, indent=1) + "\n", encoding="utf-8"
-        )
-        (RESULTS / "exhaustive-20261122.md").write_text(text, encoding="utf-8")
+        jobs.write("exhaustive-20261122", text, facts, done.results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from autopar.candidate import simulate_stages
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
@@ -25,15 +24,12 @@ from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
-from autopar.schedule import ScheduleKind, in_flight_count
 from autopar.search.program import Program
 from autopar.search.unfold import renamed, same_structure
 from autopar.search.window import Window, write_window
 from autopar.search.workload import Workload
 from autopar.sharding.registry import RuleTable
 from cost_models import Cluster
-
-SCHEDULE = ScheduleKind.ONE_F_ONE_B
 
 Keep = Callable[[Node, Choice], bool]
 Restriction = Callable[[PreparedStage, LogicalMesh], Keep]
@@ -127,12 +123,14 @@ class Forced:
         index: int,
         view: LogicalMesh,
         num_microbatches: int,
-        stages_from_end: int,
+        flight: int,
         restriction: Restriction | None = None,
         name: str = "",
+        *,
+        within_budget: bool = True,
     ) -> StageSolution | None:
-        """One stage, None where it does not fit. name: of the restriction."""
-        flight = in_flight_count(SCHEDULE, stages_from_end, num_microbatches)
+        """One stage, None where it does not fit. flight: microbatches that it has room for. name:
+        of the restriction. within_budget: False for the fastest one, whatever its bytes."""
         stage = told.prepared[index]
         key = (told.keys[index], view, name)
         if key not in self._known:
@@ -142,7 +140,7 @@ class Forced:
         if found is None:
             return None
         prediction = replace(found.prediction, in_flight=flight)
-        if prediction.peak_bytes > self.budget_bytes:
+        if within_budget and prediction.peak_bytes > self.budget_bytes:
             key = (*key, flight)
             if key not in self._known:
                 tight = self._solved(
@@ -181,12 +179,6 @@ class Forced:
             )
         except NoFeasiblePlan:
             return None
-
-    def step_s(
-        self, graphs: tuple[Graph, ...], stages: tuple[StageSolution, ...], num_microbatches: int
-    ) -> float:
-        """Simulated."""
-        return simulate_stages(graphs, stages, SCHEDULE, num_microbatches).step_s
 
 
 def restricted(built: StageProblem, keep: Keep) -> StageProblem:

@@ -1,6 +1,6 @@
 """Is the search ever worse than a plan that a person would write?
 
-    python -m benchmarks.handmade --cases 50 --write
+    python -m benchmarks.handmade --cases 50 --jobs 8 --write
 
 Hand-made plans are all uniform grids of data x tensor x pipeline parallelism: blocks split equally
 over the stages, one mesh (data, tensor) for all, tensor parallelism inside a node, 1F1B, powers of
@@ -23,18 +23,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from autopar.api import ModelWorkload, microbatch_counts
+from autopar.candidate import simulate_stages
 from autopar.errors import NoFeasiblePlan
 from autopar.graph.family import GraphFamily
 from autopar.graph.precision import Precision
@@ -49,11 +49,11 @@ from autopar.mesh import LogicalMesh, Submesh
 from autopar.options import SearchOptions
 from autopar.plan import Remat
 from autopar.planner import find_plan
+from autopar.schedule import ScheduleKind
 from autopar.sharding.strategy import Strategy
-from benchmarks import environment
+from benchmarks import jobs
 from benchmarks.forced import Forced, header_text, table_text
 from benchmarks.models import gpt, llama, moe
-from benchmarks.run import RESULTS
 from benchmarks.suites import HF_GPT2, build
 from cost_models import Cluster, DeviceKind
 
@@ -223,8 +223,8 @@ def evaluate(forced: Forced, grid: Grid, stop_above: float) -> float | None:
     stages: list[StageSolution] = []
     earlier_s = 0.0
     for index in range(grid.pipeline):
-        from_end = grid.pipeline - index
-        solution = forced.solve(told, index, view, grid.microbatches, from_end, restriction, name)
+        flight = min(grid.microbatches, grid.pipeline - index)
+        solution = forced.solve(told, index, view, grid.microbatches, flight, restriction, name)
         if solution is None:
             return None
         stages.append(solution)
@@ -232,7 +232,8 @@ def evaluate(forced: Forced, grid: Grid, stop_above: float) -> float | None:
         if earlier_s + grid.microbatches * seconds > stop_above:
             return None
         earlier_s += seconds
-    return forced.step_s(told.graphs, tuple(stages), grid.microbatches)
+    schedule = ScheduleKind.ONE_F_ONE_B
+    return simulate_stages(told.graphs, stages, schedule, grid.microbatches).step_s
 
 
 def least_s(work_s: Sequence[float], names: Sequence[str], grid: Grid) -> float:
@@ -408,6 +409,11 @@ def row(result: Result) -> tuple[str, ...]:
 HEADER = ("case", "model", "on", "best hand-made, ms", "which", "ours, ms", "which", "ratio", "s")
 
 
+def line(result: Result) -> str:
+    work = f"{result.points} points, {result.solves} solves, {result.grid_s:.1f} s"
+    return " | ".join((*row(result), work))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=50, help="random ones, beside the fixed ones")
@@ -415,43 +421,31 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=64, help="of random cases, at most")
     parser.add_argument("--fixed", default="all", help="names of fixed ones, or none")
     parser.add_argument("--levels", action="store_true", help="ZeRO levels one by one")
-    parser.add_argument("--minutes", type=float, default=20.0, help="no case starts after that")
-    parser.add_argument("--write", action="store_true", help="to benchmarks/results")
+    jobs.add_arguments(parser, minutes=600.0, limit_s=3600.0)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     cases = [c for c in FIXED if args.fixed == "all" or c.name in args.fixed.split(",")]
     drawn = (random_case(number) for number in itertools.count(args.first))
     small = (c for c in drawn if Cluster.parse(c.cluster).num_devices <= args.devices)
     cases += itertools.islice(small, args.cases)
+    jobs.import_all()
     zeros = (ANY, *ZERO) if args.levels else (ANY,)
-    started, rows, results = time.monotonic(), [], []
-    for case in cases:
-        if time.monotonic() - started > 60 * args.minutes:
-            break
-        result = compare(case, zeros=zeros)
-        results.append(result)
-        rows.append(row(result))
-        print(
-            " | ".join(rows[-1]),
-            f"| {result.points} points, {result.solves} solves, {result.grid_s:.1f} s",
-            flush=True,
-        )
-    ratios = sorted(r.ratio for r in results if 0 < r.ratio < float("inf"))
-    if not ratios:
-        return
+    done = jobs.compared(partial(compare, zeros=zeros), cases, args, line)
+    ratios = sorted(r.ratio for r in done.results if 0 < r.ratio < float("inf"))
     worse = sum(r > 1 + 1e-6 for r in ratios)
     facts = {
-        "commit": environment.commit(),
-        "versions": ", ".join(f"{k} {v}" for k, v in environment.versions().items()),
-        "hardware": json.dumps(environment.hardware()),
-        "cases": f"{len(results)}; ratio ours / hand-made: least {ratios[0]:.4f}, median"
-        f" {ratios[len(ratios) // 2]:.4f}, most {ratios[-1]:.4f}; {worse} slower than hand-made",
+        **jobs.where(),
+        "cases": f"{len(done.results)} of the {len(cases)} asked for",
+        **({"without a result": "; ".join(done.failures)} if done.failures else {}),
+        "ratio ours / hand-made": f"least {ratios[0]:.4f}, median {ratios[len(ratios) // 2]:.4f},"
+        f" most {ratios[-1]:.4f}; {worse} slower than hand-made"
+        if ratios
+        else "none",
     }
-    command = "python -m benchmarks.handmade " + " ".join(sys.argv[1:])
-    text = header_text("Hand-made plans", command, facts) + "\n" + table_text(HEADER, rows) + "\n"
+    text = header_text("Hand-made plans", jobs.command("handmade"), facts)
+    text += "\n" + table_text(HEADER, [row(r) for r in done.results]) + "\n"
     print(text)
     if args.write:
-        (RESULTS / "handmade-20261122.md").write_text(text, encoding="utf-8")
+        jobs.write("handmade-20261122", text, facts, done.results)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from autopar.forks import Ahead
 from autopar.graph.batch import batch_rows, microbatch_of
 from autopar.graph.capture import LossFn
 from autopar.graph.congruence import same_data
@@ -32,8 +33,8 @@ class GraphFamily:
     """The graph of a microbatch, by the number of microbatches into which the batch is cut.
 
     Arguments as of `capture_folded`; the batch is the whole one. Nothing is traced before it is
-    asked for; one size takes one trace, and any number of them at most three, and one for a single
-    row.
+    asked for or expected; one size takes one trace, and any number of them at most three, and one
+    for a single row. To be closed where sizes were expected.
     """
 
     def __init__(
@@ -47,16 +48,40 @@ class GraphFamily:
         self._model, self._batch = model, example_batch
         self._how = (loss_fn, precision, num_layers)
         self._rows = batch_rows(example_batch)
+        self._fewest = _most_microbatches(self._rows)
         self._exact: dict[int, Folded] = {}  # by number of microbatches
         self._between: dict[int, Folded] = {}
         self._proportional = True
+        self._ahead: Ahead[int, Folded] = Ahead(self._captured)
 
     def exact(self, num_microbatches: int) -> Folded:
         """Really captured, once. BatchError where the rows do not divide."""
-        part = microbatch_of(self._batch, num_microbatches)
         if num_microbatches not in self._exact:
-            self._exact[num_microbatches] = capture_folded(self._model, part, *self._how)
+            found = self._ahead.taken(num_microbatches) or self._captured(num_microbatches)
+            self._exact[num_microbatches] = found
         return self._exact[num_microbatches]
+
+    def _captured(self, num_microbatches: int) -> Folded:
+        part = microbatch_of(self._batch, num_microbatches)
+        return capture_folded(self._model, part, *self._how)
+
+    def expect(self, num_microbatches: int) -> None:
+        """Another process begins to capture it, if a processor is free."""
+        if num_microbatches not in self._exact:
+            self._ahead.expect(num_microbatches)
+
+    def expect_all(self, counts: Sequence[int]) -> None:
+        """`at` will be asked for all of these, in this order."""
+        total, fewest = self._rows, self._fewest
+        if total is None or fewest is None:
+            return
+        if any(1 < number <= fewest for number in counts[1:]):
+            self.expect(fewest)
+        if total in counts[1:]:
+            self.expect(total)
+
+    def close(self) -> None:
+        self._ahead.close()
 
     def at(self, num_microbatches: int) -> Folded:
         """The same graph as `exact` makes, without tracing where two others tell it."""
@@ -69,14 +94,13 @@ class GraphFamily:
 
     def _interpolated(self, number: int) -> Folded | None:
         """None where it has to be traced."""
-        total = self._rows
-        if total is None or total % number or not self._exact or not self._proportional:
+        total, fewest = self._rows, self._fewest
+        if total is None or fewest is None or not 1 < number < fewest or total % number:
             return None
-        least = next((d for d in range(2, total) if total % d == 0), total)
+        if not self._exact or not self._proportional:
+            return None
         rows = total // number
-        if not least < rows < total:
-            return None
-        low = [n for n in self._exact if n > number and total // n > 1] or [total // least]
+        low = [n for n in self._exact if n > number and total // n > 1] or [fewest]
         high = [n for n in self._exact if n < number] or [1]
         below, above = (_Sample(total // n, self.exact(n)) for n in (min(low), max(high)))
         try:
@@ -88,6 +112,12 @@ class GraphFamily:
         if found is not None:
             self._between[number] = found
         return found
+
+
+def _most_microbatches(rows: int | None) -> int | None:
+    """Into which a batch may be cut with more than one row each."""
+    rows = rows or 1
+    return next((rows // d for d in range(2, rows + 1) if rows % d == 0), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +176,11 @@ class _Line:
         return found
 
     def operator(self, a: Operator, b: Operator) -> Operator:
-        alike = replace(b, args=a.args, kwargs=a.kwargs, results=a.results)
-        _same(a.name, a, alike)
+        _same(a.name, a, b.changed(args=a.args, kwargs=a.kwargs, results=a.results))
         _same(a.name, len(a.results), len(b.results))
-        return replace(
-            a,
+        return a.changed(
             args=self.tree(a.args, b.args),
-            kwargs=self.tree(dict(a.kwargs), dict(b.kwargs)),
+            kwargs=self.tree(a.kwargs, b.kwargs),
             results=tuple(
                 self.meta(x, y) if x is not None and y is not None else _same(a.name, x, y)
                 for x, y in zip(a.results, b.results, strict=True)
@@ -160,6 +188,8 @@ class _Line:
         )
 
     def meta(self, a: TensorMeta, b: TensorMeta) -> TensorMeta:
+        if a == b:
+            return a
         _same("a type", a.dtype, b.dtype)
         return TensorMeta(self.tree(a.shape, b.shape), a.dtype)
 

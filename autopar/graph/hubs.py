@@ -24,7 +24,6 @@ from autopar.graph.program import (
     Ref,
     TensorMeta,
     check_graph,
-    map_refs,
 )
 
 HUB = torch.ops.autopar.hub.default
@@ -80,9 +79,8 @@ def insert_hubs(graph: Graph) -> Graph:
         if op.phase is Phase.BACKWARD:
             for ref in dict.fromkeys(op.operands):
                 if ref in build.late:
-                    build.operators.append(replace(build.late.pop(ref), layer=op.layer))
-        args, kwargs = map_refs((op.args, dict(op.kwargs)), partial(_renamed, names))
-        build.operators.append(replace(op, args=args, kwargs=kwargs))
+                    build.operators.append(build.late.pop(ref).changed(layer=op.layer))
+        build.operators.append(op.reading(partial(_renamed, names)))
         for ref in op.refs:
             _follow(
                 build, ref, op.phase, readers.get(ref, []), metas[ref],

@@ -69,7 +69,7 @@ def cluster_layers(
     for layer, (start, stop) in enumerate(_ranges(cuts.starts, len(forward))):
         layers.update((op.name, layer) for op in forward[start:stop])
     _place_backward(graph, layers)
-    operators = tuple(replace(op, layer=layers[op.name]) for op in graph.operators)
+    operators = tuple(op.changed(layer=layers[op.name]) for op in graph.operators)
     return check_layers(replace(graph, operators=operators, layer_names=cuts.names))
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 import autopar.ops  # noqa: F401  registers the random operators
-from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Ref, map_refs
+from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Ref
 
 _OWN = torch.ops.autopar
 # Position of op_id among the arguments of each operator that hashes one.
@@ -69,14 +69,8 @@ def renumbered(graph: Graph) -> Graph:
 
     operators = []
     for op in graph.operators:
-        args = map_refs(op.args, rename)
-        position = OP_ID.get(op.target)
-        if position is not None:
-            number = ids.setdefault(args[position], len(ids))
-            args = (*args[:position], number, *args[position + 1 :])
-        kwargs = map_refs(op.kwargs, rename) if op.kwargs else op.kwargs
-        forward = new[op.forward]
-        operators.append(replace(op, name=new[op.name], args=args, kwargs=kwargs, forward=forward))
+        op = with_op_id(op, lambda number: ids.setdefault(number, len(ids)))
+        operators.append(op.reading(rename, name=new[op.name], forward=new[op.forward]))
     return replace(
         graph,
         inputs=tuple(replace(i, name=new[old.name]) for old, i in inputs),
@@ -114,6 +108,15 @@ def _in_reading_order(graph: Graph) -> list[tuple[GraphInput, GraphInput]]:
 def _base(name: str) -> str:
     """ "addmm_bias" of "addmm_2_bias", and of its copy "addmm_2_bias@3" (`graph.repeat`)."""
     return _NUMBER.sub("", name.partition("@")[0])
+
+
+def with_op_id(op: Operator, new: Callable[[Any], Any]) -> Operator:
+    """A random operator that hashes new(its number); any other as it is."""
+    position = OP_ID.get(op.target)
+    if position is None:
+        return op
+    number = new(op.args[position])
+    return op.changed(args=(*op.args[:position], number, *op.args[position + 1 :]))
 
 
 def without_op_id(op: Operator) -> tuple[Any, ...]:

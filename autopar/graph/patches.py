@@ -16,6 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.nn import functional
 
 import autopar.ops  # noqa: F401  (registers autopar::sdpa)
@@ -50,6 +51,7 @@ def capture_patches(model: nn.Module, *, packed_sequences: bool) -> Iterator[Non
         stack.enter_context(replaced(Distribution, "_validate_args", False))
         stack.enter_context(_no_key_value_cache(model))
         stack.enter_context(cuda_regions_on_cpu())
+        stack.enter_context(_use_lazy_graph_module(True))  # nobody reads the module's Python code
         if not packed_sequences:
             stack.enter_context(_no_packed_sequence_detection())
         yield

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -149,9 +149,31 @@ class Operator:
     def __post_init__(self) -> None:
         """operands: every value read, in argument order, repeated where it is passed twice. refs:
         the results that exist."""
-        object.__setattr__(self, "operands", tuple(iter_refs((self.args, self.kwargs))))
-        made = (Ref(self.name, i) for i, meta in enumerate(self.results) if meta is not None)
+        operands = refs_in(self.args)
+        if self.kwargs:
+            operands += refs_in(self.kwargs)
+        object.__setattr__(self, "operands", tuple(operands))
+        made = [Ref(self.name, i) for i, meta in enumerate(self.results) if meta is not None]
         object.__setattr__(self, "refs", tuple(made))
+
+    def changed(self, **changes: Any) -> Operator:
+        """As `dataclasses.replace`, in a fifth of its time: a search makes 100,000 operators."""
+        op = object.__new__(Operator)
+        for name in _FIELDS:
+            object.__setattr__(op, name, getattr(self, name))
+        for name, value in changes.items():
+            object.__setattr__(op, name, value)
+        if not _DECIDING.isdisjoint(changes):
+            op.__post_init__()
+        return op
+
+    def reading(self, new: Callable[[Ref], Any], **changes: Any) -> Operator:
+        """The operator on other values: new(ref) in place of each ref, asked in argument order."""
+        args = map_refs(self.args, new)
+        kwargs = map_refs(self.kwargs, new) if self.kwargs else self.kwargs
+        if not changes and args == self.args and kwargs == self.kwargs:
+            return self
+        return self.changed(args=args, kwargs=kwargs, **changes)
 
     @property
     def op_name(self) -> str:
@@ -162,6 +184,10 @@ class Operator:
         metas = ", ".join("-" if m is None else str(m) for m in self.results)
         reads = ", ".join(map(str, self.operands))
         return f"{self.name}: {metas} = {self.op_name}({reads})"
+
+
+_FIELDS = tuple(f.name for f in fields(Operator))
+_DECIDING = frozenset({"name", "args", "kwargs", "results"})  # of operands and refs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,33 +249,32 @@ class Graph:
 
 
 # Most leaves of argument trees; asking them whether they are mappings takes longest.
-_LEAVES = frozenset({int, bool, float, str, type(None), torch.dtype})
+_LEAVES = frozenset({int, bool, float, str, type(None), torch.dtype, torch.device})
 
 
-def iter_refs(tree: Any) -> Iterator[Ref]:
-    """Every Ref in a nest of tuples, lists, dicts and slices, in order."""
-    if type(tree) in _LEAVES:
-        return
-    if isinstance(tree, Ref):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            if isinstance(item, Ref):
-                yield item
-            elif isinstance(item, (tuple, list, dict)):
-                yield from iter_refs(item)
-    elif isinstance(tree, Mapping):
-        yield from iter_refs(tuple(tree.values()))
+def refs_in(tree: Any) -> list[Ref]:
+    """Every Ref in a nest of tuples, lists and dicts, in order."""
+    if type(tree) is Ref:
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    found: list[Ref] = []
+    for item in tree:
+        if type(item) is Ref:
+            found.append(item)
+        elif type(item) not in _LEAVES:
+            found += refs_in(item)
+    return found
 
 
 def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
     """The same nest with every Ref replaced by fn(ref). Tuples and lists keep their type."""
-    if type(tree) in _LEAVES:
-        return tree
-    if isinstance(tree, Ref):
+    if type(tree) is Ref:
         return fn(tree)
     if isinstance(tree, (tuple, list)):
-        items = [map_refs(i, fn) if isinstance(i, (tuple, list, dict)) else i for i in tree]
+        items = [i if type(i) in _LEAVES else map_refs(i, fn) for i in tree]
         return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, Mapping):
         return {key: map_refs(item, fn) for key, item in tree.items()}

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import TypeVar
 
 from autopar.errors import InternalError, OptionError
 from autopar.graph.congruence import STATE, Congruence, block_path, congruence, numbered_block
 from autopar.graph.layers import check_layers
-from autopar.graph.numbering import OP_ID, renumbered
+from autopar.graph.numbering import renumbered, with_op_id
 from autopar.graph.program import (
     Graph,
     GraphInput,
@@ -28,7 +29,6 @@ from autopar.graph.program import (
     Phase,
     Ref,
     check_graph,
-    map_refs,
 )
 
 Item = TypeVar("Item", GraphInput, GraphOutput, Operator)
@@ -63,6 +63,7 @@ class Folded:
         return _Paths(self, self.copies).layer_names()
 
 
+@lru_cache(maxsize=1)  # the search writes its winner out, and then whoever asked for a plan
 def whole_graph(folded: Folded) -> Graph:
     """The graph of the whole model, as a capture without folding makes it."""
     return with_copies(folded, folded.copies)
@@ -200,17 +201,13 @@ class _Expansion:
         def read(ref: Ref) -> Ref:
             return self._read(ref, op, copy)
 
-        args = map_refs(op.args, read)
-        position = OP_ID.get(op.target)
-        if position is not None and copy:  # any number of its own, until the graph is renumbered
-            args = (*args[:position], (args[position], copy), *args[position + 1 :])
+        if copy:  # any number of its own, until the graph is renumbered
+            op = with_op_id(op, lambda number: (number, copy))
         block = numbered_block(self._graph.layer_names[op.layer])
         inside = copy and numbered_block(op.module) == block
-        return replace(
-            op,
+        return op.reading(
+            read,
             name=_copy(op.name, copy),
-            args=args,
-            kwargs=map_refs(op.kwargs, read) if op.kwargs else op.kwargs,
             module=self._paths.path(op.module, copy if inside else 0),
             forward=_copy(op.forward, copy),
             layer=self._first[op.layer] + copy,

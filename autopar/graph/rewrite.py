@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autopar.graph.program import Graph, Operator, Ref, TensorMeta, map_refs
+from autopar.graph.program import Graph, Operator, Ref, TensorMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def rewrite_graph(graph: Graph, step: Callable[[Operator], Rewrite | None]) -> G
         return renamed.get(ref, ref)
 
     for old in graph.operators:
-        op = with_refs(old, new) if any(ref in renamed for ref in old.operands) else old
+        op = old.reading(new) if any(ref in renamed for ref in old.operands) else old
         change = step(op)
         if change is None:
             operators.append(op)
@@ -40,12 +40,8 @@ def rewrite_graph(graph: Graph, step: Callable[[Operator], Rewrite | None]) -> G
     return replace(graph, operators=tuple(operators), outputs=outputs)
 
 
-def with_refs(op: Operator, new: Callable[[Ref], Ref]) -> Operator:
-    return replace(op, args=map_refs(op.args, new), kwargs=map_refs(dict(op.kwargs), new))
-
-
 def derived(
     op: Operator, name: str, target: Any, args: tuple[Any, ...], *results: TensorMeta | None
 ) -> Operator:
     """An operator with the provenance of `op`."""
-    return replace(op, name=name, target=target, args=args, kwargs={}, results=results)
+    return op.changed(name=name, target=target, args=args, kwargs={}, results=results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import flop_registry
@@ -27,9 +28,14 @@ _GROUPED_MATMUL = aten._grouped_mm.default
 
 def is_view(op: Operator) -> bool:
     """The results alias an operand: no memory traffic on one device."""
-    if op.target in _UNDECLARED_VIEWS:
+    return _aliases(op.target)
+
+
+@cache
+def _aliases(target: object) -> bool:
+    if target in _UNDECLARED_VIEWS:
         return True
-    schema = getattr(op.target, "_schema", None)
+    schema = getattr(target, "_schema", None)
     if schema is None or not schema.returns:
         return False
     return all(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

@@ -31,15 +31,16 @@ from autopar.graph.program import Graph, Ref
 from autopar.intraop.build import (
     Node,
     ParameterChoice,
+    Part,
     StageContext,
     StageProblem,
     build_problem,
 )
-from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable
@@ -53,19 +54,21 @@ IntArray = NDArray[np.int64]
 PRICES = (0.0, 0.1, 1.0, 10.0)
 # Points steer: this is good enough for that.
 _POINT_GAP = 1e-3
-_POINT_SWEEPS = 20  # of each round
+_POINT_SWEEPS = 40  # of each round
 _POINT_TABLE = 200_000  # entries that elimination may build
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One solution of one layer on one mesh view. Seconds per microbatch, bytes per device."""
+    """One solution of one layer on one mesh view. Seconds per microbatch, bytes per device.
+    once_s: the share of seconds that comes once per step, spread over its microbatches."""
 
     seconds: float
     standing_bytes: float
     saved_bytes: float
     transient_bytes: float
     remat: Remat = Remat.NONE
+    once_s: float = 0.0
 
     def scaled(self, factor: float) -> Point:
         """As if a microbatch had `factor` times the rows."""
@@ -74,6 +77,7 @@ class Point:
             seconds=self.seconds * factor,
             saved_bytes=self.saved_bytes * factor,
             transient_bytes=self.transient_bytes * factor,
+            once_s=self.once_s * factor,
         )
 
 
@@ -89,12 +93,14 @@ def layer_points(
     remat: Remat = Remat.NONE,
     prices: Sequence[float] = PRICES,
     deadline: float = math.inf,
+    alone: bool = False,
 ) -> Frontier:
     """The layer's solutions at each price, duplicates removed, the fastest first. remat: the policy
     that the graph was recomputed with. deadline: of time.monotonic(); the free solution is always
-    there."""
+    there. alone: boundary values come and go for nothing, and seconds are lower bounds: no stage
+    with the layer takes fewer for it."""
     built = build_problem(graph, table, costs, context)
-    problem = _with_cycle(built, costs)
+    problem = _without_boundary(built) if alone else _with_cycle(built, costs)
     effort = Effort(
         deadline=deadline,
         target_gap=_POINT_GAP,
@@ -117,6 +123,10 @@ def layer_points(
         if found.choice is None:
             raise infeasible(problem)
         point = _point(graph, built, found.choice, costs, context, remat)
+        if alone:
+            nbytes = zip(problem.node_bytes, found.choice, strict=True)
+            bound = found.bound - rate * sum(float(m[i]) for m, i in nbytes)
+            point = replace(point, seconds=max(0.0, min(point.seconds, bound)))
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
             free_rate = point.seconds / total if total else 0.0
@@ -140,6 +150,17 @@ def undominated(points: Iterable[Point]) -> Frontier:
         ):
             kept.append(point)
     return tuple(kept)
+
+
+def _without_boundary(built: StageProblem) -> IntraOpProblem:
+    """Received values cost nothing, in any layout."""
+    seconds = tuple(
+        np.where(np.isfinite(c_v), 0.0, c_v)
+        if node.kind == "input" and node.name in built.received
+        else c_v
+        for node, c_v in zip(built.nodes, built.problem.node_seconds, strict=True)
+    )
+    return replace(built.problem, node_seconds=seconds)
 
 
 def _with_cycle(built: StageProblem, costs: MeshCosts) -> IntraOpProblem:
@@ -200,6 +221,7 @@ def _point(
             num_microbatches=context.num_microbatches,
         ),
         remat=remat,
+        once_s=built.part_seconds(choice)[Part.STEP],
     )
 
 
@@ -246,7 +268,10 @@ def stage_seconds(
 
 
 def stage_mixture(
-    frontiers: Sequence[Frontier], counts: IntArray, in_flight: int, budget_bytes: float
+    frontiers: Sequence[Frontier],
+    counts: IntArray | FloatArray,
+    in_flight: int,
+    budget_bytes: float,
 ) -> Mixture | None:
     """What t(f, n) of one stage is made of; None where nothing fits. counts: [classes]."""
     steps = _steps(frontiers, in_flight)
@@ -260,6 +285,25 @@ def stage_mixture(
     high, low = need[first - 1, 0], need[first, 0]
     share = min(1.0, max(0.0, (high - budget_bytes) / (high - low)))
     return Mixture(steps[first - 1], steps[first], float(share))
+
+
+def once_seconds(
+    frontiers: Sequence[Frontier],
+    counts: IntArray | FloatArray,
+    in_flight: int,
+    budget_bytes: float,
+) -> float:
+    """The share of t(f, n) of one stage that comes once per step; of its fastest points where
+    nothing fits."""
+    mixture = stage_mixture(frontiers, counts, in_flight, budget_bytes)
+    mixture = mixture or stage_mixture(frontiers, counts, in_flight, math.inf)
+    assert mixture is not None
+    pairs = zip(mixture.fast, mixture.small, strict=True)
+    share = mixture.share
+    return sum(
+        float(n) * ((1 - share) * fast.once_s + share * small.once_s)
+        for n, (fast, small) in zip(counts, pairs, strict=True)
+    )
 
 
 def smallest_points(frontiers: Sequence[Frontier], counts: IntArray, in_flight: int) -> Frontier:

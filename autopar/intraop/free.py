@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import SolverError
-from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, WarmMessages, ascend
+from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, ascend
 from autopar.intraop.eliminate import eliminate, elimination_order
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.problem import FloatArray, IntraOpProblem
 from autopar.intraop.reduce import Graph
+from autopar.intraop.sweep import WarmMessages
 
 TABLE_LIMIT = 30_000_000
 """Entries of the largest table that elimination may build: 240 MB of float64."""
@@ -114,13 +115,9 @@ def minimise(
     best = _Best()
     for attempt in range(_ROUNDS):
         graph.reduce()
-        if (
-            not all(np.isfinite(c_v).any() for c_v in graph.unary.values())
-            or graph.constant == np.inf
-        ):
+        if not graph.keep_allowed() or graph.constant == np.inf:
             best.bound = best.value  # nothing better than the incumbent is left
             return best.result()
-        graph.keep({v: np.isfinite(c_v) for v, c_v in graph.unary.items()})
         if _eliminated(graph, best, _EASY_TABLE):
             return best.result()
         dual = ascend(

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.intraop.dual import WarmMessages
 from autopar.intraop.free import Effort, FreeResult, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.improve import Assignment, Neighbourhood
 from autopar.intraop.problem import FloatArray, IntraOpProblem, least_bytes, relative_gap
+from autopar.intraop.sweep import WarmMessages
 
 STEP_TABLE_LIMIT = 1_000_000
 """Largest elimination table within one step on the hull: more certainty is not worth its time
@@ -32,7 +32,7 @@ there.
 """
 STEP_CLOSE_ENOUGH = 2e-4
 """Relative gap at which the sweeps of one step stop; it is part of the stated gap."""
-STEP_SWEEPS = 40
+STEP_SWEEPS = 80
 """Of one round of a step: messages go on from there in the next."""
 _FIRST_SLOPE = 0.1
 """Of the slope to the lightest assignment: the hull is convex, so it is flatter at the budget, and
@@ -136,7 +136,7 @@ class _Walk:
         for c_v, m_v in zip(self.problem.node_seconds, self.problem.node_bytes, strict=True):
             least = m_v[np.isfinite(c_v)].min()
             unary.append(np.where(m_v <= least, c_v, np.inf))
-        rough = replace(self.effort, close_enough=_ROUGH, near=_ROUGH, max_sweeps=STEP_SWEEPS // 4)
+        rough = replace(self.effort, close_enough=_ROUGH, near=_ROUGH, max_sweeps=STEP_SWEEPS // 8)
         self.earlier.lightest = self.note(minimise(self.problem, unary, effort=rough))
         return self.earlier.lightest
 

@@ -79,7 +79,7 @@ def transient_bytes(
     counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
     alive = {}
     for phase in Phase:
-        lives = _Lives(graph, dims, strategies, inputs, sizes, phase, copies)
+        lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
         alive[phase] = lives.peak(outputs or {})
     if num_microbatches == 1:  # the gradients that backward makes are those that stand
         stand = 0.0
@@ -111,7 +111,7 @@ def alive_at_peak(
 ) -> tuple[Alive, ...]:
     """What one phase holds when it holds most, the largest first: values that are saved or leave
     included, parameters not. Arguments as of `transient_bytes`, without folds."""
-    lives = _Lives(graph, dims, strategies, inputs, sizes, phase, {})
+    lives = _Lives(graph, graph.metas(), dims, strategies, inputs, sizes, phase, {})
     return tuple(sorted(lives.at_peak(outputs), key=lambda a: (-a.nbytes, a.value)))
 
 
@@ -187,6 +187,7 @@ class _Lives:
     def __init__(
         self,
         graph: Graph,
+        metas: Mapping[Ref, TensorMeta],
         dims: Mapping[Ref, Dims],
         strategies: Mapping[str, Strategy],
         inputs: Mapping[str, Layout],
@@ -196,7 +197,7 @@ class _Lives:
     ) -> None:
         self._graph, self._strategies, self._sizes, self._phase = graph, strategies, sizes, phase
         self._copies = copies
-        self._metas, self._dims = graph.metas(), dims
+        self._metas, self._dims = metas, dims
         self._held: dict[
             Ref, tuple[_Copy, Layout]
         ] = {}  # value -> memory, and its own layout there

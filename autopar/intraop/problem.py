@@ -10,7 +10,8 @@ strategy or pair.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -49,6 +50,9 @@ class IntraOpProblem:
     def __post_init__(self) -> None:
         self._check_nodes()
         self._check_edges()
+        self._check_budget()
+
+    def _check_budget(self) -> None:
         if self.budget_bytes is not None and not self.budget_bytes >= 0:
             raise OptionError(f"budget_bytes must be >= 0 or None, got {self.budget_bytes}")
 
@@ -64,12 +68,25 @@ class IntraOpProblem:
                 raise OptionError(f"node {name}: float64 wanted, got {c_v.dtype}, {m_v.dtype}")
             if c_v.ndim != 1 or c_v.size == 0 or c_v.shape != m_v.shape:
                 raise OptionError(f"node {name}: seconds {c_v.shape} and bytes {m_v.shape} differ")
+        if self._values_are_sound():
+            return
+        for name, c_v, m_v in zip(self.node_names, self.node_seconds, self.node_bytes, strict=True):
             if not (np.isfinite(m_v).all() and (m_v >= 0).all()):
                 raise OptionError(f"node {name}: bytes must be finite and >= 0, got {m_v}")
             if np.isnan(c_v).any() or np.isneginf(c_v).any() or not np.isfinite(c_v).any():
                 raise OptionError(
                     f"node {name}: needs a finite strategy and no nan or -inf, got {c_v}"
                 )
+
+    def _values_are_sound(self) -> bool:
+        """Of all nodes at once; a comparison with nan is False."""
+        if not self.node_seconds:
+            return True
+        seconds, nbytes = np.concatenate(self.node_seconds), np.concatenate(self.node_bytes)
+        first = np.cumsum([0, *(c_v.size for c_v in self.node_seconds[:-1])])
+        allowed = np.minimum.reduceat(seconds, first) < np.inf
+        sound = (nbytes >= 0).all() and (nbytes < np.inf).all() and (seconds > -np.inf).all()
+        return bool(sound and allowed.all())
 
     def _check_edges(self) -> None:
         if len(self.edges) != len(self.edge_seconds):
@@ -87,7 +104,7 @@ class IntraOpProblem:
             if id(r_uv) in seen:
                 continue
             seen.add(id(r_uv))
-            if r_uv.dtype != np.float64 or np.isnan(r_uv).any() or np.isneginf(r_uv).any():
+            if r_uv.dtype != np.float64 or not (r_uv > -np.inf).all():
                 raise OptionError(f"edge ({u}, {v}): float64 without nan or -inf wanted")
 
     def seconds(self, choice: tuple[int, ...]) -> float:
@@ -105,8 +122,11 @@ class IntraOpProblem:
         return self.budget_bytes is None or num_bytes <= self.budget_bytes * (1 + BYTES_TOLERANCE)
 
     def with_budget(self, budget_bytes: float | None) -> IntraOpProblem:
-        """The same program under another budget; arrays are shared."""
-        return replace(self, budget_bytes=budget_bytes)
+        """The same program under another budget; arrays are shared, and sound as they were."""
+        other = copy(self)
+        object.__setattr__(other, "budget_bytes", budget_bytes)
+        other._check_budget()
+        return other
 
 
 @dataclass(frozen=True, slots=True)

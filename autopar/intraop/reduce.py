@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.intraop.native import address, library
 from autopar.intraop.problem import FloatArray, IntArray, IntraOpProblem
 
 _CHUNK_ENTRIES = 1 << 18
@@ -71,12 +72,23 @@ class Products:
         """[n_u, n_w] = min over v of r_vu[v, u] + c_v[v] + r_vw[v, w]."""
         key = (self._hold(r_vu), self._hold(r_vw), c_v.tobytes())
         if key not in self._min_plus:
-            self._min_plus[key] = _min_plus(r_vu + c_v[:, None], r_vw)
+            self._min_plus[key] = min_plus(r_vu + c_v[:, None], r_vw)
         return self._min_plus[key]
 
 
-def _min_plus(left: FloatArray, right: FloatArray) -> FloatArray:
-    """[n_u, n_w] = min over v of left[v, u] + right[v, w], in blocks of u that stay in cache."""
+def min_plus(left: FloatArray, right: FloatArray) -> FloatArray:
+    """[n_u, n_w] = min over v of left[v, u] + right[v, w]."""
+    functions = library()
+    if functions is None:
+        return min_plus_in_numpy(left, right)
+    (n_v, n_u), n_w = left.shape, right.shape[1]
+    out = np.empty((n_u, n_w))
+    functions.min_plus(n_v, n_u, n_w, address(left), address(right), address(out))
+    return out
+
+
+def min_plus_in_numpy(left: FloatArray, right: FloatArray) -> FloatArray:
+    """In blocks of u that stay in cache."""
     n_v, n_u = left.shape
     step = max(1, _CHUNK_ENTRIES // (n_v * right.shape[1]))
     out = np.empty((n_u, right.shape[1]))
@@ -119,7 +131,7 @@ class Graph:
         self._trail: list[_Vanished] = []
         for (u, v), r_uv in zip(problem.edges, problem.edge_seconds, strict=True):
             self._set_edge(u, v, r_uv)
-        self.keep({v: np.isfinite(c_v) for v, c_v in self.unary.items()})
+        self.keep_allowed()
 
     def copy(self) -> Graph:
         """One that shrinks on its own; arrays and products are shared."""
@@ -153,6 +165,14 @@ class Graph:
                 cols = kept.get(w, everything)
                 self._set_edge(v, w, self.products.take(self.adj[v][w], kept[v], cols))
         return sum(int(len(masks[v]) - len(index)) for v, index in kept.items())
+
+    def keep_allowed(self) -> bool:
+        """Drop the forbidden strategies; False where a node has no other ones."""
+        if not self.unary or np.isfinite(np.concatenate([*self.unary.values()])).all():
+            return True
+        masks = {v: np.isfinite(c_v) for v, c_v in self.unary.items()}
+        self.keep(masks)
+        return all(mask.any() for mask in masks.values())
 
     def reduce(self) -> None:
         """Apply the four rules of the module docstring until none fits."""
@@ -198,7 +218,8 @@ class Graph:
         full = dict(choice)
         for gone in reversed(self._trail):
             cost = gone.unary
-            for u, labels, r_uv in gone.neighbours:
-                cost = cost + r_uv[int(np.searchsorted(labels, full[u]))]
-            full[gone.node] = int(gone.labels[int(np.argmin(cost))])
+            if len(cost) > 1:
+                for u, labels, r_uv in gone.neighbours:
+                    cost = cost + r_uv[labels.searchsorted(full[u])]
+            full[gone.node] = int(gone.labels[cost.argmin()])
         return tuple(full[v] for v in range(len(full)))

@@ -8,12 +8,13 @@ same answer.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from autopar.errors import OptionError, SolverError
+from autopar.intraop.branch import branch
 from autopar.intraop.cbc import solve_cbc
 from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS
 from autopar.intraop.fallback import solve_remainder
@@ -47,6 +48,7 @@ def solve(
     time_limit_s: float = 60.0,
     target_gap: float = 0.01,
     fallback: bool = True,
+    branching: bool = False,
     earlier: Earlier | None = None,
 ) -> IntraOpSolution:
     """The assignment of least seconds within the budget, and a proven lower bound.
@@ -54,9 +56,10 @@ def solve(
     Stops at target_gap (relative; 0 = prove the optimum) or time_limit_s, whichever is first; a
     solution that is not proven optimal says so. Raises NoFeasiblePlan when nothing fits,
     SolverError when the time limit came before any assignment or a backend is missing.
-    fallback=False: DUAL returns what it has above target_gap instead of handing it to HiGHS; a
-    search over many problems asks for that and comes back to the winner. earlier: what DUAL found
-    on the same program under other budgets, used and added to.
+    fallback=False: DUAL returns what it has above target_gap instead of branching and handing it to
+    HiGHS; a search over many problems asks for that and comes back to the winner. branching: DUAL
+    branches all the same. earlier: what DUAL found on the same program under other budgets, used
+    and added to.
     """
     if not time_limit_s > 0:
         raise OptionError(f"time_limit_s must be > 0, got {time_limit_s}")
@@ -64,7 +67,8 @@ def solve(
         raise OptionError(f"target_gap must be in [0, 1), got {target_gap}")
     match solver:
         case Solver.DUAL:
-            return _solve_dual(problem, time_limit_s, target_gap, fallback, earlier or Earlier())
+            asked = _Asked(target_gap, fallback, branching or fallback)
+            return _solve_dual(problem, time_limit_s, asked, earlier or Earlier())
         case Solver.CBC:
             return solve_cbc(problem, time_limit_s=time_limit_s, target_gap=target_gap)
         case Solver.CP_SAT | Solver.HIGHS:
@@ -72,19 +76,27 @@ def solve(
             return solve_mathopt(problem, engine, time_limit_s=time_limit_s, target_gap=target_gap)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `solve` is asked to do of the dual solver."""
+
+    target_gap: float
+    fallback: bool
+    branching: bool
+
+
 def _solve_dual(
-    problem: IntraOpProblem,
-    time_limit_s: float,
-    target_gap: float,
-    fallback: bool,
-    earlier: Earlier,
+    problem: IntraOpProblem, time_limit_s: float, asked: _Asked, earlier: Earlier
 ) -> IntraOpSolution:
     started = time.monotonic()
     deadline = started + time_limit_s
     if problem.budget_bytes is not None:
-        return _solve_budgeted(problem, started, deadline, target_gap, fallback, earlier)
+        return _solve_budgeted(problem, started, deadline, asked, earlier)
     effort = Effort(
-        deadline=deadline, target_gap=target_gap, allow_mip=fallback, near=0.1 * target_gap
+        deadline=deadline,
+        target_gap=asked.target_gap,
+        allow_mip=asked.fallback,
+        near=0.1 * asked.target_gap,
     )
     found = minimise(problem, problem.node_seconds, effort=effort, warm=earlier.warm)
     earlier.note(problem, 0.0, found)
@@ -106,13 +118,9 @@ def _solve_dual(
 
 
 def _solve_budgeted(
-    problem: IntraOpProblem,
-    started: float,
-    deadline: float,
-    target_gap: float,
-    fallback: bool,
-    earlier: Earlier,
+    problem: IntraOpProblem, started: float, deadline: float, asked: _Asked, earlier: Earlier
 ) -> IntraOpSolution:
+    target_gap = asked.target_gap
     effort = Effort(
         deadline=deadline,
         target_gap=min(target_gap, 1e-3),
@@ -123,6 +131,10 @@ def _solve_budgeted(
         close_enough=min(0.02 * target_gap, STEP_CLOSE_ENOUGH) if target_gap else CLOSED_GAP,
     )
     known = minimise_within_budget(problem, effort=effort, earlier=earlier)
+    gap = np.inf if known.best is None else relative_gap(known.best.seconds, known.bound)
+    if gap > target_gap and asked.branching:
+        halfway = (time.monotonic() + deadline) / 2
+        known = branch(problem, known, earlier, replace(effort, deadline=halfway), target_gap)
     stats: dict[str, object] = {
         "sweeps": known.sweeps,
         "fixed": known.fixed,
@@ -132,7 +144,7 @@ def _solve_budgeted(
     }
     gap = np.inf if known.best is None else relative_gap(known.best.seconds, known.bound)
     mine = _own_solution(problem, known, started, stats)
-    enough = gap <= target_gap or not fallback or time.monotonic() > deadline
+    enough = gap <= target_gap or not asked.fallback or time.monotonic() > deadline
     if mine is not None and (enough or mine.optimal):
         return mine
     stats = {**stats, "fallback": "highs", "gap_before_fallback": gap}

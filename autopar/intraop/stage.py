@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes
 from autopar.graph.program import Graph, InputKind, OutputKind, TensorMeta
+from autopar.intraop.branch import is_small
 from autopar.intraop.build import (
     Chosen,
     ParameterChoice,
@@ -104,13 +105,14 @@ def solve_program(
     deadline = time.monotonic() + options.time_limit_s
     earlier = Earlier()
 
-    def solve_within(limit: float | None, fallback: bool) -> StageSolution:
+    def solve_within(limit: float | None, fallback: bool, branching: bool = False) -> StageSolution:
         found = solve(
             built.problem.with_budget(limit),
             solver=options.solver,
             time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
             target_gap=options.target_gap,
             fallback=fallback,
+            branching=branching,
             earlier=earlier,
         )
         return _read(graph, built, found, costs, context)
@@ -130,7 +132,16 @@ def solve_program(
     unavoidable = least_transient_bytes(
         graph, built, costs.mesh.axis_sizes, context.num_microbatches
     )
-    bound = max(solution.bound, earlier.bound(budget_bytes - unavoidable)[0])
+    widest = budget_bytes - unavoidable
+    bound = max(solution.bound, earlier.bound(widest)[0])
+    for row in (widest, limit) if is_small(built.problem) else ():
+        if relative_gap(best.seconds, bound) <= options.target_gap:
+            break
+        found = solve_within(row, False, branching=True)
+        if row == widest:
+            bound = max(bound, found.bound)
+        if found.prediction.peak_bytes <= budget_bytes and found.seconds < best.seconds:
+            best = found
     return _with_true_bound(best, bound, limit)
 
 

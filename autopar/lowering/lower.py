@@ -49,6 +49,7 @@ from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan, Remat, StagePlan
 from autopar.schedule import Schedule, build_schedule
 from autopar.sharding.registry import RuleTable
+from autopar.sharding.rule import Call, Rule
 from autopar.sharding.strategy import Strategy, strategies
 
 LOSS = "loss"
@@ -146,12 +147,15 @@ def prepare_stages(
     return tuple(prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers))
 
 
-def prepare_stage(stage: Graph, dims: Mapping[Ref, Dims]) -> PreparedStage:
-    """dims: of the joint graph's values, so that a received value keeps its atoms."""
+def prepare_stage(
+    stage: Graph, dims: Mapping[Ref, Dims], known: dict[Call, Rule] | None = None
+) -> PreparedStage:
+    """dims: of the joint graph's values, so that a received value keeps its atoms. known: as of
+    RuleTable."""
     by_text = {str(ref): d for ref, d in dims.items()}
     hubbed = insert_hubs(stage)
     received = {i.name: by_text[i.target] for i in hubbed.inputs_of(InputKind.RECEIVED)}
-    return PreparedStage(hubbed, RuleTable(hubbed, received))
+    return PreparedStage(hubbed, RuleTable(hubbed, received, known))
 
 
 def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from autopar.errors import InternalError
-from autopar.graph.program import Ref, TensorMeta, iter_refs
+from autopar.graph.program import Ref, TensorMeta, refs_in
 from autopar.layout import Dims, Layout
 
 
@@ -109,7 +109,7 @@ def reads_of(instruction: Instruction) -> tuple[Ref, ...]:
         return (instruction.operand,)
     if isinstance(instruction, Exchange):
         return (instruction.rows, instruction.sends, instruction.receives)
-    return tuple(iter_refs((instruction.args, dict(instruction.kwargs))))
+    return tuple(refs_in((instruction.args, dict(instruction.kwargs))))
 
 
 def check_program(program: LocalProgram) -> LocalProgram:

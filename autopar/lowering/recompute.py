@@ -19,13 +19,12 @@ by being fusion aware", MLSys 2023.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import networkx as nx
 import torch
 
-from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph, map_refs
+from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph
 from autopar.graph.work import is_contraction, is_view
 from autopar.plan import Remat
 
@@ -83,12 +82,9 @@ def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
             return ref
         if (op.name, layer) not in copies:
             suffix = _COPY_SUFFIX if layer == op.layer else f"{_COPY_SUFFIX}{layer}"
-            args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda r: use(r, layer))
-            copy = replace(
-                op,
+            copy = op.reading(
+                lambda r: use(r, layer),
                 name=op.name + suffix,
-                args=args,
-                kwargs=kwargs,
                 phase=Phase.BACKWARD,
                 forward=op.name,
                 layer=layer,
@@ -102,8 +98,7 @@ def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
         if op.phase is Phase.FORWARD:
             operators.append(op)
             continue
-        args, kwargs = map_refs((op.args, dict(op.kwargs)), partial(use, layer=op.layer))
-        operators.append(replace(op, args=args, kwargs=kwargs))
+        operators.append(op.reading(partial(use, layer=op.layer)))
     return check_graph(graph.with_operators(tuple(operators)))
 
 

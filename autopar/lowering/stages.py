@@ -9,7 +9,7 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autopar.errors import InternalError
@@ -22,7 +22,6 @@ from autopar.graph.program import (
     OutputKind,
     Ref,
     check_graph,
-    map_refs,
 )
 
 
@@ -39,64 +38,75 @@ def cut_stages(graph: Graph, first_layers: Sequence[int]) -> tuple[Graph, ...]:
         for stage, (first, stop) in enumerate(zip(first_layers, bounds, strict=True))
         for layer in range(first, stop)
     }
-    stages = tuple(
-        _stage_graph(graph, [op for op in graph.operators if stage_of_layer[op.layer] == stage])
-        for stage in range(len(first_layers))
-    )
+    parts: list[list[Operator]] = [[] for _ in first_layers]
+    for op in graph.operators:
+        parts[stage_of_layer[op.layer]].append(op)
+    stages = tuple(_stage_graphs(graph, parts))
     check_cut(graph, stages)
     return stages
 
 
 def stage_graph(graph: Graph, first_layer: int, last_layer: int) -> Graph:
     """The graph of one candidate stage."""
-    return _stage_graph(
-        graph, [op for op in graph.operators if first_layer <= op.layer <= last_layer]
-    )
+    own = [op for op in graph.operators if first_layer <= op.layer <= last_layer]
+    return next(_stage_graphs(graph, [own]))
 
 
-def _stage_graph(graph: Graph, operators: Sequence[Operator]) -> Graph:
+def _stage_graphs(graph: Graph, parts: Sequence[Sequence[Operator]]) -> Iterator[Graph]:
+    """Of disjoint sets of operators."""
     metas = graph.metas()
     inputs = {i.ref: i for i in graph.inputs}
+    position = {ref: n for n, ref in enumerate(inputs)}
     phases = {ref: op.phase for op in graph.operators for ref in op.refs}
-    own = {op.name for op in operators}
-    received: dict[Ref, GraphInput] = {}
-    used: dict[Ref, GraphInput] = {}
-
-    def local(ref: Ref) -> Ref:
-        if ref.name in own:
-            return ref
-        if ref in inputs:
-            used[ref] = inputs[ref]
-            return ref
-        if ref not in received:
-            received[ref] = GraphInput(
-                str(ref), InputKind.RECEIVED, metas[ref], str(ref), phase=phases[ref]
-            )
-        return Ref(str(ref))
-
-    body = []
-    for op in operators:
-        args, kwargs = map_refs((op.args, dict(op.kwargs)), local)
-        body.append(replace(op, args=args, kwargs=kwargs))
-    outputs = [out for out in graph.outputs if out.ref.name in own]
+    home = {op.name: part for part, operators in enumerate(parts) for op in operators}
+    outputs: list[list[GraphOutput]] = [[] for _ in parts]
+    for out in graph.outputs:
+        if out.ref.name in home:
+            outputs[home[out.ref.name]].append(out)
     for op in graph.operators:
-        if op.name not in own:
-            for ref in op.operands:
-                if ref.name in own:
-                    outputs.append(GraphOutput(OutputKind.SENT, ref, str(ref)))
-    # a gradient summed over uses in other stages may be made where nothing reads the parameter
-    summed = {out.target for out in outputs if out.kind is OutputKind.GRADIENT}
-    used.update((ref, inp) for ref, inp in inputs.items() if inp.name in summed)
-    ordered = [i for i in graph.inputs if i.ref in used]
-    return check_graph(
-        replace(
-            graph,
-            inputs=(*ordered, *received.values()),
-            operators=tuple(body),
-            outputs=tuple(dict.fromkeys(outputs)),
-            constants={k: v for k, v in graph.constants.items() if Ref(k) in used},
+        mine = home.get(op.name, -1)
+        for ref in op.operands:
+            source = home.get(ref.name, mine)
+            if source != mine:
+                outputs[source].append(GraphOutput(OutputKind.SENT, ref, str(ref)))
+
+    for part, operators in enumerate(parts):
+        received: dict[Ref, GraphInput] = {}
+        used: dict[Ref, GraphInput] = {}
+
+        def local(
+            ref: Ref,
+            part: int = part,
+            received: dict[Ref, GraphInput] = received,
+            used: dict[Ref, GraphInput] = used,
+        ) -> Ref:
+            if home.get(ref.name) == part:
+                return ref
+            if ref in inputs:
+                used[ref] = inputs[ref]
+                return ref
+            if ref not in received:
+                received[ref] = GraphInput(
+                    str(ref), InputKind.RECEIVED, metas[ref], str(ref), phase=phases[ref]
+                )
+            return Ref(str(ref))
+
+        body = [op.reading(local) for op in operators]
+        # a gradient summed over uses in other stages may be made where nothing reads the parameter
+        summed = {out.target for out in outputs[part] if out.kind is OutputKind.GRADIENT}
+        used.update((ref, inp) for ref, inp in inputs.items() if inp.name in summed)
+        yield check_graph(
+            replace(
+                graph,
+                inputs=(
+                    *(used[ref] for ref in sorted(used, key=position.__getitem__)),
+                    *received.values(),
+                ),
+                operators=tuple(body),
+                outputs=tuple(dict.fromkeys(outputs[part])),
+                constants={k: v for k, v in graph.constants.items() if Ref(k) in used},
+            )
         )
-    )
 
 
 def check_cut(graph: Graph, stages: Sequence[Graph]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 Progress = Callable[[str], None]
 
+_LATE = 0.6  # of the limit
+
 
 @dataclass(slots=True)
 class Clock:
@@ -41,6 +43,11 @@ class Clock:
     @property
     def left_s(self) -> float:
         return max(0.05, self.deadline - time.monotonic())
+
+    @property
+    def late(self) -> bool:
+        """Whether what is left is for a first plan, not for a better one."""
+        return time.monotonic() >= self.started + _LATE * self.limit_s
 
     @property
     def expired(self) -> bool:

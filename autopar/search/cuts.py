@@ -29,7 +29,7 @@ from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.schedule import in_flight_count
 from autopar.search.clock import Clock
-from autopar.search.prices import Prices, StagePrices
+from autopar.search.prices import Level, Prices, StagePrices
 from autopar.search.program import Program
 from autopar.search.space import Space
 from autopar.search.uniform import focus
@@ -44,6 +44,7 @@ _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatche
 _PROGRAM_GAP = 1e-3  # of the inter-op program
 FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
+_ONCE_MARGIN = 1.25  # the inter-op program counts once-per-step work of every stage
 
 
 @dataclass(slots=True)
@@ -52,12 +53,15 @@ class _Found:
     optimal while nothing on their paths has been priced higher since."""
 
     by_stages: dict[int, InterOpSolution]
+    steps: Mapping[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
     done: set[int] = field(default_factory=set)
 
     @property
-    def best(self) -> InterOpSolution | None:
-        left = [f for s, f in self.by_stages.items() if s not in self.done]
-        return min(left, key=lambda f: (f.seconds, len(f.stages)), default=None)
+    def best(self) -> tuple[float, InterOpSolution] | None:
+        """(step, cut) of the fastest that is left."""
+        left = [s for s in self.by_stages if s not in self.done]
+        found = min(left, key=lambda s: (self.steps[s], s), default=None)
+        return None if found is None else (self.steps[found], self.by_stages[found])
 
 
 class _Tables:
@@ -66,8 +70,10 @@ class _Tables:
 
     def __init__(self, search: CutSearch, count: int) -> None:
         space = search.space
-        limit = search.stage_limit
-        self.count = count
+        pinned = space.options.num_stages
+        least = min(s.num_devices for s in search.sizes[count])
+        limit = pinned or min(search.num_layers, space.cluster.num_devices // least)
+        self.count, self.stage_limit = count, limit
         self.flights = [in_flight_count(space.table_schedule, s + 1, count) for s in range(limit)]
         self.rows = sorted(set(self.flights))
         self._search = search
@@ -75,12 +81,14 @@ class _Tables:
         self._parts: dict[LogicalMesh, StagePrices] = {}
         self.problem: InterOpProblem | None = None
         self.version = 0
+        self._once: dict[tuple[int, int, int], float] = {}
 
     def refresh(self) -> InterOpProblem:
         """The inter-op program at the levels that the views have reached by now."""
         search, space = self._search, self._search.space
         changed = self.problem is None
-        for submesh in space.submeshes:
+        sizes = search.sizes[self.count]
+        for submesh in sizes:
             for view in space.views[submesh]:
                 state = search.prices.state(view, self.count)
                 if self._levels.get(view) != state:
@@ -91,13 +99,14 @@ class _Tables:
             assert self.problem is not None
             return self.problem
         self.version += 1
-        seconds = [
-            np.min([self._parts[v][0] for v in space.views[s]], axis=0) for s in space.submeshes
-        ]
+        self._once.clear()
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
         first, last = np.triu_indices(layers)
-        table[:, first, last] = np.stack(seconds, axis=-1)[:, search.index[first, last]]
+        for m, submesh in enumerate(space.submeshes):
+            if submesh in sizes:
+                seconds = np.min([self._parts[v][0] for v in space.views[submesh]], axis=0)
+                table[:, first, last, m] = seconds[:, search.index[first, last]]
         self.problem = InterOpProblem(
             num_layers=layers,
             num_devices=tuple(group.num_devices for group in space.cluster.groups),
@@ -107,7 +116,7 @@ class _Tables:
             stage_seconds=table,
             transfer_seconds=search.transfers(self.count),
             in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
-            max_stages=search.stage_limit,
+            max_stages=self.stage_limit,
         )
         return self.problem
 
@@ -120,6 +129,32 @@ class _Tables:
             for flight in self.rows
         ]
         return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+
+    def step_seconds(self, stages: Sequence[StageChoice]) -> float:
+        """Of a cut, once-per-step work counted where it is waited for: before the first stage
+        begins and after it has ended, or where it makes a stage the slowest. The inter-op program,
+        which knows the sum of both only, counts it in every stage that a microbatch passes."""
+        once = [self._once_seconds(stage) for stage in stages]
+        each = [stage.seconds - o for stage, o in zip(stages, once, strict=True)]
+        pipeline = sum(each) + (self.count - 1) * max(each) + self.count * once[0]
+        return max(pipeline, self.count * max(stage.seconds for stage in stages))
+
+    def _once_seconds(self, stage: StageChoice) -> float:
+        """Of a microbatch, on the stage's best view."""
+        search = self._search
+        row = int(search.index[stage.first_layer, stage.last_layer])
+        key = row, stage.submesh, stage.in_flight
+        if key not in self._once:
+            views = search.space.views[search.space.submeshes[stage.submesh]]
+            view = min(views, key=lambda v: float(self._parts[v].seconds[stage.in_flight - 1, row]))
+            self._once[key] = search.prices.once_seconds(
+                view,
+                self.count,
+                search.counts[row],
+                self.rows[stage.in_flight - 1],
+                search.space.budget_of(view),
+            )
+        return self._once[key]
 
     def ranked_views(self, stage: StageChoice) -> list[RankedView]:
         """Of the stage's submesh, the best first; of those that are about equal the exact ones, and
@@ -182,6 +217,7 @@ class CutSearch:
         self._by_count: dict[int, _Tables] = {}
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
+        self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
         self._best = math.inf
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
@@ -189,30 +225,33 @@ class CutSearch:
         self._large = space.cluster.num_devices > _SMALL_CLUSTER
         counts = space.microbatch_counts
         # the most microbatches may have one row each, whose graph is not like the others
-        self._anchors = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+        self._ends = counts[0], counts[-1] if len(counts) < 3 else counts[-2]
+        self.sizes: Mapping[int, tuple[Submesh, ...]] = dict.fromkeys(counts, space.submeshes)
+        self.note = ""  # what was left out
 
     def _focus(self) -> None:
         """Only what is near the best equal pipeline."""
-
-        def transfer(count: int, submesh: Submesh) -> float:
-            nbytes = self.reference.crossing[1:].mean() * self.reference.num_microbatches / count
-            costs = self._mesh_costs(self.space.views[submesh][0])
-            return costs.receive_seconds(float(nbytes) / submesh.num_devices)
-
-        self.space = focus(
-            self.space, self.prices, self.reference, transfer, self.raise_views, self._clock
+        found = focus(
+            self.space,
+            self.prices,
+            self.reference,
+            self._mesh_costs,
+            self.raise_views,
+            self._clock,
         )
+        self.space, self.sizes, self.note = found.space, found.sizes, found.note
 
     def __iter__(self) -> Iterator[Cut]:
         if self.stage_limit > 1 and self._narrow and self._large:
             self._focus()
-        usable = [view for submesh in self.usable() for view in self.space.views[submesh]]
-        self.raise_views({v: True for v in usable if not self.prices.known(v)}, self._anchors[0])
         for count in self.space.microbatch_counts:
+            usable = [view for s in self.usable(count) for view in self.space.views[s]]
+            first = self._anchors(count)[0]
+            self.raise_views({v: True for v in usable if not self.prices.known(v, first)}, count)
             self._solve(count)
         while self._heap and not (self._clock.expired and self._best < math.inf):
             _, count = heapq.heappop(self._heap)
-            best = self._found[count].best
+            step_s, best = self._found[count].best or (math.inf, None)
             if best is None:
                 continue
             tables = self.tables(count)
@@ -223,11 +262,11 @@ class CutSearch:
             ranked = [tables.ranked_views(stage) for stage in best.stages]
             inexact = {r[0].view: r[0].fits for r in ranked if not r[0].exact}
             if not inexact:
-                self._best = min(self._best, best.seconds)
-                yield self._cut(count, best, ranked)
+                self._best = min(self._best, step_s)
+                yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
                 self._push(count)
-            elif best.seconds < _WORTH_PRICING * self._best:
+            elif step_s < _WORTH_PRICING * self._best:
                 self.raise_views(inexact, count)
                 self._push(count)
 
@@ -242,20 +281,46 @@ class CutSearch:
                     out[layer, m] = costs.receive_seconds(scale * nbytes / submesh.num_devices)
         return out
 
-    def usable(self) -> tuple[Submesh, ...]:
+    def usable(self, count: int) -> tuple[Submesh, ...]:
         """Submeshes that some cut can have."""
         if self.stage_limit > 1:
-            return self.space.submeshes
+            return self.sizes[count]
         whole = self.space.cluster.num_devices
-        return tuple(s for s in self.space.submeshes if s.num_devices == whole)
+        return tuple(s for s in self.sizes[count] if s.num_devices == whole)
 
-    def raise_views(self, views: Mapping[LogicalMesh, bool], count: int) -> None:
+    def _anchors(self, count: int) -> tuple[int, int]:
+        """The numbers of microbatches from which prices at others are scaled. Where few are left,
+        each is priced itself."""
+        return (count, count) if self.note else self._ends
+
+    def raise_views(
+        self, views: Mapping[LogicalMesh, bool], count: int, anchors: tuple[int, int] | None = None
+    ) -> None:
         """views: with whether the stage that asks fits with its fastest solutions."""
         if not views:
             return
         meshes = ", ".join(map(str, views)) if len(views) <= 3 else f"{len(views)} meshes"
         with self._clock.passes("layer points", f"{meshes}, {count} microbatch(es)"):
-            self.prices.raise_levels(views, count, *self._anchors)
+            self.prices.raise_levels(views, count, *(anchors or self._anchors(count)))
+
+    def raise_to_free(self, count: int) -> None:
+        """Every view that some cut can have, at this number of microbatches."""
+        usable = [view for submesh in self.usable(count) for view in self.space.views[submesh]]
+        while low := [v for v in usable if self.prices.level(v, count) < Level.FREE]:
+            self.raise_views(dict.fromkeys(low, True), count)
+
+    def least_seconds(
+        self, view: LogicalMesh, count: int, first: int, stop: int, in_flight: int
+    ) -> float:
+        """What a stage of the layers first .. stop - 1 takes at least per microbatch: see
+        `Prices.least_seconds`."""
+        key = view, count, in_flight
+        if key not in self._least:
+            budget = self.space.budget_of(view)
+            self._least[key] = self.prices.least_seconds(
+                view, count, self.counts, in_flight, budget
+            )
+        return float(self._least[key][self.index[first, stop - 1]])
 
     def tables(self, count: int) -> _Tables:
         """Made when they are asked for."""
@@ -266,7 +331,7 @@ class CutSearch:
     def _push(self, count: int) -> None:
         best = self._found[count].best
         if best is not None:
-            heapq.heappush(self._heap, (best.seconds, count))
+            heapq.heappush(self._heap, (best[0], count))
 
     def _solve(self, count: int) -> None:
         """The inter-op program for all numbers of stages that are left, in tables as they are."""
@@ -275,18 +340,26 @@ class CutSearch:
         pinned = self.space.options.num_stages
         try:
             with self._clock.passes("stage cut", f"{count} microbatch(es)"):
-                found.by_stages = dp.solve_each_count(
+                by_stages = dp.solve_each_count(
                     problem.with_stages(pinned) if pinned else problem,
                     relative_gap=_PROGRAM_GAP,
-                    within=self.margin,
+                    within=self.margin * _ONCE_MARGIN,
                 )
         except NoFeasiblePlan as error:
             self.failures.append(error)
-            found.by_stages = {}
+            by_stages = {}
+        steps = {s: self.tables(count).step_seconds(f.stages) for s, f in by_stages.items()}
+        most = self.margin * min(steps.values(), default=math.inf)
+        found.by_stages = {s: f for s, f in by_stages.items() if steps[s] <= most}
+        found.steps = steps
         self._push(count)
 
     def _cut(
-        self, count: int, found: InterOpSolution, ranked: Sequence[Sequence[RankedView]]
+        self,
+        count: int,
+        found: InterOpSolution,
+        ranked: Sequence[Sequence[RankedView]],
+        step_s: float,
     ) -> Cut:
         views = tuple(
             tuple(
@@ -300,7 +373,7 @@ class CutSearch:
             first_layers=tuple(s.first_layer for s in found.stages),
             submeshes=tuple(self.space.submeshes[s.submesh] for s in found.stages),
             views=views,
-            seconds=found.seconds,
+            seconds=step_s,
             num_microbatches=count,
             schedule=self.space.table_schedule,
         )

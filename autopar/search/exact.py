@@ -2,85 +2,91 @@
 
 Layers recompute as the tables' mixture says: of each class as many as it takes to fit. Where the
 whole stage does not fit after all, more of them do; where it leaves room, fewer. Equal layers are
-folded (`search.window`), and equal stages are solved once.
+folded, and equal stages are written and solved once (`search.window`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from autopar.candidate import Candidate, Cut, simulate_stages
+from autopar.candidate import Candidate, Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.graph.program import Graph
-from autopar.intraop.build import StageContext
+from autopar.graph.program import Graph, Ref
+from autopar.graph.repeat import whole_graph
+from autopar.intraop.build import Fold, StageContext
 from autopar.intraop.compose import Frontier, smallest_points, stage_mixture
 from autopar.intraop.fold import NotFoldable
-from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.intraop.stage import StageSolution
+from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
-from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
+from autopar.search.schedules import best_schedule
 from autopar.search.space import Space
-from autopar.search.unfold import renamed, same_structure
+from autopar.search.stages import StageSolver
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import Timeline
+from autopar.simulate import Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
+_ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _SMALL_GRAPH = 1500  # operators
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
-_ROUNDING = 1 + 1e-6
-_MANY_CELLS = 20_000  # of a schedule: stages x microbatches
-_PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolvedCut:
-    """A candidate with what it takes to write its plan: window and prepared stages."""
+    """A candidate with what it takes to write its plan: window and prepared stages. alike: as in
+    `ExactSolver`."""
 
     candidate: Candidate
     window: Window
     policies: tuple[Remat, ...]  # of each layer of the model
-    prepared: tuple[PreparedStage, ...]
+    prepared: tuple[PreparedStage, ...]  # the written stages
+    alike: bool
 
 
 class _StageTooLarge(Exception):
-    """A stage that does not fit as its layers recompute now."""
+    """A stage, and those equal to it, that does not fit as its layers recompute now."""
 
-    def __init__(self, stage: int, reason: NoFeasiblePlan) -> None:
+    def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
         super().__init__(str(reason))
-        self.stage, self.reason = stage, reason
+        self.stages, self.reason = stages, reason
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Known:
-    """A solved stage graph; solution: None where nothing fits."""
+class Run(NamedTuple):
+    """Consecutive layers as a stage. owned: canonical names of the parameters that it keeps."""
 
     graph: Graph
-    solution: StageSolution | None
-    reason: NoFeasiblePlan | None = None
+    prepared: PreparedStage
+    owned: frozenset[str]
 
 
 class ExactSolver:
-    """Solves cuts; remembers the stages that it has solved."""
+    """Solves cuts; remembers the stages that it has solved.
+
+    alike: equal layers are folded, and stages with nearly the same microbatches in flight have room
+    for the same number, so that fewer and smaller programs are solved. False where every stage is
+    to be solved as it is. target_gap: of a stage.
+    """
 
     def __init__(
         self,
@@ -88,10 +94,15 @@ class ExactSolver:
         prices: Prices,
         mesh_costs: Callable[[LogicalMesh], MeshCosts],
         clock: Clock,
+        *,
+        alike: bool,
+        target_gap: float,
     ) -> None:
-        self.space, self.prices, self.mesh_costs, self.clock = space, prices, mesh_costs, clock
-        self._known: dict[object, _Known] = {}
-        self._fold = True
+        self.space, self.prices, self.clock, self.alike = space, prices, clock, alike
+        self.stages = StageSolver(space.options, mesh_costs, clock, target_gap)
+        self._fold = alike
+        self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
+        self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
     def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
@@ -99,9 +110,58 @@ class ExactSolver:
         solutions or not at all."""
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, proven)
-        if cut.num_workers is None and len(self.space.policies) > 1:
+        if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
             solved = self._taken_back(program, cut, extra, solved, proven)
         return solved
+
+    def told(
+        self, program: Program, cut: Cut, policies: tuple[Remat, ...], *, proven: bool = False
+    ) -> SolvedCut:
+        """The cut with so told a policy for each layer. NoFeasiblePlan where a stage does not
+        fit."""
+        window = self._window(program, cut, policies)
+        try:
+            return self._solve_window(program, cut, window, policies, proven)
+        except _StageTooLarge as error:
+            raise error.reason from None
+
+    # ---- told stages, every layer written
+
+    def run(self, program: Program, layers: tuple[int, int], policy: Remat) -> Run:
+        """The layers first .. stop - 1 under a policy."""
+        count = program.num_microbatches
+        if (count, layers, policy) not in self._runs:
+            if (count, policy) not in self._recomputed:
+                graph = apply_recompute(whole_graph(program.folded), policy)
+                self._recomputed[count, policy] = graph, RuleTable(graph).dims
+            graph, dims = self._recomputed[count, policy]
+            first_layers = sorted({0, *layers} - {program.num_layers})
+            graphs = cut_stages(graph, first_layers)
+            index = first_layers.index(layers[0])
+            owned = frozenset(o for o, s in parameter_owners(graphs).items() if s == index)
+            prepared = prepare_stage(graphs[index], dims)
+            self._runs[count, layers, policy] = Run(graphs[index], prepared, owned)
+        return self._runs[count, layers, policy]
+
+    def fastest(self, run: Run, cut: Cut, stage: int, view: LogicalMesh) -> StageSolution:
+        """Whatever its bytes. OptionError for a pin that the view cannot honour."""
+        return self.stages.free(run.prepared, view, self._context(cut, stage, run.owned, ()))
+
+    def within(
+        self, run: Run, cut: Cut, stage: int, view: LogicalMesh, target_gap: float | None = None
+    ) -> StageSolution:
+        """NoFeasiblePlan where nothing fits the budget. target_gap: another than the solver's."""
+        context, budget = self._context(cut, stage, run.owned, ()), self._budget(cut, view)
+        return self.stages.within(run.prepared, view, context, budget, target_gap=target_gap)
+
+    def fits(self, cut: Cut, solution: StageSolution) -> bool:
+        """Stages that take turns are held against the budget together, once they are simulated,
+        unless stages are to be alike."""
+        if cut.num_workers is not None and not self.alike:
+            return True
+        return solution.prediction.peak_bytes <= self._budget(cut, solution.mesh)
+
+    # ---- whole cuts
 
     def _fitting(self, program: Program, cut: Cut, extra: list[float], proven: bool) -> SolvedCut:
         """The first attempt that fits. extra: grows for the stages that are too large."""
@@ -110,9 +170,10 @@ class ExactSolver:
                 return self._attempt(program, cut, extra, proven)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
-                if last or cut.num_workers is not None or extra[error.stage] >= 1:
+                if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
-                extra[error.stage] += _MORE * 2**attempt
+                for stage in error.stages:
+                    extra[stage] += _ALL if self.clock.late else _MORE * 2**attempt
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
@@ -122,10 +183,11 @@ class ExactSolver:
         more than a whole stage. One attempt for large graphs, more for small ones."""
         small = len(solved.window.graph.operators) <= _SMALL_GRAPH
         for less in _LESS if small else _LESS[-1:]:
+            window = solved.window
             stages = [
                 index
-                for index, pieces in enumerate(solved.window.pieces)
-                if any(piece.remat is not self.space.policies[0] for piece in pieces)
+                for index, written in enumerate(window.stage_of)
+                if any(p.remat is not self.space.policies[0] for p in window.pieces[written])
             ]
             if not stages:
                 break
@@ -134,7 +196,8 @@ class ExactSolver:
                 try:
                     found = self._attempt(program, cut, fewer, proven)
                 except _StageTooLarge as error:
-                    fewer[error.stage] = extra[error.stage]
+                    for stage in error.stages:
+                        fewer[stage] = extra[stage]
                     continue
                 if found.candidate.step_s < solved.candidate.step_s:
                     solved, extra = found, fewer
@@ -157,8 +220,25 @@ class ExactSolver:
         )
 
     def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        kinds = program.kind_of_written
-        return write_window(program.folded, kinds, cut.first_layers, policies, fold=self._fold)
+        """Stages are equal that have equal layers, policies, best view and room."""
+        bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
+        stages = [
+            (
+                program.kind_of_layer[start:stop].tobytes(),
+                policies[start:stop],
+                cut.views[index][0][1],
+                self._flight(cut, index),
+            )
+            for index, (start, stop) in enumerate(bounds)
+        ]
+        return write_window(
+            program.folded,
+            program.kind_of_written,
+            cut.first_layers,
+            policies,
+            fold=self._fold,
+            stages=stages if self._fold else None,
+        )
 
     # ---- recomputation
 
@@ -216,7 +296,7 @@ class ExactSolver:
         """Microbatches in flight that the stage has room for: rounded up where there are many
         stages, so that they are alike."""
         flight = cut.in_flight(stage)
-        if cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
+        if not self.alike or cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
             return flight
         return min(cut.in_flight(0), 1 << (flight - 1).bit_length())
 
@@ -241,39 +321,39 @@ class ExactSolver:
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
             prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
-            stages = []
+            written = []
             for index, stage in enumerate(prepared):
                 owned = frozenset(o for o, holder in owners.items() if holder == index)
                 try:
-                    stages.append(self._solve_stage(stage, cut, window, index, owned, proven))
+                    written.append(self._solve_stage(stage, cut, window, index, owned, proven))
                 except NoFeasiblePlan as error:
+                    alike = window.stands_for(index)
                     reason = NoFeasiblePlan(
-                        f"stage {index} of {len(prepared)}: {error}",
+                        f"stage {alike[0]} of {cut.num_stages}: {error}",
                         least_bytes=error.least_bytes,
                     )
-                    raise _StageTooLarge(index, reason) from None
+                    raise _StageTooLarge(alike, reason) from None
+            stages = tuple(
+                _with_flight(written[number], cut.in_flight(index))
+                for index, number in enumerate(window.stage_of)
+            )
         with self.clock.passes("simulate", label):
-            candidate = best_schedule(self.space, cut, graphs, tuple(stages))
-        return SolvedCut(candidate, window, policies, prepared)
+            transfers = _all_transfers(stage_transfers(graphs, written), window)
+            candidate = best_schedule(self.space, cut, transfers, stages)
+        return SolvedCut(candidate, window, policies, prepared, self.alike)
 
     def _solve_stage(
         self,
         stage: PreparedStage,
         cut: Cut,
         window: Window,
-        index: int,
+        written: int,
         owned: frozenset[str],
         proven: bool,
     ) -> StageSolution:
-        """On the best of the views that the tables put first."""
-        context = StageContext(
-            cut.num_microbatches,
-            self._flight(cut, index),
-            owned,
-            self.space.options.placements,
-            folds=window.folds(index),
-            offload=bool(self.space.options.offload),
-        )
+        """A written stage, on the best of the views that the tables put first."""
+        index = window.stage_of.index(written)
+        context = self._context(cut, index, owned, window.folds(written))
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
@@ -292,8 +372,19 @@ class ExactSolver:
                 best = found
         if best is None:
             raise failures[0] if failures else refused[0]
-        prediction = replace(best.prediction, in_flight=cut.in_flight(index))
-        return replace(best, prediction=prediction)
+        return best
+
+    def _context(
+        self, cut: Cut, stage: int, owned: frozenset[str], folds: tuple[Fold, ...]
+    ) -> StageContext:
+        return StageContext(
+            cut.num_microbatches,
+            self._flight(cut, stage),
+            owned,
+            self.space.options.placements,
+            folds=folds,
+            offload=bool(self.space.options.offload),
+        )
 
     def _on_view(
         self,
@@ -303,133 +394,32 @@ class ExactSolver:
         cut: Cut,
         proven: bool,
     ) -> StageSolution:
-        budget = self._budget(cut, view)
-        first = min((op.layer for op in stage.graph.operators), default=0)
-        owned = [context.owned is None or i.owner in context.owned for i in stage.graph.inputs]
-        pins = [(context.pins or {}).get(i.owner) for i in stage.graph.inputs]
-        dims = [stage.table.dims[i.ref] for i in stage.graph.inputs]
-        text = (
-            f"{same_structure(stage.graph)}\n{owned}\n{pins}\n{dims}\n"
-            f"{context.num_microbatches}\n"
-            f"{[(f.layer - first, f.count) for f in context.folds]}\n{proven}"
-        )
-        free_key = (hashlib.sha256(text.encode()).hexdigest(), view)
-        known = self._known.get(free_key)
-        if known is None:
-            free = self._solved(stage, view, context, None, proven)
-            known = self._known[free_key] = _Known(stage.graph, free)
-        assert known.solution is not None
-        prediction = replace(known.solution.prediction, in_flight=context.in_flight)
-        if prediction.peak_bytes <= budget:
-            free = renamed(known.solution, known.graph, stage.graph)
-            return replace(free, prediction=prediction)
-        if cut.num_workers is not None:
+        if cut.num_workers is None:
+            budget = self._budget(cut, view)
+            return self.stages.within(stage, view, context, budget, proven=proven)
+        free = self.stages.free(stage, view, context, proven=proven)
+        if not self.fits(cut, free):
             raise NoFeasiblePlan(
                 "its fastest solution does not fit its share of the worker's memory"
             )
-        tight_key = (*free_key, context.in_flight, budget)
-        if tight_key not in self._known:
-            try:
-                found = self._solved(stage, view, context, budget, proven)
-                self._known[tight_key] = _Known(stage.graph, found)
-            except NoFeasiblePlan as error:
-                self._known[tight_key] = _Known(stage.graph, None, error)
-        known = self._known[tight_key]
-        if known.solution is None:
-            assert known.reason is not None
-            raise known.reason
-        return renamed(known.solution, known.graph, stage.graph)
-
-    def _solved(
-        self,
-        stage: PreparedStage,
-        view: LogicalMesh,
-        context: StageContext,
-        budget: float | None,
-        proven: bool,
-    ) -> StageSolution:
-        limit_s = self.clock.left_s * (_PROOF_SHARE if proven else 1.0)
-        options = self.space.options
-        return solve_stage(
-            stage.graph,
-            stage.table,
-            self.mesh_costs(view),
-            context,
-            budget_bytes=budget,
-            options=SolverOptions(options.solver, limit_s, options.target_gap, proven),
-        )
+        return free
 
 
-def best_schedule(
-    space: Space, cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...]
-) -> Candidate:
-    """The cut under the schedule that simulates fastest, of those that fit; the first of equal
-    ones. NoFeasiblePlan where none fits."""
-    kinds = _kinds(space, cut)
-    if len(kinds) > 1:
-        kinds = sorted(kinds, key=lambda kind: _quick_step(cut, graphs, stages, kind))
-    budgets = [space.budget_of(s.mesh) for s in stages[: cut.num_workers or len(stages)]]
-    for kind in kinds:
-        timeline, step_s = _played(cut, graphs, stages, kind)
-        peaks = timeline.worker_peak_bytes
-        fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
-        if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, timeline, step_s, kind)
-        if fits:
-            held = tuple(map(_with_peak, stages, timeline.peak_bytes))
-            return Candidate(cut, held, timeline, step_s, kind)
-    raise NoFeasiblePlan(
-        f"under the schedule {kinds[0]} some device would hold"
-        f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
-        least_bytes=max(peaks),
-    )
+def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:
+    return replace(stage, prediction=replace(stage.prediction, in_flight=in_flight))
 
 
-def _with_peak(stage: StageSolution, peak_bytes: float) -> StageSolution:
-    """What a schedule holds beyond what the stage was solved for counts as transient."""
-    more = peak_bytes - stage.prediction.peak_bytes
-    if more <= 0:
-        return stage
-    transient = stage.prediction.transient_bytes + more
-    return replace(stage, prediction=replace(stage.prediction, transient_bytes=transient))
-
-
-def _kinds(space: Space, cut: Cut) -> list[ScheduleKind]:
-    """The schedules that a cut can have, 1F1B first."""
-    if cut.num_workers is not None:
-        return [ScheduleKind.INTERLEAVED]
-    if cut.num_stages == 1:
-        return [space.schedules[0]]
-    kinds: list[ScheduleKind] = [k for k in space.schedules if k is not ScheduleKind.INTERLEAVED]
-    return kinds or [ScheduleKind.INTERLEAVED]
-
-
-def _quick_step(
-    cut: Cut, graphs: Sequence[Graph], stages: tuple[StageSolution, ...], kind: ScheduleKind
-) -> float:
-    """Seconds of the step, few microbatches played."""
-    return _played(cut, graphs, stages, kind, few=True)[1]
-
-
-def _played(
-    cut: Cut,
-    graphs: Sequence[Graph],
-    stages: tuple[StageSolution, ...],
-    kind: ScheduleKind,
-    *,
-    few: bool = False,
-) -> tuple[Timeline, float]:
-    """The timeline, and the seconds of the step. Of very many microbatches those in the middle are
-    alike: then the timeline is that of fewer, and the rest is counted at their pace."""
-
-    def play(count: int) -> Timeline:
-        return simulate_stages(graphs, stages, kind, count, num_workers=cut.num_workers)
-
-    count, workers = cut.num_microbatches, cut.num_workers or cut.num_stages
-    some = 4 * workers
-    if count <= 2 * some or (not few and count * cut.num_stages <= _MANY_CELLS):
-        timeline = play(count)
-        return timeline, timeline.step_s
-    first, second = play(some), play(some + workers)
-    pace_s = (second.step_s - first.step_s) / workers
-    return second, first.step_s + (count - some) * pace_s
+def _all_transfers(written: Sequence[Transfer], window: Window) -> list[Transfer]:
+    """Those between written stages, between the stages that they stand for: neighbours send to
+    neighbours. NotFoldable where one comes from further away, from a stage that stands for many."""
+    found = []
+    for transfer in written:
+        source, target = transfer.source_stage, transfer.target_stage
+        step = target - source
+        senders = window.stands_for(source)
+        if abs(step) > 1 and len(senders) > 1:
+            raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
+        for index in window.stands_for(target):
+            sender = index - step if abs(step) == 1 else senders[0]
+            found.append(replace(transfer, source_stage=sender, target_stage=index))
+    return found

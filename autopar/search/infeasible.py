@@ -61,7 +61,7 @@ def closest_plan(search: CutSearch) -> Closest | None:
 def _frontiers(search: CutSearch, count: int) -> dict[LogicalMesh, tuple[Frontier, ...]]:
     return {
         view: search.prices.frontiers(view, count)
-        for submesh in search.usable()
+        for submesh in search.usable(count)
         for view in search.space.views[submesh]
     }
 

@@ -6,28 +6,17 @@ the order of the items, so that a search does not depend on how many processors 
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 from autopar.errors import InternalError
-from autopar.forks import Fork, outcome, start
+from autopar.forks import Fork, num_processors, outcome, start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def num_workers() -> int:
-    """Processors that this process may use; 1 where forking is not possible or not safe."""
-    if not hasattr(os, "fork") or sys.platform == "darwin" or torch.cuda.is_initialized():
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def each(
@@ -36,7 +25,7 @@ def each(
     """[work(item) for item in items], several at a time; results and errors must pickle. The first
     item is done here. An error is raised as it would be without forks: that of the first item that
     has one; Ctrl-C ends all of them."""
-    limit = min(num_workers() if workers is None else workers, len(items))
+    limit = min(num_processors() if workers is None else workers, len(items))
     if limit <= 1:
         return [work(item) for item in items]
     shares = [range(w, len(items), limit) for w in range(limit)]

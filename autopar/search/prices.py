@@ -33,6 +33,7 @@ from autopar.intraop.compose import (
     Frontier,
     Point,
     layer_points,
+    once_seconds,
     stage_seconds,
     undominated,
 )
@@ -104,7 +105,10 @@ class Prices:
         clock: Clock,
         *,
         offload: bool = False,
+        alone: bool = False,
     ) -> None:
+        """alone: of layers as they are without neighbours, which bounds stages (`layer_points`)."""
+        self._alone = alone
         self._program, self._mesh_costs, self._offload = program, mesh_costs, offload
         self._policies, self._clock = tuple(policies), clock
         self._views: dict[LogicalMesh, _View] = {}
@@ -118,14 +122,15 @@ class Prices:
             return Level.FULL
         return Level.FREE if count in known.free else Level.SCALED
 
-    def known(self, view: LogicalMesh) -> bool:
-        """Whether anything is."""
-        return view in self._views
+    def known(self, view: LogicalMesh, count: int) -> bool:
+        """Whether anything is: what is known of fewer microbatches tells of more."""
+        known = self._views.get(view)
+        return known is not None and any(c <= count for c in known.free)
 
     def state(self, view: LogicalMesh, count: int) -> tuple[int, int, bool]:
         """Changes whenever what is known about the view at this number of microbatches does."""
         known = self._views.get(view)
-        if known is None:
+        if known is None or not self.known(view, count):
             return Level.SCALED, 0, False
         return self.level(view, count), len(known.free), known.optimistic is not None
 
@@ -153,7 +158,7 @@ class Prices:
         self, view: LogicalMesh, count: int, smallest: int, largest: int, fits: bool
     ) -> _Step:
         known = self._views.get(view, _View())
-        first = self._policies[:1]
+        first = self._policies if self._alone else self._policies[:1]
         if smallest not in known.free:
             return _Step(view, smallest, Level.FREE, first)
         if not fits and known.optimistic is None:
@@ -200,22 +205,52 @@ class Prices:
     ) -> StagePrices:
         """Of the stages with so many layers of each class, counts[U, classes]."""
         nothing = np.zeros(counts.shape[0], dtype=bool)
-        if view not in self._views:
+        if not self.known(view, count):
             return StagePrices(np.zeros(counts.shape[0]), nothing, nothing)
         level, frontiers = self.level(view, count), self.frontiers(view, count)
         seconds = _refused(stage_seconds(frontiers, counts, in_flight, budget_bytes))
         fits = np.isfinite(seconds)
         if level is Level.FULL:
             return StagePrices(seconds, ~nothing, fits)
-        free = _refused(stage_seconds(frontiers, counts, in_flight, math.inf))
-        least = self.optimistic(view, count)
-        if least is not None:
-            tight = stage_seconds(least, counts, in_flight, budget_bytes)
-            seconds = np.where(fits, seconds, np.maximum(free, _refused(tight)))
-        else:
-            seconds = np.where(fits, seconds, free)
+        least = self.least_seconds(view, count, counts, in_flight, budget_bytes)
+        seconds = np.where(fits, seconds, least)
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
+
+    def once_seconds(
+        self,
+        view: LogicalMesh,
+        count: int,
+        counts: NDArray[np.int64] | FloatArray,
+        in_flight: int,
+        budget_bytes: float,
+    ) -> float:
+        """The share of `stage_seconds` of one stage, counts[classes], that comes once per step; 0
+        where nothing is known."""
+        if not self.known(view, count):
+            return 0.0
+        return once_seconds(self.frontiers(view, count), counts, in_flight, budget_bytes)
+
+    def least_seconds(
+        self,
+        view: LogicalMesh,
+        count: int,
+        counts: NDArray[np.int64] | FloatArray,
+        in_flight: int,
+        budget_bytes: float,
+    ) -> FloatArray:
+        """Of the same stages, whatever points are known: no less than their layers take alone, or
+        than a mixture of optimistic points that fits."""
+        if not self.known(view, count):
+            return np.zeros(counts.shape[0])
+        known = self._views[view]
+        points = known.free[count] if count in known.free else _scaled(known.free, count)
+        free = _refused(stage_seconds(points, counts, in_flight, math.inf))
+        least = self.optimistic(view, count)
+        if least is None:
+            return free
+        tight = _refused(stage_seconds(least, counts, in_flight, budget_bytes))
+        return np.maximum(free, tight)
 
     # ---- solving
 
@@ -237,6 +272,7 @@ class Prices:
                     remat=job.policy,
                     prices=PRICES if job.level is Level.FULL else PRICES[:1],
                     deadline=self._clock.deadline,
+                    alone=self._alone,
                 )
                 if job.level is Level.SCALED:
                     points = (_fewest_bytes(points[0], stage, costs, context),)
@@ -256,7 +292,8 @@ def _fewest_bytes(
     for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
         nbytes[name] += float(sizes.min())
     standing = nbytes["parameter"] + nbytes["gradient"]
-    return Point(fastest.seconds, standing, nbytes["saved"], 0.0, fastest.remat)
+    least = (standing, nbytes["saved"], 0.0)
+    return Point(fastest.seconds, *least, fastest.remat, fastest.once_s)
 
 
 def _refused(seconds: FloatArray) -> FloatArray:
@@ -289,4 +326,5 @@ def _between(large: Point, small: Point, weight: float) -> Point:
         mix(large.saved_bytes, small.saved_bytes),
         mix(large.transient_bytes, small.transient_bytes),
         large.remat,
+        mix(large.once_s, small.once_s),
     )

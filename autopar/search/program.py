@@ -17,6 +17,7 @@ from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import stage_graph
 from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable
+from autopar.sharding.rule import Call, Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +45,7 @@ class Program:
         self.kind_of_layer = np.repeat(np.array(kinds, dtype=np.int64), folded.copies)
         self.crossing = np.repeat(boundary_bytes(folded.graph), folded.copies)
         self._prepared: dict[Remat, tuple[PreparedStage, ...]] = {}
+        self._rules: dict[Call, Rule] = {}
 
     @property
     def num_layers(self) -> int:
@@ -53,9 +55,9 @@ class Program:
         """Of each class, alone."""
         if remat not in self._prepared:
             graph = apply_recompute(self.folded.graph, remat)
-            dims = RuleTable(graph).dims
+            dims = RuleTable(graph, known=self._rules).dims
             self._prepared[remat] = tuple(
-                prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims)
+                prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims, self._rules)
                 for kind in self.classes
             )
         return self._prepared[remat]

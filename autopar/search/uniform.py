@@ -2,24 +2,38 @@
 
 Equal stages on equal submeshes have a closed form: with S stages, each an S-th of all layers,
 
-    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer)
+    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer - o)
+                    + B o
 
-It is evaluated for every number of microbatches and every view, priced as far as the most promising
-of them go. A view that is not priced at all is bounded by the smallest submesh's
-seconds in proportion to the devices: more are not saved. Cuts are then made only for the numbers of
-microbatches that come near the best, with submeshes about as large as the best ones have.
-Clusters of several groups have no equal stages: there everything is kept.
+where o is the share of t that comes once per step: stages wait for it together.
+
+A submesh of r small ones can at least do what r replicas of the small one do, each with an r-th of
+the rows, whose gradients are summed over the replicas once per step:
+
+    t(view, B) ~ t(best small view, r B) + all_reduce(gradients) / B
+
+So only the small submeshes, those inside a node, are priced at once; of the large ones, those whose
+estimate comes near the best pipeline that is priced exactly, best first. Estimates know the least
+bytes of replicas, but not with how much recomputation they fit: what that adds is taken to be what
+it added to the first pipeline that was priced exactly. Cuts are then made only for the numbers of
+microbatches that come near the best, each with submeshes about as large as its best ones have.
+Clusters of several groups have no equal stages: there everything is kept. All of this is a
+heuristic: `Focus.note` says what was left out.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from autopar.estimate import MeshCosts
+from autopar.graph.program import InputKind
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
@@ -28,10 +42,16 @@ from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
 _MOST = 3  # numbers of microbatches
-# What bounds are expected to rise by until they are exact: of views that are not priced, of other
-# numbers of microbatches, of solutions that do not fit. Empirical.
-_LOOSE, _LOOSE_SCALED, _LOOSE_FREE = 1.25, 1.08, 1.03
+_MORE_PRICED = 8  # views of large submeshes after the first exact pipeline: alternatives to it
+# What bounds are expected to rise by until they are exact: of other numbers of microbatches, of
+# solutions that do not fit, of estimates by replicas, of those that share a row. Empirical.
+_LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.25
 _SIZES = 2  # submeshes between a half and twice the best sizes are kept
+_ROWS_ANCHOR = 32  # small submeshes are priced at microbatches of this share of the rows, and fewer
+_SHARE_OF_TIME = 1 / 3  # of the limit
+
+
+RaiseViews = Callable[[Mapping[LogicalMesh, bool], int, tuple[int, int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,64 +64,110 @@ class _Pipeline:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """What is left of a space. sizes: the submeshes of each number of microbatches."""
+
+    space: Space
+    sizes: Mapping[int, tuple[Submesh, ...]]
+    note: str = ""
+
+
 def focus(
     space: Space,
     prices: Prices,
     reference: Program,
-    transfer: Callable[[int, Submesh], float],
-    raise_views: Callable[[dict[LogicalMesh, bool], int], None],
+    mesh_costs: Callable[[LogicalMesh], MeshCosts],
+    raise_views: RaiseViews,
     clock: Clock,
-) -> Space:
-    """The space with only what is near the best equal pipeline. transfer: mean seconds that a stage
-    spends receiving, by number of microbatches and submesh."""
+) -> Focus:
+    """The space with only what is near the best equal pipeline. raise_views: with the numbers of
+    microbatches that anchor the scaled prices."""
+    everything = Focus(space, dict.fromkeys(space.microbatch_counts, space.submeshes))
     if len(space.cluster.groups) > 1:
-        return space
-    devices = space.cluster.num_devices
-    search = _Uniform(space, prices, reference, transfer)
+        return everything
+    search = _Uniform(space, prices, reference, mesh_costs, raise_views)
+    anchors = search.anchors
     pipelines = [
-        _Pipeline(count, submesh, view, devices // submesh.num_devices)
+        _Pipeline(count, submesh, view, space.cluster.num_devices // submesh.num_devices)
         for count in space.microbatch_counts
         for submesh in space.submeshes
         for view in space.views[submesh]
         if search.allowed(submesh)
     ]
     if not pipelines:
-        return space
-    first = space.microbatch_counts[0]
-    smallest = min((p.submesh for p in pipelines), key=lambda s: s.num_devices)
-    raise_views(dict.fromkeys(space.views[smallest], True), first)
-    search.least = smallest
-    heap = [(search.step(p)[0], order, p) for order, p in enumerate(pipelines)]
-    heapq.heapify(heap)
-    kept: list[tuple[float, _Pipeline]] = []
-    while heap and not (kept and clock.expired):
-        bound, order, pipeline = heapq.heappop(heap)
-        if kept and bound > _NEAR * kept[0][0]:
-            break
-        seconds, exact, fits = search.step(pipeline)
-        if math.isinf(seconds):
-            continue
-        if seconds > bound * (1 + 1e-9):
-            heapq.heappush(heap, (seconds, order, pipeline))  # it was priced higher since
-        elif exact:
-            kept.append((seconds, pipeline))
-        else:
-            raise_views({pipeline.view: fits}, pipeline.num_microbatches)
-            heapq.heappush(heap, (search.step(pipeline)[0], order, pipeline))
-    return _focused(space, kept) if kept else space
+        return everything
+    deadline = clock.started + _SHARE_OF_TIME * clock.limit_s
+    small = [view for submesh in search.small for view in space.views[submesh]]
+    for anchor in anchors:
+        raise_views(dict.fromkeys(small, True), anchor, anchors)
+    own = [p for p in pipelines if p.submesh in search.small]
+    kept: dict[_Pipeline, float] = {}
+
+    def look(some: Sequence[_Pipeline], *, first: bool = False) -> None:
+        """Keeps those that are exact and near the best; first: the best alone."""
+        more = _MORE_PRICED
+        for seconds, pipeline, exact in search.ranked(some):
+            if exact:
+                kept[pipeline] = seconds
+            elif not prices.known(pipeline.view, pipeline.num_microbatches):
+                more -= 1
+            best = min(kept.values(), default=math.inf)
+            enough = kept and (first or more < 0)
+            if enough or seconds > _NEAR * best or time.monotonic() > deadline:
+                break
+
+    look(own, first=True)
+    for pipeline, seconds in kept.items():
+        search.calibrate(pipeline, seconds)
+    look(pipelines)
+    look(own)
+    if not kept:  # none fits, or out of time: the best that is known
+        bounds = ((search.step(p)[0], n) for n, p in enumerate(pipelines))
+        kept = {pipelines[n]: s for s, n in sorted(bounds)[:1] if math.isfinite(s)}
+    return _focused(space, kept, len(pipelines)) if kept else everything
 
 
-def _focused(space: Space, kept: list[tuple[float, _Pipeline]]) -> Space:
-    counts = list(dict.fromkeys(p.num_microbatches for _, p in kept))[:_MOST]
-    sizes = {p.submesh.num_devices for _, p in kept if p.num_microbatches in counts}
-    low, high = min(sizes) / _SIZES, max(sizes) * _SIZES
-    submeshes = tuple(s for s in space.submeshes if low <= s.num_devices <= high)
-    return replace(
+def _focused(space: Space, kept: Mapping[_Pipeline, float], looked_at: int) -> Focus:
+    best = min(kept.values())
+    near = [p for p in sorted(kept, key=lambda p: kept[p]) if kept[p] <= _NEAR * best]
+    counts = tuple(sorted(list(dict.fromkeys(p.num_microbatches for p in near))[:_MOST]))
+    sizes: dict[int, tuple[Submesh, ...]] = {}
+    for count in counts:
+        own = {p.submesh.num_devices for p in near if p.num_microbatches == count}
+        low, high = min(own) / _SIZES, max(own) * _SIZES
+        near_sizes = [s for s in space.submeshes if low <= s.num_devices <= high]
+        sums = _sums({s.num_devices for s in near_sizes}, space.cluster.num_devices)
+        sizes[count] = tuple(
+            s for s in near_sizes if space.cluster.num_devices - s.num_devices in sums
+        )
+    used = {s for own in sizes.values() for s in own}
+    submeshes = tuple(s for s in space.submeshes if s in used)
+    narrowed = replace(
         space,
-        microbatch_counts=tuple(sorted(counts)),
+        microbatch_counts=counts,
         submeshes=submeshes,
         views={s: space.views[s] for s in submeshes},
     )
+    note = "; ".join(
+        f"{count} microbatches on submeshes of {', '.join(str(s.num_devices) for s in own)} devices"
+        for count, own in sizes.items()
+    )
+    return Focus(
+        narrowed,
+        sizes,
+        f"of {looked_at} equal pipelines the best are near {note}: other numbers and sizes were "
+        "not cut into stages",
+    )
+
+
+def _sums(sizes: set[int], most: int) -> set[int]:
+    """The numbers of devices up to `most` that submeshes of these sizes make up."""
+    sums = {0}
+    for devices in range(min(sizes), most + 1, math.gcd(*sizes)):
+        if any(devices - size in sums for size in sizes):
+            sums.add(devices)
+    return sums
 
 
 class _Uniform:
@@ -112,49 +178,161 @@ class _Uniform:
         space: Space,
         prices: Prices,
         reference: Program,
-        transfer: Callable[[int, Submesh], float],
+        mesh_costs: Callable[[LogicalMesh], MeshCosts],
+        raise_views: RaiseViews,
     ) -> None:
-        self._space, self._prices, self._transfer = space, prices, transfer
+        self._raise_views = raise_views
+        self._space, self._prices, self._costs = space, prices, mesh_costs
         self._devices = space.cluster.num_devices
-        self._layers = reference.num_layers
+        self._reference = reference
         self._counts = np.bincount(reference.kind_of_layer, minlength=len(reference.classes))
-        self.least: Submesh | None = None
+        self._memory = 1.0  # what the budget adds to the fastest solutions
+        fitting = [s for s in space.submeshes if self.allowed(s)]
+        least = min(fitting, key=lambda s: s.num_devices, default=None)
+        self.small = tuple(s for s in fitting if s.num_nodes == 1 or s == least)
+        counts = space.microbatch_counts
+        low = [c for c in counts if c * _ROWS_ANCHOR <= counts[-1]]
+        # the most microbatches may have one row each, whose graph is not like the others
+        self.anchors = (
+            low[-1] if low else counts[0],
+            counts[-1] if len(counts) < 3 else counts[-2],
+        )
 
     def allowed(self, submesh: Submesh) -> bool:
         pinned = self._space.options.num_stages
         stages, rest = divmod(self._devices, submesh.num_devices)
-        return rest == 0 and stages <= self._layers and stages == (pinned or stages)
+        few = stages <= self._reference.num_layers
+        return rest == 0 and few and stages == (pinned or stages)
+
+    def ranked(self, pipelines: Sequence[_Pipeline]) -> Iterator[tuple[float, _Pipeline, bool]]:
+        """Seconds, pipeline, and whether they are exact, the best first. A pipeline that is not
+        exact is priced better when the next one is asked for, and comes again."""
+        heap = [(self.step(p)[0], order, p) for order, p in enumerate(pipelines)]
+        heapq.heapify(heap)
+        while heap:
+            bound, order, pipeline = heapq.heappop(heap)
+            seconds, exact, fits = self.step(pipeline)
+            if math.isinf(seconds):
+                continue
+            if seconds <= bound * (1 + 1e-9):  # else it was priced higher since
+                yield seconds, pipeline, exact
+                if exact:
+                    continue
+                count = pipeline.num_microbatches
+                anchors = self.anchors if pipeline.submesh in self.small else (count, count)
+                self._raise_views({pipeline.view: fits}, count, anchors)
+            heapq.heappush(heap, (self.step(pipeline)[0], order, pipeline))
+
+    def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
+        """The first pipeline that is exact says what memory adds to an estimate."""
+        free = self._seconds(pipeline, math.inf) + self._transfer(pipeline)
+        passes = pipeline.num_microbatches - 1 + pipeline.num_stages
+        self._memory = max(1.0, seconds / (passes * free))
+
+    def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
+        """Of one of its stages, by the prices of its view."""
+        stages, count = pipeline.num_stages, pipeline.num_microbatches
+        share = self._counts[None] / stages
+        priced = self._prices.stage_seconds(
+            pipeline.view, count, share, min(count, stages), budget_bytes
+        )
+        return float(priced.seconds[0])
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         """(seconds, exact, whether the fastest solutions fit)."""
         stages, count = pipeline.num_stages, pipeline.num_microbatches
         seconds, exact, fits = self._stage(pipeline)
-        seconds += self._transfer(count, pipeline.submesh) if stages > 1 else 0.0
-        return (count - 1 + stages) * seconds * self._trust(pipeline, exact), exact, fits
+        once_s = self._once(pipeline)
+        passes_s = (count - 1 + stages) * (seconds + self._transfer(pipeline) - once_s)
+        return (passes_s + count * once_s) * self._trust(pipeline, exact, fits), exact, fits
 
-    def _trust(self, pipeline: _Pipeline, exact: bool) -> float:
+    def _once(self, pipeline: _Pipeline) -> float:
+        """The share of a stage's seconds that comes once per step."""
+        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
+        if not self._prices.known(view, count):
+            return 0.0 if pipeline.submesh in self.small else self._reduction(pipeline)
+        budget = self._space.budget_of(view)
+        share = self._counts / stages
+        return self._prices.once_seconds(view, count, share, min(count, stages), budget)
+
+    def _trust(self, pipeline: _Pipeline, exact: bool, fits: bool) -> float:
         """What a bound is expected to rise by: bounds are loose, and without it nearly everything
         would be priced before anything is exact."""
         if exact:
             return 1.0
-        if not self._prices.known(pipeline.view):
-            return _LOOSE
+        if not self._prices.known(pipeline.view, pipeline.num_microbatches):
+            return _LOOSE_REPLICAS * self._memory
         level = self._prices.level(pipeline.view, pipeline.num_microbatches)
-        return _LOOSE_SCALED if level is Level.SCALED else _LOOSE_FREE
+        loose = _LOOSE_SCALED if level is Level.SCALED else _LOOSE_FREE
+        tight = (
+            not fits and self._prices.optimistic(pipeline.view, pipeline.num_microbatches) is None
+        )
+        return max(loose, self._memory) if tight else loose
 
     def _stage(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
-        if self._prices.known(view):
-            in_flight = min(count, stages)
-            share = self._counts[None] / stages
-            priced = self._prices.stage_seconds(
-                view, count, share, in_flight, self._space.budget_of(view)
+        if not self._prices.known(view, count):
+            if pipeline.submesh in self.small:  # too few microbatches
+                return math.inf, False, False
+            return self._replicas(pipeline), False, True
+        priced = self._prices.stage_seconds(
+            view,
+            count,
+            self._counts[None] / stages,
+            min(count, stages),
+            self._space.budget_of(view),
+        )
+        return float(priced.seconds[0]), bool(priced.exact[0]), bool(priced.fits[0])
+
+    def _replicas(self, pipeline: _Pipeline) -> float:
+        """Seconds of a stage of replicas of a small submesh, which share what stands between them;
+        inf where that does not fit."""
+        most = self._space.microbatch_counts[-1]
+        in_flight = min(pipeline.num_microbatches, pipeline.num_stages)
+        share = self._counts[None] / pipeline.num_stages
+        least = math.inf
+        for submesh in self.small:
+            replicas, rest = divmod(pipeline.submesh.num_devices, submesh.num_devices)
+            if rest:
+                continue
+            parts = pipeline.num_microbatches * replicas
+            count = min(parts, most)  # above, one row is shared by several of them
+            shared = 1.0 if count == parts else _LOOSE_SHARED * count / parts
+            for view in self._space.views[submesh]:
+                if self._prices.known(view, count):
+                    points = [f[0] for f in self._prices.frontiers(view, count)]
+                    standing = float(share[0] @ [p.standing_bytes for p in points])
+                    budget = self._space.budget_of(view) + standing * (1 - 1 / replicas)
+                    found = self._prices.stage_seconds(view, count, share, in_flight, budget)
+                    least = min(least, float(found.seconds[0]) * shared)
+        return least + self._reduction(pipeline)
+
+    def _reduction(self, pipeline: _Pipeline) -> float:
+        """Seconds per microbatch of the sum of a stage's gradients over the nodes."""
+        submesh = pipeline.submesh
+        if submesh.num_nodes == 1:
+            return 0.0
+        shape = (submesh.num_nodes, submesh.devices_per_node)
+        costs = self._costs(submesh.view(shape if shape[1] > 1 else shape[:1]))
+        nbytes = self._parameter_bytes / pipeline.num_stages / submesh.devices_per_node
+        return costs.all_reduce_seconds(nbytes, axis=0) / pipeline.num_microbatches
+
+    def _transfer(self, pipeline: _Pipeline) -> float:
+        """Mean seconds that a stage spends receiving."""
+        if pipeline.num_stages == 1:
+            return 0.0
+        scale = self._reference.num_microbatches / pipeline.num_microbatches
+        nbytes = scale * float(self._reference.crossing[1:].mean()) / pipeline.submesh.num_devices
+        return self._costs(pipeline.view).receive_seconds(nbytes)
+
+    @cached_property
+    def _parameter_bytes(self) -> float:
+        """Of the model."""
+        folded = self._reference.folded
+        own = {i.owner: i.rest_meta.nbytes for i in folded.graph.inputs_of(InputKind.PARAMETER)}
+        return float(
+            sum(
+                count * sum(own.get(name, 0) for name in kind.owned)
+                for kind, count in zip(self._reference.classes, self._counts, strict=True)
             )
-            return float(priced.seconds[0]), bool(priced.exact[0]), bool(priced.fits[0])
-        assert self.least is not None
-        known = [
-            self._prices.stage_seconds(v, count, self._counts[None] / stages, 1, math.inf)
-            for v in self._space.views[self.least]
-        ]
-        ideal = self.least.num_devices / pipeline.submesh.num_devices
-        return ideal * min(float(k.seconds[0]) for k in known), False, True
+        )

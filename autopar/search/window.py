@@ -5,14 +5,17 @@
       the rest, if 3 or more                              2, folded: they stand for all of them
       the rest, if fewer                                  as they are
 
-The integer program of a stage then grows with the distinct layers only. `Piece` remembers which
-layers of the model a written layer stands for, so that the solution can be written out again.
+Of a run of equal stages three are written: its ends, which have other neighbours, and one for all
+between. So the integer program of a stage grows with its distinct layers only, and the work on a
+cut with its distinct stages. `Piece` and `Window.stage_of` remember what the written layers and
+stages stand for, so that the solution can be written out again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import InternalError
@@ -41,12 +44,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """graph: of the written layers, without recomputation. first_layers: written, of each stage.
-    pieces: of each stage, in order."""
+    """graph: of the written layers, without recomputation. first_layers: written, of each written
+    stage. pieces: of each written stage, in order. stage_of: of each stage of the model, the
+    written one that stands for it. starts: first layers of the stages of the model."""
 
     graph: Graph
     first_layers: tuple[int, ...]
     pieces: tuple[tuple[Piece, ...], ...]
+    stage_of: tuple[int, ...]
+    starts: tuple[int, ...]
 
     @property
     def policies(self) -> tuple[Remat, ...]:
@@ -58,8 +64,12 @@ class Window:
             for _ in range(piece.num_written)
         )
 
+    def stands_for(self, written: int) -> tuple[int, ...]:
+        """The stages of the model that a written stage stands for."""
+        return tuple(i for i, w in enumerate(self.stage_of) if w == written)
+
     def folds(self, stage: int) -> tuple[Fold, ...]:
-        """Of a stage, by written layer."""
+        """Of a written stage, by written layer."""
         position = self.first_layers[stage]
         found = []
         for piece in self.pieces[stage]:
@@ -70,13 +80,15 @@ class Window:
 
     def written_layer(self, layer: int) -> int:
         """The written layer that stands for a layer of the model."""
-        position = 0
-        for stage in self.pieces:
-            for piece in stage:
-                if piece.first <= layer < piece.first + piece.count:
-                    inner = layer - piece.first
-                    return position + (min(inner, 1) if piece.folded else 0)
-                position += piece.num_written
+        stage = bisect_right(self.starts, layer) - 1
+        written = self.stage_of[stage]
+        layer += self.pieces[written][0].first - self.starts[stage]
+        position = self.first_layers[written]
+        for piece in self.pieces[written]:
+            if piece.first <= layer < piece.first + piece.count:
+                inner = layer - piece.first
+                return position + (min(inner, 1) if piece.folded else 0)
+            position += piece.num_written
         raise IndexError(layer)
 
 
@@ -87,15 +99,25 @@ def write_window(
     policies: Sequence[Remat],
     *,
     fold: bool = True,
+    stages: Sequence[Hashable] | None = None,
 ) -> Window:
     """kinds: of each layer of the folded graph, equal ones are equal layers. first_layers: of the
-    stages. policies: of each layer of the model. fold: False to write every layer."""
+    stages. policies: of each layer of the model. fold: False to write every layer. stages: of each
+    stage, equal ones are equal stages; None to write all of them."""
     regions = _regions(folded, kinds)
-    bounds = [*first_layers, folded.num_layers]
-    pieces = tuple(
-        tuple(_stage_pieces(regions, policies, start, stop, fold))
-        for start, stop in itertools.pairwise(bounds)
-    )
+    bounds = list(itertools.pairwise([*first_layers, folded.num_layers]))
+
+    def written(stage_of: Sequence[int]) -> tuple[tuple[Piece, ...], ...]:
+        return tuple(
+            tuple(_stage_pieces(regions, policies, *bounds[stage_of.index(number)], fold))
+            for number in range(stage_of[-1] + 1)
+        )
+
+    each = tuple(range(len(bounds)))
+    stage_of = each if stages is None else _written_stages(stages)
+    pieces = written(stage_of)
+    if stage_of != each and not _can_be_written(regions, pieces):
+        stage_of, pieces = each, written(each)
     starts = itertools.accumulate(
         (sum(p.num_written for p in stage) for stage in pieces), initial=0
     )
@@ -103,7 +125,18 @@ def write_window(
         with_copies(folded, _copies(folded, regions, pieces)),
         tuple(starts)[: len(pieces)],
         pieces,
+        stage_of,
+        tuple(first_layers),
     )
+
+
+def _written_stages(stages: Sequence[Hashable]) -> tuple[int, ...]:
+    """Of each stage the written one that stands for it."""
+    found: list[int] = []
+    for _, group in itertools.groupby(stages):
+        count, first = len(list(group)), found[-1] + 1 if found else 0
+        found += [first + min(i, 1) + (count > 2 and i == count - 1) for i in range(count)]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +184,25 @@ def _stage_pieces(
             yield from (Piece(layer, 1, False, remat) for layer in tail)
 
 
+def _num_written(region: _Region, pieces: Sequence[Sequence[Piece]]) -> int:
+    return sum(
+        piece.num_written
+        for stage in pieces
+        for piece in stage
+        if region.first <= piece.first < region.stop
+    )
+
+
+def _can_be_written(regions: Sequence[_Region], pieces: Sequence[Sequence[Piece]]) -> bool:
+    """Whether the folded graph can have these layers: only some of its layers can be repeated."""
+    return all(
+        _num_written(r, pieces) > r.fixed
+        if r.repeated >= 0
+        else _num_written(r, pieces) == r.stop - r.first
+        for r in regions
+    )
+
+
 def _copies(
     folded: Folded, regions: Sequence[_Region], pieces: Sequence[Sequence[Piece]]
 ) -> tuple[int, ...]:
@@ -158,12 +210,7 @@ def _copies(
     copies = list(folded.copies)
     for region in regions:
         if region.repeated >= 0:
-            written = sum(
-                piece.num_written
-                for stage in pieces
-                for piece in stage
-                if region.first <= piece.first < region.stop
-            )
+            written = _num_written(region, pieces)
             copies[region.repeated] = written - region.fixed
             if copies[region.repeated] < 1:
                 raise InternalError(

@@ -7,7 +7,8 @@ which, and the plan reports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from autopar.errors import InternalError, OptionError
-from autopar.graph.program import Graph, InputKind, Operator, Ref, TensorMeta, iter_refs, map_refs
+from autopar.graph.program import Graph, InputKind, Operator, Ref, TensorMeta
 from autopar.layout import Dims, raw_dims, shape_of
 from autopar.sharding.discover import discovered_rule
 from autopar.sharding.lettering import Lettering
@@ -46,7 +47,7 @@ def rules() -> Mapping[object, RuleFn]:
 
 
 def rule_for(call: Call) -> Rule:
-    """The rule of a call, checked against its operands and results. Pure: see RuleCache."""
+    """The rule of a call, checked against its operands and results. Pure: see RuleTable."""
     rule = None
     if any(0 in dim for dims in call.operands for dim in dims):  # empty: nothing to share
         rule = replicate_rule(call)
@@ -107,10 +108,12 @@ def family_of(target: object) -> str:
     return next(name for name, family in FAMILIES.items() if target in family)
 
 
-def _frozen(tree: Any) -> Any:
-    """The same nest, hashable."""
-    if isinstance(tree, (list, tuple)) and not isinstance(tree, (Ref, Slot)):
-        return tuple(_frozen(item) for item in tree)
+def _signature(tree: Any, slots: Iterator[Slot]) -> Any:
+    """The same nest, hashable, with a slot in the place of each Ref."""
+    if type(tree) is Ref:
+        return next(slots)
+    if isinstance(tree, (list, tuple)):
+        return tuple([_signature(item, slots) for item in tree])
     if isinstance(tree, slice):
         return ("slice", tree.start, tree.stop, tree.step)
     return tree
@@ -120,34 +123,30 @@ class RuleTable:
     """Rules of one graph: the Call and Rule of every operator and the dims of every value.
 
     Built in one pass in execution order, memoised by signature. O(operators).
+    known: rules by signature, taken and added to, for tables of similar graphs.
     fallbacks: operator name -> overload for those that are replicated for want of a rule.
     """
 
-    def __init__(self, graph: Graph, input_dims: Mapping[str, Dims] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        input_dims: Mapping[str, Dims] | None = None,
+        known: dict[Call, Rule] | None = None,
+    ) -> None:
         self.dims: dict[Ref, Dims] = {}
         self.calls: dict[str, Call] = {}
         self.rules: dict[str, Rule] = {}
         self.fallbacks: dict[str, str] = {}
-        memo: dict[Any, Rule] = {}
+        memo = {} if known is None else known
         metas = graph.metas()
         exact = _exact_values(graph)
         for inp in graph.inputs:
             self.dims[inp.ref] = (input_dims or {}).get(inp.name) or raw_dims(inp.meta.shape)
         for op in graph.operators:
             call = make_call(op, self.dims, metas, exact)
-            key = (
-                call.target,
-                call.args,
-                call.kwargs,
-                call.operands,
-                call.dtypes,
-                call.results,
-                call.same,
-                call.exact,
-            )
-            rule = memo.get(key)
+            rule = memo.get(call)
             if rule is None:
-                rule = memo[key] = rule_for(call)
+                rule = memo[call] = rule_for(call)
             self.calls[op.name] = call
             self.rules[op.name] = rule
             if rule.origin is Origin.REPLICATED:
@@ -171,17 +170,16 @@ def make_call(
 ) -> Call:
     """The signature of one operator."""
     operands = op.operands
-    numbers = iter(range(len(operands)))
-    args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda _: Slot(next(numbers)))
-    first = {ref: i for i, ref in reversed(list(enumerate(operands)))}
+    slots = map(Slot, itertools.count())
+    first: dict[Ref, int] = {}
     return Call(
         target=op.target,
-        args=_frozen(args),
-        kwargs=tuple((k, _frozen(v)) for k, v in kwargs.items()),
-        operands=tuple(dims[ref] for ref in operands),
-        dtypes=tuple(metas[ref].dtype for ref in operands),
+        args=_signature(op.args, slots),
+        kwargs=tuple([(name, _signature(value, slots)) for name, value in op.kwargs.items()]),
+        operands=tuple([dims[ref] for ref in operands]),
+        dtypes=tuple([metas[ref].dtype for ref in operands]),
         results=op.results,
-        same=tuple(first[ref] for ref in operands),
+        same=tuple([first.setdefault(ref, i) for i, ref in enumerate(operands)]),
         exact=bool(op.refs) and op.refs[0] in exact,
     )
 
@@ -194,6 +192,6 @@ def _exact_values(graph: Graph) -> set[Ref]:
         if inp.kind is not InputKind.PARAMETER and not floating:
             exact.add(inp.ref)
     for op in graph.operators:
-        if all(ref in exact for ref in iter_refs((op.args, dict(op.kwargs)))):
+        if exact.issuperset(op.operands):
             exact.update(op.refs)
     return exact

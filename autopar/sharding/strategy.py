@@ -19,6 +19,7 @@ from typing import NamedTuple
 from autopar.layout import (
     PARTIAL,
     REPLICATE,
+    Atoms,
     Dims,
     Layout,
     MeshSizes,
@@ -67,10 +68,6 @@ def make_strategy(
     rule: Rule, factors: Sequence[Factor | None], num_operands: int, mesh: MeshSizes
 ) -> Strategy:
     """Layouts that follow from an assignment of axes to factors."""
-
-    def column(pick: str, index: int) -> Layout:
-        return tuple(REPLICATE if f is None else getattr(f, pick)[index] for f in factors)
-
     splits = 1.0
     fills: list[Fill] = []
     for axis, (size, factor) in enumerate(zip(mesh, factors, strict=True)):
@@ -82,11 +79,19 @@ def make_strategy(
             fills += [Fill(i, axis, v) for i, v in enumerate(factor.fill) if v is not None]
     return Strategy(
         factors=tuple(factors),
-        operands=tuple(column("operands", i) for i in range(num_operands)),
-        results=tuple(column("results", i) for i in range(len(rule.results))),
+        operands=_columns([None if f is None else f.operands for f in factors], num_operands),
+        results=_columns([None if f is None else f.results for f in factors], len(rule.results)),
         num_splits=splits,
         fills=tuple(fills),
     )
+
+
+def _columns(axes: Sequence[Layout | None], num_tensors: int) -> tuple[Layout, ...]:
+    """What each axis does to each tensor, by tensor."""
+    if not axes:
+        return ((),) * num_tensors
+    replicated = (REPLICATE,) * num_tensors
+    return tuple(zip(*[replicated if axis is None else axis for axis in axes], strict=True))
 
 
 def _is_uneven(factor: Factor, size: int) -> bool:
@@ -100,10 +105,17 @@ def strategies(rule: Rule, operands: tuple[Dims, ...], mesh: MeshSizes) -> tuple
     for size in mesh:
         fits = [f for f in rule.factors if f.size == 0 or _fits(f, (size,))]
         choices.append([None, *(fits if size > 1 else [])])
+    atoms = [flat_atoms(dims) for dims in operands]
+    made = [None if dims is None else flat_atoms(dims) for dims in rule.results]
     found = []
     for factors in itertools.product(*choices):
+        if not _factors_fit(factors, mesh):
+            continue
         strategy = make_strategy(rule, factors, len(operands), mesh)
-        if _is_valid(rule, strategy, operands, mesh):
+        tensors = itertools.chain(
+            zip(atoms, strategy.operands, strict=True), zip(made, strategy.results, strict=True)
+        )
+        if all(a is None or _atoms_agree(a, layout, factors, mesh) for a, layout in tensors):
             found.append(strategy)
     return tuple(found)
 
@@ -114,27 +126,24 @@ def _fits(factor: Factor, axes: Sequence[int]) -> bool:
     return can_shard(factor.size, axes) and (even or factor.fill is not None)
 
 
-def _is_valid(rule: Rule, strategy: Strategy, operands: tuple[Dims, ...], mesh: MeshSizes) -> bool:
+def _factors_fit(factors: Sequence[Factor | None], mesh: MeshSizes) -> bool:
+    """Whether each factor can be shared by its axes."""
     axes: dict[str, list[int]] = {}
-    for size, factor in zip(mesh, strategy.factors, strict=True):
+    for size, factor in zip(mesh, factors, strict=True):
         if factor is not None and factor.size:
             axes.setdefault(factor.name, []).append(size)
             if not _fits(factor, axes[factor.name]):
                 return False
-    tensors = [*zip(operands, strategy.operands, strict=True)]
-    for result, layout in zip(rule.results, strategy.results, strict=True):
-        if result is not None:
-            tensors.append((result, layout))
-    return all(_atoms_agree(dims, layout, strategy.factors, mesh) for dims, layout in tensors)
+    return True
 
 
 def _atoms_agree(
-    dims: Dims, layout: Layout, factors: Sequence[Factor | None], mesh: MeshSizes
+    atoms: Atoms, layout: Layout, factors: Sequence[Factor | None], mesh: MeshSizes
 ) -> bool:
     """Each atom is named by one factor only, or by two that may share it, and can be shared;
     unevenly only as the factor is."""
     owner: dict[int, str] = {}
-    atoms = flat_atoms(dims)
+    axes: dict[int, list[int]] = {}
     for placement, factor, size in zip(layout, factors, mesh, strict=True):
         if placement < 0 or factor is None:
             continue
@@ -143,7 +152,8 @@ def _atoms_agree(
             return False
         if atoms[placement] != factor.size and _is_uneven(factor, size):
             return False
-    return is_valid(dims, layout, mesh)
+        axes.setdefault(placement, []).append(size)
+    return all(can_shard(atoms[atom], sizes) for atom, sizes in axes.items())
 
 
 @lru_cache(maxsize=16384)

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; a module imports from rows above its own in this list only. A package is one unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cost_models",),
-    ("autopar.errors", "autopar.cache", "autopar.forks"),
+    ("autopar.errors", "autopar.cache", "autopar.forks", "autopar.garbage"),
     ("autopar.mesh", "autopar.ops", "autopar.layout"),
     ("autopar.graph",),
     ("autopar.sharding", "autopar.schedule"),
     ("autopar.plan",),
     ("autopar.estimate", "autopar.simulate"),
-    ("autopar.intraop",),
+    ("autopar.intraop", "autopar.pace"),
     ("autopar.interop", "autopar.lowering", "autopar.options"),
     ("autopar.candidate", "autopar.explain"),
     ("autopar.search",),
@@ -42,9 +42,11 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 NO_TORCH = (
     *(f"autopar.intraop.{name}" for name in ("problem", "solver", "dual", "reduce", "free")),
     *(f"autopar.intraop.{name}" for name in ("eliminate", "fallback", "ilp", "cbc", "mathopt")),
+    *(f"autopar.intraop.{name}" for name in ("sweep", "compiled", "native")),
     *(f"autopar.intraop.{name}" for name in ("memory", "improve")),
     *(f"autopar.interop.{name}" for name in ("problem", "dp", "tables", "infeasible")),
-    *("autopar.schedule", "autopar.simulate", "autopar.plan", "autopar.mesh", "autopar.errors"),
+    *("autopar.schedule", "autopar.simulate", "autopar.pace", "autopar.plan", "autopar.mesh"),
+    "autopar.errors",
 )
 # Calls torch.distributed; the others may name its tensor and placement types.
 DISTRIBUTED = ("autopar.runtime.comm",)

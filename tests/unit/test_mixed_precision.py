@@ -10,7 +10,7 @@ import torch
 
 from autopar.api import parallelize, plan_model
 from autopar.graph.precision import Precision
-from autopar.graph.program import iter_refs
+from autopar.graph.program import refs_in
 from autopar.lowering.lower import lower_plan
 from autopar.lowering.program import Communicate, LocalProgram
 from autopar.options import SearchOptions
@@ -69,7 +69,7 @@ def sent_types(program: LocalProgram) -> set[torch.dtype]:
             types[instruction.name] = types[instruction.operand.name]
             sent.add(types[instruction.name])
         else:
-            source = types[next(iter_refs(instruction.args)).name]
+            source = types[refs_in(instruction.args)[0].name]
             types[instruction.name] = instruction.kwargs.get("dtype") or source
     return sent
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.errors import InternalError
-from autopar.graph.program import Operator, Ref, iter_refs, map_refs
+from autopar.graph.program import Operator, Ref, map_refs, refs_in
 from autopar.layout import Dims, Layout, MeshSizes, Offset, atom_offsets, dim_of_atom, local_shape
 from autopar.lowering.emitter import Emitter
 from autopar.sharding.rule import Call, Rule
@@ -49,7 +49,7 @@ class Site:
         return list(map_refs(self.op.args, lambda _: next(numbers)))
 
     def kwargs(self) -> dict[str, Any]:
-        numbers = iter(self.locals[sum(1 for _ in iter_refs(self.op.args)) :])
+        numbers = iter(self.locals[len(refs_in(self.op.args)) :])
         return dict(map_refs(dict(self.op.kwargs), lambda _: next(numbers)))
 
     def call_with(self, changes: Mapping[int, Any]) -> tuple[Ref, ...]:

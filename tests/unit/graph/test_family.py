@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.errors import BatchError
+from autopar.errors import BatchError, CaptureError
+from autopar.forks import num_processors
 from autopar.graph.family import GraphFamily
 from tests.unit.graph import stacks
 from tests.unit.graph.test_fold import deep
@@ -101,3 +104,32 @@ def test_reciprocals_and_odd_ratios() -> None:
     for number in (1, 18, 3, 4):
         got = family.at(number).graph
         assert got.fingerprint() == family.exact(number).graph.fingerprint()
+
+
+@pytest.mark.skipif(num_processors() == 1, reason="captures ahead take another processor")
+def test_what_is_expected_is_captured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(GraphFamily(*deep("gpt2", 2))) as family:  # dropout, constants
+        family.expect_all((1, 2, 4, 8))
+        whole = family.at(1)
+        with monkeypatch.context() as patch:
+            patch.setattr("autopar.graph.family.capture_folded", _must_not_be_called)
+            got = family.exact(4)
+    want = GraphFamily(*deep("gpt2", 2)).exact(4)
+    assert got.graph.fingerprint() == want.graph.fingerprint() != whole.graph.fingerprint()
+    assert got.graph.inputs == want.graph.inputs and got.graph.operators == want.graph.operators
+    assert got.graph.batch_spec == want.graph.batch_spec and got.copies == want.copies
+    assert family.exact(8).graph.operators  # of one row: expected, and not awaited
+
+
+def test_an_expected_capture_that_fails_says_so_where_it_is_asked_for() -> None:
+    def loss(outputs: Tensor, _batch: Tensor) -> Tensor:
+        if len(_batch) == 2:
+            raise ValueError("two rows")
+        return outputs
+
+    model = stacks.Embedded(stacks.blocks(2))
+    with contextlib.closing(GraphFamily(model, torch.ones(8, stacks.WIDTH), loss)) as family:
+        family.expect_all((1, 4))
+        family.at(1)
+        with pytest.raises(CaptureError, match="two rows"):
+            family.at(4)

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from autopar.intraop.dual import TreeReweighted, ascend
+from autopar.intraop.dual import ascend
 from autopar.intraop.reduce import Graph
+from autopar.intraop.sweep import TreeReweighted
 from tests.unit.intraop.brute_force import brute_force
 from tests.unit.intraop.random_problems import small_problem
 

@@ -105,6 +105,7 @@ def test_a_backend_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SolverError("OR-Tools is missing")
 
     monkeypatch.setattr("autopar.intraop.fallback.solve_mathopt", missing)
+    monkeypatch.setattr("autopar.intraop.branch._MAX_PARTS", 0)  # else it closes the gap
     context = StageContext(num_microbatches=8, in_flight=2)
     free = solved("mlp", (2, 2), None, context)
     options = SolverOptions(time_limit_s=3.0, target_gap=0.0)

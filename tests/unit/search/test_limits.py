@@ -50,6 +50,7 @@ def test_an_interrupt_after_the_first_plan(
         return solved[-1]
 
     monkeypatch.setattr(ExactSolver, "solve", interrupted)
+    monkeypatch.setattr(ExactSolver, "fastest", interrupted)
     plan = planned()
     assert plan.search.notes == ("interrupted: the best plan so far",)
     assert plan.step_s == solved[0].candidate.step_s and kept == []
