@@ -135,6 +135,7 @@ def parallelize(
     options: SearchOptions = SearchOptions(),
     device: torch.device | str | None = None,
     seed: int = 0,
+    compiled: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
@@ -147,6 +148,8 @@ def parallelize(
                    and optimizer states; as the model is built by default.
     plan:          a plan or its file: no search runs. It must belong to this model and batch, and
                    brings its own precision.
+    compiled:      whether the programs run as compiled code (Inductor; a minute or so at the first
+                   step) or operator by operator; by default on GPUs.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
@@ -180,7 +183,9 @@ def parallelize(
     graph = graph_of_plan(model, example_batch, given, loss_fn)
     progress("lower")
     place = torch.device(device or _device())
-    return ParallelModel(model, graph, given, world=world, device=place, seed=seed)
+    return ParallelModel(
+        model, graph, given, world=world, device=place, seed=seed, compiled=compiled
+    )
 
 
 def _device() -> str:

@@ -1,7 +1,8 @@
 """What people use by hand: DDP, FSDP2 and tensor parallel of the same model, in the same job.
 
 Each maker takes a fresh model and the global batch and returns a step: forward, backward, AdamW.
-All run plain PyTorch without torch.compile, as autopar does until it compiles.
+On GPUs blocks and loss are compiled, and compute is in bfloat16 with float32 parameters, gradients
+reduced in bfloat16: what autopar is asked for too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -38,21 +40,48 @@ class Job:
 
 
 def ddp(job: Job) -> Step:
-    """Every rank has the whole model and its rows; gradients are averaged in buckets."""
+    """Every rank has the whole model and its rows; gradients are averaged in buckets. Autocast."""
+    compile_parts(job)
     wrapped = nn.parallel.DistributedDataParallel(
-        job.model, device_ids=[job.device] if job.device.type == "cuda" else None
+        job.model,
+        device_ids=[job.device] if job.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
     )
-    return training_step(wrapped, rows_of(job))
+    return training_step(wrapped, rows_of(job), autocast=job.device.type == "cuda")
 
 
-def fsdp2(job: Job) -> Step:
-    """Parameters, gradients and optimizer states sharded, gathered block by block (ZeRO-3)."""
-    from torch.distributed.fsdp import fully_shard
+def zero2(job: Job) -> Step:
+    """FSDP2 without resharding: gathered once per step."""
+    return _fully_sharded(job, reshard=False, checkpoint=False)
 
+
+def zero3(job: Job) -> Step:
+    """FSDP2: parameters, gradients and optimizer states sharded, gathered block by block."""
+    return _fully_sharded(job, reshard=True, checkpoint=False)
+
+
+def zero3_checkpointed(job: Job) -> Step:
+    """FSDP2, every block recomputed in backward."""
+    return _fully_sharded(job, reshard=True, checkpoint=True)
+
+
+def _fully_sharded(job: Job, *, reshard: bool, checkpoint: bool) -> Step:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    members = blocks(job.model)
+    if checkpoint:
+        apply_activation_checkpointing(job.model, check_fn=lambda m: m in members)
+        members = blocks(job.model)
+    compile_parts(job)
+    half = torch.bfloat16 if job.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
     mesh = init_device_mesh(job.device.type, (job.size,))
-    for block in blocks(job.model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(job.model, mesh=mesh)
+    for block in members:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(job.model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return training_step(job.model, rows_of(job))
 
 
@@ -63,12 +92,15 @@ def tensor_parallel(job: Job) -> Step:
         raise NotAvailable(f"no tensor parallel plan for {type(job.model).__name__}")
     mesh = init_device_mesh(job.device.type, (job.size,))
     makers[type(job.model)](job.model, mesh)
-    return training_step(job.model, job.batch)
+    compile_parts(job)
+    return training_step(job.model, job.batch, autocast=job.device.type == "cuda")
 
 
 BASELINES: Mapping[str, Callable[[Job], Step]] = {
     "ddp": ddp,
-    "fsdp2": fsdp2,
+    "zero-2": zero2,
+    "zero-3": zero3,
+    "zero-3, checkpointed": zero3_checkpointed,
     "tensor parallel": tensor_parallel,
 }
 
@@ -88,12 +120,30 @@ def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimiz
     )
 
 
-def training_step(model: nn.Module, batch: Any) -> Step:
+def compile_parts(job: Job) -> None:
+    """On GPUs: blocks and the loss, of which no copy of the logits in float32 is left."""
+    if job.device.type != "cuda":
+        return
+    for block in blocks(job.model):
+        block.compile()
+    F.cross_entropy = _compiled_loss
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(logits.float(), -1), targets)
+
+
+_compiled_loss = torch.compile(_loss)
+
+
+def training_step(model: nn.Module, batch: Any, *, autocast: bool = False) -> Step:
     parameters = list(model.parameters())
-    optimizer = make_optimizer(parameters, parameters[0].device)
+    device = parameters[0].device
+    optimizer = make_optimizer(parameters, device)
 
     def step() -> Tensor:
-        loss: Tensor = model(**batch) if isinstance(batch, dict) else model(*batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss: Tensor = model(**batch) if isinstance(batch, dict) else model(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

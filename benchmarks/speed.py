@@ -1,7 +1,8 @@
 """Training speed: autopar and the baselines, one after another in one job of torchrun.
 
 A step is forward, backward and AdamW on the global batch. Its time is the slowest rank's, from a
-barrier on. gloo runs on CPU processes in float32, NCCL on GPUs in bfloat16.
+barrier on. gloo runs on CPU processes in float32; NCCL on GPUs computes and reduces in bfloat16
+with float32 parameters and states.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from benchmarks.suites import SPEED_CASES, SpeedCase, build, items_per_batch
 from benchmarks.summary import summary
 
 OURS = "autopar"
-_DTYPES = {"gloo": torch.float32, "nccl": torch.bfloat16}
+_PRECISIONS = {"gloo": "model", "nccl": "bf16/bf16"}
 _TIMEOUT_S = 3600
 
 
 def measure(case: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One SpeedCase. settings: devices, backend, steps, warmup. RuntimeError if the job fails."""
+    """One SpeedCase. settings: devices, backend, steps, warmup, and runners, if not all of them.
+    RuntimeError if the job fails."""
     runners = _job({**settings, "case": case.name})
     per_step, kind = items_per_batch(case)
     times = {n: r["step_s"]["median"] for n, r in runners.items() if "step_s" in r}
@@ -41,13 +43,12 @@ def measure(case: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, median_s in times.items():
         runners[name]["items_per_s"] = per_step / median_s
         runners[name]["ratio"] = min(baselines) / median_s if baselines else None
-    dtype = str(_DTYPES[settings["backend"]]).removeprefix("torch.")
     return {
         "model": case.model,
         "batch": case.batch,
         "devices": settings["devices"],
         "backend": settings["backend"],
-        "dtype": dtype,
+        "dtype": _PRECISIONS[settings["backend"]],
         "items": str(kind),
         "runners": runners,
     }
@@ -86,22 +87,26 @@ def work(request: Mapping[str, Any], path: Path) -> None:
     if world is None:
         raise RuntimeError("start this with torchrun")
     case = next(c for c in SPEED_CASES if c.name == request["case"])
-    makers: dict[str, Callable[[Job], tuple[Step, str]]] = {OURS: lambda job: _ours(job, case)}
+    precision = _PRECISIONS[request["backend"]]
+    makers: dict[str, Callable[[Job], tuple[Step, str]]] = {
+        OURS: lambda job: _ours(job, case, precision)
+    }
     makers |= {name: _plain(maker) for name, maker in BASELINES.items()}
+    makers = {name: makers[name] for name in request.get("runners") or makers}
     runners = {}
     for name, maker in makers.items():
-        job = _fresh_job(case, world.device, _DTYPES[request["backend"]])
+        job = _fresh_job(case, world.device)
         _reset_peak(job.device)
         try:
             runners[name] = _timed(job, maker, request["warmup"], request["steps"])
         except (NotAvailable, torch.OutOfMemoryError) as error:
             runners[name] = {"error": f"{type(error).__name__}: {error}"}
+        if world.rank == 0:  # what comes next may fail
+            path.write_text(json.dumps(runners), encoding="utf-8")
         del job
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
-    if world.rank == 0:
-        path.write_text(json.dumps(runners), encoding="utf-8")
     world.close()
 
 
@@ -131,13 +136,16 @@ def _timed(
     }
 
 
-def _ours(job: Job, case: SpeedCase) -> tuple[Step, str]:
+def _ours(job: Job, case: SpeedCase, precision: str) -> tuple[Step, str]:
     from autopar.api import parallelize
+    from autopar.graph.precision import Precision
     from autopar.options import SearchOptions
     from autopar.report.text import plan_text
 
     options = SearchOptions(**case.options)
-    parallel = parallelize(job.model, job.batch, options=options)
+    parallel = parallelize(
+        job.model, job.batch, options=options, precision=Precision.parse(precision)
+    )
     optimizer = make_optimizer(parallel.parameters(), job.device)
 
     def step() -> Tensor:
@@ -153,15 +161,10 @@ def _plain(maker: Callable[[Job], Step]) -> Callable[[Job], tuple[Step, str]]:
     return lambda job: (maker(job), "")
 
 
-def _fresh_job(case: SpeedCase, device: torch.device, dtype: torch.dtype) -> Job:
+def _fresh_job(case: SpeedCase, device: torch.device) -> Job:
     model, batch = build(case.model, case.batch)
-    model = model.to(device=device, dtype=dtype)
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-    placed = pytree.tree_map_only(Tensor, place, batch)
-    return Job(model, placed, device, dist.get_rank(), dist.get_world_size())
+    placed = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    return Job(model.to(device), placed, device, dist.get_rank(), dist.get_world_size())
 
 
 def _synchronize(device: torch.device) -> None:

@@ -14,7 +14,8 @@ keys, D head width, E value width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,6 +132,175 @@ def _sdpa_backward_cpu(
     )
 
 
+class AttentionKernel(NamedTuple):
+    """A kernel of torch for CUDA. forward: (q, k, v, causal, scale) -> (out, lse). backward:
+    (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv). grouped: whether it takes fewer key
+    heads than query heads. Results lie in memory as the kernel leaves them."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    grouped: bool
+
+
+def attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, first_query: int = 0
+) -> AttentionKernel | None:
+    """The fastest kernel of the device that computes the call exactly; None: explicit attention.
+
+    cuDNN's from Hopper on for half precision and widths up to 128, else flash attention, for
+    float32 the memory-efficient one. None of them has our bias, or a diagonal that starts elsewhere
+    than at the upper left."""
+    width = q.shape[3]
+    square = not causal or q.shape[2] == k.shape[2]
+    plain = bias is None and not first_query and square and width == v.shape[3]
+    if q.device.type != "cuda" or not plain or width % 8 or width > 256 or not q.numel():
+        return None
+    if q.dtype == torch.float32:
+        return _EFFICIENT if q.shape[2] % 32 == 0 else None  # else its lse is padded
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
+    return _CUDNN if hopper and width <= 128 else _FLASH
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.reshape(lse.shape[:3])
+
+
+def _cudnn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unread = q.new_zeros((), dtype=torch.int64)  # state of the dropout that there is none of
+    sizes = (q.shape[2], k.shape[2], 0.0, causal)
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.unsqueeze(3), unread, unread, None, None, None, *sizes, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = q.new_zeros(2, dtype=torch.uint64)  # of the dropout that there is none of
+    unused = q.new_zeros((), dtype=torch.uint64)
+    sizes = (q.shape[2], k.shape[2], 0.0, causal)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, *sizes, state, unused, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse
+
+
+def _efficient_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unread = q.new_zeros((), dtype=torch.int64)
+    mask = [True, True, True, False]
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, unread, unread, 0.0, mask, causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+def sdpa_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    first_query: int = 0,
+) -> tuple[Tensor, Tensor] | None:
+    """By the device's kernel; None where it has none for the call."""
+    kernel = attention_kernel(q, k, v, bias, causal, first_query)
+    if kernel is None:
+        return None
+    groups = 1 if kernel.grouped else q.shape[1] // k.shape[1]
+    return kernel.forward(q, _expand_heads(k, groups), _expand_heads(v, groups), causal, scale)
+
+
+def sdpa_backward_fused(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    first_query: int = 0,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """By the device's kernel; None where it has none for the call."""
+    kernel = attention_kernel(q, k, v, bias, causal, first_query)
+    if kernel is None:
+        return None
+    groups = 1 if kernel.grouped else q.shape[1] // k.shape[1]
+    wide = (_expand_heads(k, groups), _expand_heads(v, groups))
+    dq, dk, dv = kernel.backward(dout, q, *wide, out, lse, causal, scale)
+    return dq, _sum_heads(dk, groups), _sum_heads(dv, groups)
+
+
+def _sdpa_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    found = sdpa_fused(*args)
+    if found is None:
+        return sdpa_math(*args)
+    out, lse = found
+    return out.contiguous(), lse.contiguous()
+
+
+def _sdpa_backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    found = sdpa_backward_fused(*args)
+    if found is None:
+        return sdpa_backward_math(*args)
+    dq, dk, dv = found
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+_CUDNN = AttentionKernel(_cudnn, _cudnn_backward, True)
+_FLASH = AttentionKernel(_flash, _flash_backward, True)
+_EFFICIENT = AttentionKernel(_efficient, _efficient_backward, False)
+
+
 def _sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     if q.ndim != 4 or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -201,8 +371,8 @@ def _sdpa_grad(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
 
 LIBRARY.impl("sdpa", _sdpa_cpu, "CPU")
 LIBRARY.impl("sdpa_backward", _sdpa_backward_cpu, "CPU")
-LIBRARY.impl("sdpa", sdpa_math, "CUDA")
-LIBRARY.impl("sdpa_backward", sdpa_backward_math, "CUDA")
+LIBRARY.impl("sdpa", _sdpa_cuda, "CUDA")
+LIBRARY.impl("sdpa_backward", _sdpa_backward_cuda, "CUDA")
 torch.library.register_fake("autopar::sdpa", _sdpa_fake, lib=LIBRARY)
 torch.library.register_fake("autopar::sdpa_backward", _sdpa_backward_fake, lib=LIBRARY)
 torch.library.register_autograd(

@@ -15,10 +15,17 @@ define("padded_narrow(Tensor x, int dim, SymInt start, SymInt length) -> Tensor"
 
 
 def padded_narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
-    """start >= 0, also beyond the end: all zeros then."""
-    start = min(start, x.shape[dim])
-    rows = min(length, x.shape[dim] - start)
-    return pad_rows(x.narrow(dim, start, rows), dim, length)
+    """start >= 0, also beyond the end: all zeros then. Every start reads x, as in
+    `keep_on_first`."""
+    size = x.shape[dim]
+    if start + length <= size:
+        return x.narrow(dim, start, length).clone(memory_format=torch.contiguous_format)
+    rows = torch.arange(length, device=x.device) + start
+    there = (rows < size).reshape([-1, *(1 for _ in range(x.ndim - 1 - dim))])
+    if size == 0:
+        return x.new_zeros([*x.shape[:dim], length, *x.shape[dim + 1 :]])
+    found = x.index_select(dim, rows.clamp(max=size - 1))
+    return torch.where(there, found, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()
 
 
 def pad_rows(x: Tensor, dim: int, length: int) -> Tensor:

@@ -14,11 +14,14 @@ from autopar.ops.library import LIBRARY, define
 define("keep_on_first(Tensor x, SymInt coordinate) -> Tensor")
 
 
-def _keep_on_first(x: Tensor, coordinate: int) -> Tensor:
-    return x.clone() if coordinate == 0 else torch.zeros_like(x)
+def keep_on_first(x: Tensor, coordinate: int) -> Tensor:
+    """The same operators on every coordinate, so that what a compiler makes of them differs in
+    numbers only: a rank that read nothing here could leave out a collective before it."""
+    first = torch.full((), coordinate == 0, dtype=torch.bool, device=x.device)
+    return torch.where(first, x, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()
 
 
-LIBRARY.impl("keep_on_first", _keep_on_first, "CompositeExplicitAutograd")
+LIBRARY.impl("keep_on_first", keep_on_first, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "autopar::keep_on_first", lambda x, coordinate: torch.empty_like(x), lib=LIBRARY
 )

@@ -22,7 +22,7 @@ float64 has 53 digits, from two words. erfinv is the backend's own; all other st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ define(f"normal({_GEOMETRY}, ScalarType dtype) -> Tensor")
 define(f"randint({_GEOMETRY}, int low, int high, ScalarType dtype) -> Tensor")
 
 
+define("random_keys(Tensor seed, int[] op_ids) -> Tensor")  # int32[op_ids, 2]
+
+Keys = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(seed, op_id) -> two words, int32[1] each: what `make_keys` makes."""
+
+
 def seed_tensor(seed: int, microbatch: int, device: torch.device | None = None) -> Tensor:
     """int32[2]: what the random operators of one microbatch read. Every reference execution uses it
     too. seed: of the step, any 64-bit integer."""
@@ -64,6 +70,7 @@ def counter_dropout(
     local_sizes: Sequence[int],
     offsets: Sequence[int],
     row_atoms: int,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Plain ATen body of `autopar::dropout`, also its decomposition for a compiler.
 
@@ -79,7 +86,7 @@ def counter_dropout(
     if p >= 1.0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     atoms = tuple(zip(sizes, local_sizes, offsets, strict=True))
-    keep = (hashed_bits(seed, op_id, atoms, row_atoms) < _threshold(p)).reshape(x.shape)
+    keep = (hashed_bits(seed, op_id, atoms, row_atoms, keys) < _threshold(p)).reshape(x.shape)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0).contiguous()
 
 
@@ -90,16 +97,17 @@ def counter_uniform(
     local_sizes: Sequence[int],
     offsets: Sequence[int],
     dtype: torch.dtype,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Body of `autopar::uniform`: [0, 1). sizes, local_sizes, offsets: of each dim of the result,
     global, of this shard, and where it starts."""
     digits = _DIGITS[dtype]
     if dtype is torch.float64:
-        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
-        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets)
+        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets, keys)
+        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets, keys)
         count = _logical_shift(high, 5).double() * 2.0**26 + _logical_shift(low, 6).double()
         return count * 2.0**-digits
-    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets, keys)
     return _logical_shift(bits, 32 - digits).to(dtype) * 2.0**-digits
 
 
@@ -110,14 +118,15 @@ def counter_normal(
     local_sizes: Sequence[int],
     offsets: Sequence[int],
     dtype: torch.dtype,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Body of `autopar::normal`: mean 0, variance 1, by inversion."""
     if dtype is torch.float64:
-        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
-        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets)
+        high = _dim_bits(seed, op_id, sizes, local_sizes, offsets, keys)
+        low = _dim_bits(seed, op_id + _SECOND_WORD, sizes, local_sizes, offsets, keys)
         count = (high >> 5).double() * 2.0**26 + _logical_shift(low, 6).double()
         return torch.erfinv(count * 2.0**-52 + 2.0**-53) * math.sqrt(2.0)
-    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets, keys)
     middle = (bits >> 8).float() * 2.0**-23 + 2.0**-24
     return (torch.erfinv(middle) * math.sqrt(2.0)).to(dtype)
 
@@ -131,18 +140,24 @@ def counter_randint(
     low: int,
     high: int,
     dtype: torch.dtype,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Body of `autopar::randint`: low <= value < high. Pre: high - low <= 2^31."""
-    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets)
+    bits = _dim_bits(seed, op_id, sizes, local_sizes, offsets, keys)
     word = bits.to(torch.int64) & 0xFFFFFFFF
     return ((word * (high - low) >> 32) + low).to(dtype)
 
 
 def hashed_bits(
-    seed: Tensor, op_id: int, atoms: Sequence[tuple[int, int, int]], row_atoms: int
+    seed: Tensor,
+    op_id: int,
+    atoms: Sequence[tuple[int, int, int]],
+    row_atoms: int,
+    keys: Keys | None = None,
 ) -> Tensor:
-    """int32[local rows, local columns]. atoms: (global size, local size, offset) of each."""
-    key0, key1 = _keys(seed, op_id)
+    """int32[local rows, local columns]. atoms: (global size, local size, offset) of each. keys:
+    made before; None to make them here."""
+    key0, key1 = (keys or make_keys)(seed, op_id)
     rows = _linear_index(atoms[:row_atoms], seed.device)
     cols = _linear_index(atoms[row_atoms:], seed.device)
     microbatch = seed.narrow(0, 1, 1)
@@ -159,10 +174,12 @@ def _dim_bits(
     sizes: Sequence[int],
     local_sizes: Sequence[int],
     offsets: Sequence[int],
+    keys: Keys | None = None,
 ) -> Tensor:
     """int32 of the local shape; the columns are the last dim."""
     atoms = tuple(zip(sizes, local_sizes, offsets, strict=True))
-    return hashed_bits(seed, op_id, atoms, max(len(atoms) - 1, 0)).reshape(list(local_sizes))
+    bits = hashed_bits(seed, op_id, atoms, max(len(atoms) - 1, 0), keys)
+    return bits.reshape(list(local_sizes))
 
 
 def mix(x: Tensor) -> Tensor:
@@ -184,11 +201,15 @@ def mix_int(x: int) -> int:
     return x ^ (x >> _SHIFTS[2])
 
 
-def _keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
+def make_keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
     """Two int32[1] words. They agree for two (seed, op_id) pairs only if both 32-bit hashes do."""
     first, second = (_signed(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
     word = seed.narrow(0, 0, 1)
     return mix(mix(word) ^ first), mix(mix(word + second) ^ first)
+
+
+def _random_keys(seed: Tensor, op_ids: Sequence[int]) -> Tensor:
+    return torch.stack([torch.cat(make_keys(seed, op_id)) for op_id in op_ids])
 
 
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -220,6 +241,15 @@ def _dropout_fake(x: Tensor, *_args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def random_op_ids(target: Any, args: Sequence[Any]) -> tuple[int, ...]:
+    """Those for which a call of one of our random operators needs keys; none for other calls."""
+    if target is torch.ops.autopar.dropout.default:
+        return (args[2],)
+    if target in _CREATING:
+        return (args[1], args[1] + _SECOND_WORD)
+    return ()
+
+
 def _creation_fake(
     seed: Tensor,
     _op_id: int,
@@ -246,6 +276,12 @@ torch.library.register_fake("autopar::dropout", _dropout_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "autopar::dropout", _dropout_grad, setup_context=_setup_context, lib=LIBRARY
 )
+LIBRARY.impl("random_keys", _random_keys, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "autopar::random_keys",
+    lambda seed, op_ids: seed.new_empty((len(op_ids), 2)),
+    lib=LIBRARY,
+)
 for _name, _body in (
     ("uniform", counter_uniform),
     ("normal", counter_normal),
@@ -253,3 +289,6 @@ for _name, _body in (
 ):
     LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"autopar::{_name}", _creation_fake, lib=LIBRARY)
+_CREATING = frozenset(
+    getattr(torch.ops.autopar, name).default for name in ("uniform", "normal", "randint")
+)

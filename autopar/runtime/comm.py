@@ -214,6 +214,7 @@ class RankComm:
     memory of the devices' hosts; as in `meshes` where no parameter of the stage rests there."""
 
     rank: int
+    groups: Mapping[int, tuple[tuple[str, int], ...]]  # name and size, by stage and axis
     collectives: Mapping[int, ProcessCollectives]
     meshes: Mapping[int, DeviceMesh]
     host_meshes: Mapping[int, DeviceMesh]
@@ -246,14 +247,17 @@ def connect_rank(world: World, lowered: LoweredPlan) -> RankComm:
     meshes = {s.index: _device_mesh(s, axis_groups[s.index], world.device.type) for s in own}
     separate = [s for s in own if _uses_hosts(s) and world.device.type != HOST.type]
     host_meshes = {s.index: _device_mesh(s, axis_groups[s.index], HOST.type) for s in separate}
+    axes: dict[int, tuple[tuple[str, int], ...]] = {
+        s.index: tuple(
+            (group.group_name, size)
+            for group, size in zip(axis_groups[s.index], s.mesh.axis_sizes, strict=True)
+        )
+        for s in own
+    }
     return RankComm(
         rank=own[0].devices.index(world.rank),
-        collectives={
-            s.index: ProcessCollectives(
-                [group.group_name for group in axis_groups[s.index]], s.mesh.axis_sizes
-            )
-            for s in own
-        },
+        groups=axes,
+        collectives={index: ProcessCollectives(found) for index, found in axes.items()},
         meshes=meshes,
         host_meshes=meshes | host_meshes,
         transport=ProcessTransport(lowered.stages, world.rank, pairs, world.device),
@@ -327,8 +331,9 @@ def _new_group(
 class ProcessCollectives:
     """Collectives of one rank, as functional collectives on the groups of its mesh axes."""
 
-    def __init__(self, group_names: Sequence[str], axis_sizes: Sequence[int]) -> None:
-        self._groups = tuple(zip(group_names, axis_sizes, strict=True))
+    def __init__(self, groups: Sequence[tuple[str, int]]) -> None:
+        """groups: name and size, by axis."""
+        self._groups = tuple(groups)
 
     def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
         functional = torch.ops._c10d_functional

@@ -27,7 +27,7 @@ from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies, storages
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
-from autopar.runtime.interpreter import Collectives, InterpretedProgram, ProgramPlayer, Shards
+from autopar.runtime.interpreter import PlayerMaker, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
 from autopar.schedule import Action, ActionKind
 
@@ -76,10 +76,13 @@ class StageExecutor:
         stage: int,
         *,
         ranks: Sequence[int],
-        collectives: Collectives,
+        players: PlayerMaker,
         transport: Transport,
         device: torch.device,
+        whole: LocalProgram | None = None,
     ) -> None:
+        """players: makes what plays each program. whole: the step as one program, in place of the
+        others when it trains (`compile.step`)."""
         self.stage: LoweredStage = lowered.stages[stage]
         self.routes: StageRoutes = stage_routes(lowered, stage)
         self.num_microbatches = lowered.schedule.num_microbatches
@@ -88,16 +91,13 @@ class StageExecutor:
         self.device = device
         self.kinds: Mapping[str, GraphInput] = {i.name: i for i in graph.inputs}
 
-        def player(program: LocalProgram) -> ProgramPlayer:
-            return InterpretedProgram(
-                program, coordinates=self.coordinates, collectives=collectives, device=device
-            )
-
-        self.forward = player(self.stage.forward)
-        self.backward = player(self.stage.backward)
-        self.weights = None if self.stage.weights is None else player(self.stage.weights)
-        self.gather = player(self.stage.gather)
-        self.reduce = player(self.stage.reduce)
+        self.forward = players(self.stage.forward)
+        self.backward = players(self.stage.backward)
+        self.weights = None if self.stage.weights is None else players(self.stage.weights)
+        self.gather = players(self.stage.gather)
+        self.reduce = players(self.stage.reduce)
+        self.whole_program = whole
+        self.whole = None if whole is None else players(whole)
         self.on_host = frozenset(p.name for p in self.stage.parameters if p.host)
         later = [name for p in self.stage.microbatch_programs[1:] for name in p.inputs]
         self.late_buffers = tuple(k for k in dict.fromkeys(later) if k in self.stage.buffers)
@@ -145,6 +145,11 @@ class StagePlayer:
         self._accumulators = {kind: Accumulator() for kind in _GRADIENTS_OF}
         self._train = mode is Mode.TRAIN
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the fetch is followed by nothing: it is the step."""
+        return self._train and self._executor.whole is not None
+
     def needs(self, action: Action | None) -> Route:
         """Transfers that the action receives."""
         routes = self._executor.routes
@@ -160,7 +165,9 @@ class StagePlayer:
     def play(self, action: Action | None) -> None:
         """Pre: actions come in the order of the schedule."""
         with torch.no_grad():
-            if action is None:
+            if action is None and self.is_whole:
+                self._whole()
+            elif action is None:
                 self._fetch()
             elif action.microbatch is None:
                 self._reduce()
@@ -173,6 +180,16 @@ class StagePlayer:
 
     def result(self) -> StageResult:
         return StageResult(self._state.loss, self._state.gradients, self._state.buffers)
+
+    def _whole(self) -> None:
+        """The step as one program, from parameters at rest to their gradients."""
+        executor, state = self._executor, self._state
+        assert executor.whole is not None and executor.whole_program is not None
+        state.parameters = dict(self._inputs.parameters)
+        outputs = executor.whole(self._program_inputs(executor.whole_program, {}, 0))
+        state.loss = outputs.pop(LOSS)
+        state.buffers.update({name: outputs.pop(name) for name in state.buffers if name in outputs})
+        state.gradients = own_copies(outputs)
 
     def _fetch(self) -> None:
         """Lends and borrows parameters, then takes each to its layout in the step."""
@@ -332,7 +349,11 @@ class RowPlayer:
         # earlier stages first: they lend
         self._tasks: list[tuple[int, Action | None]] = [(s, None) for s in sorted(executors)]
         train = mode is Mode.TRAIN
-        self._tasks += [(a.stage, a) for a in row if train or a.kind is ActionKind.FORWARD]
+        self._tasks += [
+            (a.stage, a)
+            for a in row
+            if (train or a.kind is ActionKind.FORWARD) and not self._players[a.stage].is_whole
+        ]
         self._position = 0
 
     @property

@@ -6,7 +6,7 @@ them on the virtual mesh. Collectives get the whole list, so both worlds run the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,9 @@ class ProgramPlayer(Protocol):
     every other one is freed after its last reader."""
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]: ...
+
+
+PlayerMaker = Callable[[LocalProgram], ProgramPlayer]
 
 
 class InterpretedProgram:
@@ -85,6 +88,19 @@ class InterpretedProgram:
             for name in dead:
                 values.pop(name, None)
         return {key: _read(values, port.ref) for key, port in self._program.outputs.items()}
+
+
+def interpreter(
+    coordinates: Sequence[tuple[int, ...]], collectives: Collectives, device: torch.device
+) -> PlayerMaker:
+    """Makes players for the ranks at these coordinates."""
+
+    def make(program: LocalProgram) -> ProgramPlayer:
+        return InterpretedProgram(
+            program, coordinates=coordinates, collectives=collectives, device=device
+        )
+
+    return make
 
 
 def run_program(

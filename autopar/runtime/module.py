@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.compile.step import whole_step
 from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.layout import REPLICATE, to_placements
@@ -24,9 +25,11 @@ from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
 from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import RankComm, World, connect_rank
+from autopar.runtime.compiled import compiler
 from autopar.runtime.data import DataShard, data_shard
 from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
 from autopar.runtime.inputs import BatchFeed, valid_part
+from autopar.runtime.interpreter import interpreter
 from autopar.runtime.parameters import (
     Initialiser,
     KeptParameter,
@@ -47,7 +50,8 @@ class ParallelModel(nn.Module):
 
     model: gives names and first values; it is not kept, and may be on meta (see `model_values`).
     graph: captured from it, with layers; plan: made for this graph. world: None for a plan of one
-    device. seed: of dropout and of what is initialised here.
+    device. seed: of dropout and of what is initialised here. compiled: whether programs run as
+    Inductor's code, compiled at their first use, or operator by operator; by default on GPUs.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class ParallelModel(nn.Module):
         device: torch.device | None = None,
         initialiser: Initialiser | None = None,
         seed: int = 0,
+        compiled: bool | None = None,
     ) -> None:
         super().__init__()
         if world is None and plan.num_devices != 1:
@@ -77,7 +82,15 @@ class ParallelModel(nn.Module):
         self._rank = 0 if self._comm is None else self._comm.rank  # in the meshes of its stages
         own = plan.stages_of(0 if world is None else world.rank)
         self._row = self._lowered.schedule.actions[own[0]]
-        self._executors = _make_executors(self._lowered, graph, own, self._comm, self._device)
+        on_gpu = self._device.type == "cuda"
+        self._executors = _make_executors(
+            self._lowered,
+            graph,
+            own,
+            self._comm,
+            self._device,
+            compiled=on_gpu if compiled is None else compiled,
+        )
         stages = [executor.stage for executor in self._executors.values()]
         self._kept = kept_parameters(model, self._lowered, stages)
         self._kept_buffers = kept_buffers(model, self._lowered, stages)
@@ -294,23 +307,36 @@ def _make_executors(
     stages: Sequence[int],
     comm: RankComm | None,
     device: torch.device,
+    *,
+    compiled: bool,
 ) -> dict[int, StageExecutor]:
     """One per stage that this rank plays. Without a process group the rank plays all of them."""
     mailboxes = Mailboxes(lowered.stages, device)
-    return {
-        stage: StageExecutor(
+    executors = {}
+    for index in stages:
+        stage = lowered.stages[index]
+        rank = 0 if comm is None else comm.rank
+        coordinates = stage.mesh.coordinates(rank)
+        virtual = VirtualCollectives(stage.mesh)
+        collectives = virtual if comm is None else comm.collectives[index]
+        players = interpreter([coordinates], collectives, device)
+        whole = None
+        if compiled:
+            parameters = [p.name for p in stage.parameters]
+            groups = () if comm is None else comm.groups[index]
+            players = compiler(players, coordinates, groups, parameters, device)
+            whole = whole_step(lowered, index)
+        executors[index] = StageExecutor(
             lowered,
             graph,
-            stage,
-            ranks=(0 if comm is None else comm.rank,),
-            collectives=VirtualCollectives(lowered.stages[stage].mesh)
-            if comm is None
-            else comm.collectives[stage],
+            index,
+            ranks=(rank,),
+            players=players,
             transport=mailboxes if comm is None else comm.transport,
             device=device,
+            whole=whole,
         )
-        for stage in stages
-    }
+    return executors
 
 
 def _scope(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autopar.compile.step import whole_step
 from autopar.errors import InternalError, ScheduleError
 from autopar.graph.program import Graph, InputKind
 from autopar.lowering.lower import LoweredPlan, LoweredStage, StageParameter
@@ -20,8 +21,9 @@ from autopar.lowering.transfer import Transfer
 from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
 from autopar.runtime.host import HOST
 from autopar.runtime.inputs import local_part, valid_part, whole_feed
-from autopar.runtime.interpreter import Shards
+from autopar.runtime.interpreter import Shards, interpreter
 from autopar.runtime.routes import Route, box_of, cut_tile, join_tiles
+from autopar.runtime.traced import tracer
 from autopar.runtime.virtual import VirtualCollectives, unshard
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -72,7 +74,8 @@ class Mailboxes:
 class VirtualRun:
     """A plan at work on the CPU or on one device. Each rank holds its own shards of the parameters.
 
-    parameters: whole tensors by owner name. buffers: whole tensors by path in the model.
+    parameters: whole tensors by owner name. buffers: whole tensors by path in the model. traced:
+    plays what a compiler is given (`runtime.traced`).
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class VirtualRun:
         buffers: Mapping[str, Tensor],
         *,
         device: torch.device | None = None,
+        traced: bool = False,
     ) -> None:
         self._lowered = lowered
+        self._traced = traced
         self._graph = graph
         self._device = device or torch.device("cpu")
         self._mail = Mailboxes(lowered.stages, self._device)
@@ -166,14 +171,22 @@ class VirtualRun:
             optimizer.zero_grad()
 
     def _executor(self, stage: LoweredStage) -> StageExecutor:
+        ranks = range(stage.mesh.num_devices)
+        coordinates = [stage.mesh.coordinates(rank) for rank in ranks]
+        players = interpreter(coordinates, VirtualCollectives(stage.mesh), self._device)
+        whole = None
+        if self._traced:
+            players = tracer(stage.mesh, [p.name for p in stage.parameters], self._device)
+            whole = whole_step(self._lowered, stage.index)
         return StageExecutor(
             self._lowered,
             self._graph,
             stage.index,
-            ranks=range(stage.mesh.num_devices),
-            collectives=VirtualCollectives(stage.mesh),
+            ranks=ranks,
+            players=players,
             transport=self._mail,
             device=self._device,
+            whole=whole,
         )
 
     def _place(self, stage: LoweredStage, parameters: Mapping[str, Tensor]) -> dict[str, Shards]:

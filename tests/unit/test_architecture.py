@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("autopar.interop", "autopar.lowering", "autopar.options"),
     ("autopar.candidate", "autopar.explain"),
     ("autopar.search",),
+    ("autopar.compile",),
     ("autopar.planner", "autopar.runtime"),
     ("autopar.api", "autopar.models"),
     ("autopar.verify",),

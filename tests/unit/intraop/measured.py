@@ -19,7 +19,7 @@ from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan
 from autopar.runtime.executor import RowPlayer, StageExecutor, StepInputs
 from autopar.runtime.inputs import whole_feed
-from autopar.runtime.interpreter import Shards
+from autopar.runtime.interpreter import Shards, interpreter
 from autopar.runtime.simulated import owned
 
 
@@ -88,7 +88,7 @@ def peak_bytes(graph: Graph, plan: ParallelPlan, leaves: Sequence[Tensor]) -> fl
         graph,
         0,
         ranks=[0],
-        collectives=LonelyRank(stage.mesh),
+        players=interpreter([stage.mesh.coordinates(0)], LonelyRank(stage.mesh), device),
         transport=NoTransport(),
         device=device,
     )

@@ -1,0 +1,38 @@
+"""A traced program as one callable of Inductor.
+
+`compile_fx_inner` is given the graph as it is: no Dynamo, no AOTAutograd. Inductor fuses and plans
+buffers; the order of collectives and products is that of the graph (`compile.overlap`), which the
+flags below keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
+FLAGS = {
+    "reorder_for_peak_memory": False,
+    "reorder_for_locality": False,
+    "reorder_for_compute_comm_overlap": False,
+}
+
+Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+"""Empties its argument, so that inputs that nobody else holds are freed after their last use."""
+
+
+def compile_module(module: fx.GraphModule) -> Compiled:
+    """Pre: a flat graph of ATen operators and collectives, with fake values on every node. The
+    callable wants inputs with the strides of the graph's. Seconds to a minute."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    context = torch._guards.TracingContext(fakes[0].fake_mode)
+    with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS):
+        compiled: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
+    found: Compiled = compiled
+    return found

@@ -1,0 +1,76 @@
+"""What our own operators are for a compiler: plain ATen where it can fuse, the fastest kernel where
+it cannot.
+
+    dropout, uniform, .., padded_narrow, keep_on_first    their own ATen bodies
+    sdpa on CUDA                                          cuDNN's or flash attention, if it takes
+                                                          the call; else its own body
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
+from autopar.ops.padding import padded_narrow
+from autopar.ops.partial import keep_on_first
+from autopar.ops.random import counter_dropout, counter_normal, counter_randint, counter_uniform
+
+own = torch.ops.autopar
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]]:
+    """Inductor's, and those of our operators, by overload, for one program. random_op_ids: of its
+    random operators."""
+    from torch._inductor import lowering  # noqa: F401  (some decompositions ask it)
+    from torch._inductor.decomposition import select_decomp_table
+
+    keys = _KeyTable(random_op_ids)
+    random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
+    return {**select_decomp_table(), **_OWN, **random}
+
+
+def _sdpa(*args: Any) -> Any:
+    found = sdpa_fused(*args)
+    return NotImplemented if found is None else found
+
+
+def _sdpa_backward(*args: Any) -> Any:
+    found = sdpa_backward_fused(*args)
+    return NotImplemented if found is None else found
+
+
+class _KeyTable:
+    """Keys of all random operators of a program, made by one call: hashed where they are needed,
+    they would be computed anew for every element."""
+
+    def __init__(self, op_ids: Sequence[int]) -> None:
+        self._rows = {op_id: row for row, op_id in enumerate(dict.fromkeys(op_ids))}
+        self._seed: Tensor | None = None
+        self._keys: Tensor | None = None
+
+    def __call__(self, seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
+        if self._keys is None or self._seed is not seed:
+            self._seed, self._keys = seed, own.random_keys(seed, list(self._rows))
+        row = self._keys.select(0, self._rows[op_id])
+        return row.narrow(0, 0, 1), row.narrow(0, 1, 1)
+
+
+_RANDOM: Decompositions = {
+    own.dropout.default: counter_dropout,
+    own.uniform.default: counter_uniform,
+    own.normal.default: counter_normal,
+    own.randint.default: counter_randint,
+}
+_OWN: Decompositions = {
+    own.padded_narrow.default: padded_narrow,
+    own.keep_on_first.default: keep_on_first,
+    own.sdpa.default: _sdpa,
+    own.sdpa_backward.default: _sdpa_backward,
+}

@@ -1,0 +1,138 @@
+"""A local program of one rank as a flat torch.fx graph of ATen operators and collectives.
+
+The program is played once on fake tensors and recorded: operators decompose into what Inductor
+lowers, arguments that differ between ranks become this rank's numbers. A collective starts where
+its instruction stands and is waited for by its first reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autopar.compile.kernels import decompositions
+from autopar.errors import InternalError
+from autopar.graph.program import Ref
+from autopar.layout import Offset
+from autopar.lowering.program import (
+    CollectiveOp,
+    Communicate,
+    Compute,
+    Exchange,
+    LocalProgram,
+)
+from autopar.ops.random import random_op_ids
+
+functional = torch.ops._c10d_functional
+
+
+def is_traceable(program: LocalProgram) -> bool:
+    """Whether all shapes are known: not where rows are exchanged in numbers that are values."""
+    return not any(isinstance(i, Exchange) for i in program.body)
+
+
+def trace(
+    program: LocalProgram,
+    inputs: Sequence[Tensor],
+    *,
+    coordinates: tuple[int, ...],
+    groups: Sequence[tuple[str, int]],
+) -> fx.GraphModule:
+    """inputs: examples of the program's inputs, then of its constants, in their order. groups: name
+    and size of each mesh axis's process group. The graph returns the outputs in their order.
+    Pre: is_traceable."""
+    names = [port.ref.name for port in program.inputs.values()] + list(program.constants)
+
+    def play(*tensors: Tensor) -> list[Tensor]:
+        values = _Values(dict(zip(names, tensors, strict=True)), coordinates, inputs[0].device)
+        for instruction in program.body:
+            if isinstance(instruction, Communicate):
+                shard = values.read(instruction.operand).contiguous()
+                group, size = groups[instruction.axis]
+                values.start(instruction.name, start(instruction, shard, group, size))
+            elif isinstance(instruction, Exchange):
+                raise InternalError(f"{instruction.name} exchanges rows in unknown numbers")
+            else:
+                args, kwargs = values.bind(instruction.args), values.bind(instruction.kwargs)
+                values.made[instruction.name] = instruction.target(*args, **kwargs)
+        return [values.read(port.ref) for port in program.outputs.values()]
+
+    calls = [i for i in program.body if isinstance(i, Compute)]
+    random = [op_id for call in calls for op_id in random_op_ids(call.target, call.args)]
+    with torch.no_grad():
+        graph: fx.GraphModule = make_fx(
+            play, decomposition_table=decompositions(random), tracing_mode="fake"
+        )(*inputs)
+    graph.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    return graph
+
+
+def start(instruction: Communicate, shard: Tensor, group: str, size: int) -> Tensor:
+    """The collective's result, not yet waited for."""
+    match instruction.op:
+        case CollectiveOp.ALL_REDUCE:
+            found = functional.all_reduce(shard, instruction.reduce, group)
+        case CollectiveOp.ALL_GATHER:
+            found = functional.all_gather_into_tensor(shard, size, group)
+        case CollectiveOp.REDUCE_SCATTER:
+            found = functional.reduce_scatter_tensor(shard, instruction.reduce, size, group)
+        case CollectiveOp.ALL_TO_ALL:
+            rows = [shard.shape[0] // size] * size
+            found = functional.all_to_all_single(shard, rows, rows, group)
+    result: Tensor = found
+    return result
+
+
+def collective_of(node: fx.Node) -> tuple[CollectiveOp, str, str]:
+    """(op, group, reduce) of what `start` made."""
+    op = _OPS[node.target]
+    reduce = node.args[1] if op in (CollectiveOp.ALL_REDUCE, CollectiveOp.REDUCE_SCATTER) else "sum"
+    return op, str(node.args[-1]), str(reduce)
+
+
+_OPS: dict[Any, CollectiveOp] = {
+    functional.all_reduce.default: CollectiveOp.ALL_REDUCE,
+    functional.all_gather_into_tensor.default: CollectiveOp.ALL_GATHER,
+    functional.reduce_scatter_tensor.default: CollectiveOp.REDUCE_SCATTER,
+    functional.all_to_all_single.default: CollectiveOp.ALL_TO_ALL,
+}
+
+
+class _Values:
+    """What a program has made so far."""
+
+    def __init__(
+        self, made: dict[str, Any], coordinates: tuple[int, ...], device: torch.device
+    ) -> None:
+        self.made = made
+        self._coordinates, self._device = coordinates, device
+        self._started: set[str] = set()
+
+    def start(self, name: str, result: Tensor) -> None:
+        self.made[name] = result
+        self._started.add(name)
+
+    def read(self, ref: Ref) -> Any:
+        if ref.name in self._started:
+            self._started.remove(ref.name)
+            self.made[ref.name] = functional.wait_tensor(self.made[ref.name])
+        value = self.made[ref.name]
+        return value[ref.index] if isinstance(value, (tuple, list)) else value
+
+    def bind(self, tree: Any) -> Any:
+        """Arguments of this rank on this device."""
+        if isinstance(tree, Ref):
+            return self.read(tree)
+        if isinstance(tree, Offset):
+            return tree.at(self._coordinates)
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(map(self.bind, tree))
+        if isinstance(tree, torch.device):  # captured on fake cpu
+            return self._device
+        if hasattr(tree, "items"):
+            return {key: self.bind(item) for key, item in tree.items()}
+        return tree
