@@ -16,6 +16,7 @@ its reduction no longer than `LAG` others.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -80,18 +81,23 @@ def nbytes(node: fx.Node) -> int:
 class _Parts:
     """To which part of the order each node of a graph belongs.
 
-    early: what depends on parameters alone. late: collectives that nothing heavy waits for; soon:
-    what leads to them and to nothing heavy; after: what they lead to.
+    free: what depends on no input at all. early: on parameters alone. late: collectives that
+    nothing heavy waits for; soon: what leads to them and to nothing heavy; after: what they lead
+    to.
     """
 
     def __init__(self, graph: fx.Graph, parameters: Collection[int]) -> None:
         self.nodes: list[fx.Node] = list(graph.nodes)
-        self._index = {node: i for i, node in enumerate(self.nodes)}
+        self.index = {node: i for i, node in enumerate(self.nodes)}
         inputs = [n for n in self.nodes if n.op == "placeholder"]
+        calls = [n for n in self.nodes if n.op == "call_function"]
+        self.free: set[fx.Node] = set()
+        for node in calls:
+            if self.free.issuperset(node.all_input_nodes):
+                self.free.add(node)
         self.early = self._early({inputs[i] for i in parameters})
         before_heavy = self._before_heavy()
-        calls = {n for n in self.nodes if n.op == "call_function"}
-        tail = calls - before_heavy - self.early
+        tail = set(calls) - before_heavy - self.early - self.free
         self.late = {n for n in tail if n.target in STARTS}
         self.soon = _closure(self.late, lambda n: n.all_input_nodes, tail)
         self.after = _closure(self.late, lambda n: n.users, tail)
@@ -101,22 +107,24 @@ class _Parts:
         use: dict[fx.Node, int] = {}
         for node in reversed(self.nodes):
             if node in self.early:
-                reads = [use[u] if u in self.early else self._index[u] for u in node.users]
+                reads = [use[u] if u in self.early else self.index[u] for u in node.users]
                 use[node] = min(reads, default=len(self.nodes))
         starts = [n for n in self.nodes if n in self.early and n.target in STARTS]
         return sorted(starts, key=lambda n: use[n])
 
-    def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """As they were."""
-        return sorted(nodes, key=lambda n: self._index[n])
+    def is_body(self, node: fx.Node) -> bool:
+        return not (node in self.early or node in self.free or self.is_late(node))
+
+    def is_late(self, node: fx.Node) -> bool:
+        """Whether it is a late collective, or leads to or from one."""
+        return node in self.late or node in self.soon or node in self.after
 
     def _early(self, parameters: Collection[fx.Node]) -> set[fx.Node]:
-        early = set(parameters)
+        known = set(parameters) | self.free
         for node in self.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "call_function" and inputs and early.issuperset(inputs):
-                early.add(node)
-        return early - set(parameters)
+            if node.op == "call_function" and known.issuperset(node.all_input_nodes):
+                known.add(node)
+        return known - set(parameters) - self.free
 
     def _before_heavy(self) -> set[fx.Node]:
         """Heavy nodes, and those that one waits for."""
@@ -162,14 +170,13 @@ class _Order:
 
     def run(self) -> None:
         parts = self._parts
-        late = parts.late | parts.soon | parts.after
         for node in parts.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self._emit(node)
         for node in parts.gathers():
             self._emit(node)
         for node in parts.nodes:
-            if node.op == "call_function" and node not in parts.early and node not in late:
+            if node.op == "call_function" and parts.is_body(node):
                 self._emit(node)
                 self._follow(node)
         while self._buckets or self._started:
@@ -192,22 +199,33 @@ class _Order:
                 self._made[top] = self.graph.node_copy(top, self._made.__getitem__)
 
     def _follow(self, node: fx.Node) -> None:
-        """Emits what belongs to late collectives and is ready now that `node` is there."""
+        """Emits what belongs to late collectives and is ready now that `node` is there, always the
+        first one of the graph as it was: ranks may have chains of different lengths, but all have
+        them in one order."""
         parts = self._parts
-        ready = deque([node])
+        ready: list[tuple[int, fx.Node]] = []
+
+        def wake(source: fx.Node) -> None:
+            for user in source.users:
+                if user not in self._made and parts.is_late(user) and self._is_ready(user):
+                    heapq.heappush(ready, (parts.index[user], user))
+
+        wake(node)
         while ready:
-            for user in parts.in_order(ready.popleft().users):
-                if user in self._made or not self._is_ready(user):
-                    continue
-                if user in parts.late:
-                    self._post(user)
-                elif user in parts.soon or user in parts.after:
-                    self._emit(user)
-                    ready.append(user)
+            _, first = heapq.heappop(ready)
+            if first in self._made:
+                continue
+            if first in parts.late:
+                self._post(first)
+            else:
+                self._emit(first)
+                wake(first)
 
     def _is_ready(self, node: fx.Node) -> bool:
-        early = self._parts.early
-        return all(n in self._made or n in early for n in node.all_input_nodes)
+        parts = self._parts
+        return all(
+            n in self._made or n in parts.early or n in parts.free for n in node.all_input_nodes
+        )
 
     def _post(self, node: fx.Node) -> None:
         """Starts a late collective, or puts it with others. A packed one counts as made once it
