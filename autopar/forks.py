@@ -102,7 +102,8 @@ def _pickled(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def _unpickled(data: bytes) -> Any:
+def unpickled(data: bytes) -> Any:
+    """The `outcome` that a fork sent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of pytree's leaves, which it makes so
         return pickle.loads(data)
@@ -146,7 +147,7 @@ class Ahead(Generic[Key, T]):
         data, _ = fork.received()
         self._running.pop(key).end(kill=True)
         self._go_on()
-        failed, result = _unpickled(data) if data else (True, None)
+        failed, result = unpickled(data) if data else (True, None)
         return None if failed else result
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ reduced in bfloat16: what autopar is asked for too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +122,22 @@ def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimiz
 
 
 def compile_parts(job: Job) -> None:
-    """On GPUs: blocks and the loss, of which no copy of the logits in float32 is left."""
+    """On GPUs: the blocks. The loss is compiled where it is called (`compiled_loss`)."""
     if job.device.type != "cuda":
         return
     for block in blocks(job.model):
         block.compile()
-    F.cross_entropy = _compiled_loss
+
+
+@contextlib.contextmanager
+def compiled_loss(device: torch.device) -> Iterator[None]:
+    """On GPUs: the models' cross-entropy is compiled inside."""
+    plain = F.cross_entropy
+    F.cross_entropy = _compiled_loss if device.type == "cuda" else plain
+    try:
+        yield
+    finally:
+        F.cross_entropy = plain
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -142,7 +153,8 @@ def training_step(model: nn.Module, batch: Any, *, autocast: bool = False) -> St
     optimizer = make_optimizer(parameters, device)
 
     def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        region = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+        with region, compiled_loss(device):
             loss: Tensor = model(**batch) if isinstance(batch, dict) else model(*batch)
         loss.backward()
         optimizer.step()

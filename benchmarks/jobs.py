@@ -10,7 +10,6 @@ import argparse
 import importlib
 import json
 import os
-import pickle
 import select
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from autopar.forks import Fork, start
+from autopar.forks import Fork, start, unpickled
 from benchmarks import environment
 from benchmarks.run import RESULTS
 
@@ -87,7 +86,7 @@ def _answer(job: _Running, limit_s: float, *, ended: bool) -> Any:
         return f"no result within {limit_s:g} s"
     if not data:
         return "the process ended without a result"
-    failed, result = pickle.loads(data)
+    failed, result = unpickled(data)
     return f"{type(result).__name__}: {result}" if failed else result
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from autopar.errors import InternalError
+from autopar.lowering.collectives import STARTS, WAIT
 
 aten, functional = torch.ops.aten, torch.ops._c10d_functional
 
@@ -34,18 +35,8 @@ LAG = 2
 SMALL_BYTES = 1 << 20  # a collective this small costs its latency, not its bytes
 BUCKET_BYTES = 4 << 20
 
-WAIT = functional.wait_tensor.default
-_ALL_REDUCE = functional.all_reduce.default
 _SCATTER = functional.reduce_scatter_tensor.default
-_PACKED = frozenset({_ALL_REDUCE, _SCATTER})
-STARTS = frozenset(
-    {
-        _ALL_REDUCE,
-        _SCATTER,
-        functional.all_gather_into_tensor.default,
-        functional.all_to_all_single.default,
-    }
-)
+_PACKED = frozenset({functional.all_reduce.default, _SCATTER})
 
 
 def overlap(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModule:

@@ -18,16 +18,9 @@ from autopar.compile.kernels import decompositions
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.layout import Offset
-from autopar.lowering.program import (
-    CollectiveOp,
-    Communicate,
-    Compute,
-    Exchange,
-    LocalProgram,
-)
+from autopar.lowering.collectives import WAIT, start
+from autopar.lowering.program import Communicate, Compute, Exchange, LocalProgram
 from autopar.ops.random import random_op_ids
-
-functional = torch.ops._c10d_functional
 
 
 def is_traceable(program: LocalProgram) -> bool:
@@ -51,9 +44,9 @@ def trace(
         values = _Values(dict(zip(names, tensors, strict=True)), coordinates, inputs[0].device)
         for instruction in program.body:
             if isinstance(instruction, Communicate):
-                shard = values.read(instruction.operand).contiguous()
-                group, size = groups[instruction.axis]
-                values.start(instruction.name, start(instruction, shard, group, size))
+                shard, (group, size) = values.read(instruction.operand), groups[instruction.axis]
+                begun = start(instruction.op, shard, group, size, instruction.reduce)
+                values.start(instruction.name, begun)
             elif isinstance(instruction, Exchange):
                 raise InternalError(f"{instruction.name} exchanges rows in unknown numbers")
             else:
@@ -69,37 +62,6 @@ def trace(
         )(*inputs)
     graph.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     return graph
-
-
-def start(instruction: Communicate, shard: Tensor, group: str, size: int) -> Tensor:
-    """The collective's result, not yet waited for."""
-    match instruction.op:
-        case CollectiveOp.ALL_REDUCE:
-            found = functional.all_reduce(shard, instruction.reduce, group)
-        case CollectiveOp.ALL_GATHER:
-            found = functional.all_gather_into_tensor(shard, size, group)
-        case CollectiveOp.REDUCE_SCATTER:
-            found = functional.reduce_scatter_tensor(shard, instruction.reduce, size, group)
-        case CollectiveOp.ALL_TO_ALL:
-            rows = [shard.shape[0] // size] * size
-            found = functional.all_to_all_single(shard, rows, rows, group)
-    result: Tensor = found
-    return result
-
-
-def collective_of(node: fx.Node) -> tuple[CollectiveOp, str, str]:
-    """(op, group, reduce) of what `start` made."""
-    op = _OPS[node.target]
-    reduce = node.args[1] if op in (CollectiveOp.ALL_REDUCE, CollectiveOp.REDUCE_SCATTER) else "sum"
-    return op, str(node.args[-1]), str(reduce)
-
-
-_OPS: dict[Any, CollectiveOp] = {
-    functional.all_reduce.default: CollectiveOp.ALL_REDUCE,
-    functional.all_gather_into_tensor.default: CollectiveOp.ALL_GATHER,
-    functional.reduce_scatter_tensor.default: CollectiveOp.REDUCE_SCATTER,
-    functional.all_to_all_single.default: CollectiveOp.ALL_TO_ALL,
-}
 
 
 class _Values:
@@ -119,7 +81,7 @@ class _Values:
     def read(self, ref: Ref) -> Any:
         if ref.name in self._started:
             self._started.remove(ref.name)
-            self.made[ref.name] = functional.wait_tensor(self.made[ref.name])
+            self.made[ref.name] = WAIT(self.made[ref.name])
         value = self.made[ref.name]
         return value[ref.index] if isinstance(value, (tuple, list)) else value
 

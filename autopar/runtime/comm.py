@@ -32,8 +32,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import AutoparError, InternalError, PlanError, RuntimeFailure
+from autopar.lowering.collectives import WAIT, start
 from autopar.lowering.lower import LoweredPlan, LoweredStage
-from autopar.lowering.program import CollectiveOp
 from autopar.lowering.transfer import Tile, Transfer
 from autopar.mesh import AXIS_NAMES
 from autopar.runtime.host import HOST
@@ -336,22 +336,8 @@ class ProcessCollectives:
         self._groups = tuple(groups)
 
     def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
-        functional = torch.ops._c10d_functional
         name, size = self._groups[axis]
-        (shard,) = shards
-        shard = shard.contiguous()
-        if op == CollectiveOp.ALL_REDUCE:
-            result = functional.all_reduce(shard, reduce, name)
-        elif op == CollectiveOp.ALL_GATHER:
-            result = functional.all_gather_into_tensor(shard, size, name)
-        elif op == CollectiveOp.REDUCE_SCATTER:
-            result = functional.reduce_scatter_tensor(shard, reduce, size, name)
-        elif op == CollectiveOp.ALL_TO_ALL:
-            rows = [shard.shape[0] // size] * size
-            result = functional.all_to_all_single(shard, rows, rows, name)
-        else:
-            raise InternalError(f"no collective {op!r}")
-        return [functional.wait_tensor(result)]
+        return [WAIT(start(op, shard, name, size, reduce)) for shard in shards]
 
     def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
         functional = torch.ops._c10d_functional

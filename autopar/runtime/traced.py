@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.compile.overlap import STARTS, WAIT, overlap
-from autopar.compile.trace import collective_of, is_traceable, trace
+from autopar.compile.overlap import overlap
+from autopar.compile.trace import is_traceable, trace
 from autopar.errors import VerificationError
+from autopar.lowering.collectives import STARTS, WAIT, collective_of
 from autopar.lowering.program import LocalProgram
 from autopar.mesh import LogicalMesh
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards, interpreter

@@ -6,14 +6,13 @@ the order of the items, so that a search does not depend on how many processors 
 
 from __future__ import annotations
 
-import pickle
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from autopar.errors import InternalError
-from autopar.forks import Fork, num_processors, outcome, start
+from autopar.forks import Fork, num_processors, outcome, start, unpickled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +60,7 @@ def _received(fork: Fork) -> list[tuple[bool, Result | Exception]]:
     data, _ = fork.received()
     if not data:
         raise InternalError("a worker of the search ended without an answer")
-    failed, answers = pickle.loads(data)
+    failed, answers = unpickled(data)
     if failed:
         raise answers
     found: list[tuple[bool, Result | Exception]] = answers

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import pickle
 import signal
 from collections.abc import Callable
 from typing import TypeVar
 
 from autopar.errors import AutoparError
-from autopar.forks import start
+from autopar.forks import start, unpickled
 
 T = TypeVar("T")
 LIMIT_S = 30.0  # some ten times what a search takes
@@ -42,7 +41,7 @@ def isolated(work: Callable[[], T], limit_s: float) -> T:
         raise Crashed(f"it crashes with {signal.Signals(os.WTERMSIG(status)).name}")
     if not data:
         raise Crashed("it ends the process")
-    failed, result = pickle.loads(data)
+    failed, result = unpickled(data)
     if failed:
         raise result
     return result  # type: ignore[no-any-return]

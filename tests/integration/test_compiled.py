@@ -10,6 +10,7 @@ from torch.nn import functional
 from autopar.api import parallelize
 from autopar.options import SearchOptions
 from autopar.runtime.comm import World
+from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 
@@ -52,6 +53,8 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
         device="cpu",
         compiled=compiled,
     )
+    executors = parallel._executors.values()
+    players = [e.whole or e.backward for e in executors]
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     losses = []
     for _ in range(STEPS):
@@ -59,6 +62,9 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     losses.append(parallel.eval_step(batch()))
+    assert all(
+        isinstance(p, CompiledProgram) is compiled for p in players
+    )  # and nothing fell back to the interpreter
     kept = [getattr(p, "to_local", lambda p=p: p)().detach() for p in parallel.parameters()]
     return [loss.detach() for loss in losses] + kept
 
