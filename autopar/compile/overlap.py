@@ -1,21 +1,23 @@
 """The order of a traced program: collectives that come once per step run beside everything else.
 
-    first   collectives that depend on parameters alone (gathers), in the order in which their
-            results are read; each is waited for where it is read first
+    early   collectives that depend on parameters alone (gathers), in the order in which their
+            results are read: each starts `AHEAD` of them or `AHEAD_BYTES` before it is read, the
+            farther of both, and is waited for where it is read first
     body    in its own order
-    last    collectives that no product of matrices waits for (reductions of gradients): each starts
+    late    collectives that no product of matrices waits for (reductions of gradients): each starts
             as soon as its operand is there, and is waited for when `LAG` others have started
 
-Small collectives of the second kind travel together: as many as come until there are `BUCKET_BYTES`
-of one type. Everything else stays where it was. The order is a function of the graph alone, which
-all ranks of a stage have alike, so that their collectives meet.
+Small collectives of the last kind travel together: as many as come until there are `BUCKET_BYTES`
+of one type. Everything else stays where it was. Collectives of one group run one after the other:
+were all gathers started first, the first one of the body would wait for them.
 
-A gathered parameter is alive from the start of the step, as the plan counts it; a gradient before
-its reduction no longer than `LAG` others.
+The order is a function of the graph alone, and gathers start only next to anchors, products and
+collectives of the body, which all ranks of a stage have alike, so that their collectives meet.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -31,6 +33,8 @@ from autopar.lowering.collectives import STARTS, WAIT
 
 aten, functional = torch.ops.aten, torch.ops._c10d_functional
 
+AHEAD = 4
+AHEAD_BYTES = 64 << 20
 LAG = 2
 SMALL_BYTES = 1 << 20  # a collective this small costs its latency, not its bytes
 BUCKET_BYTES = 4 << 20
@@ -69,6 +73,14 @@ def nbytes(node: fx.Node) -> int:
     return value.numel() * value.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """A collective that starts early. anchor: how many anchors come before its first reader."""
+
+    start: fx.Node
+    anchor: int
+
+
 class _Parts:
     """To which part of the order each node of a graph belongs.
 
@@ -93,15 +105,21 @@ class _Parts:
         self.soon = _closure(self.late, lambda n: n.all_input_nodes, tail)
         self.after = _closure(self.late, lambda n: n.users, tail)
 
-    def gathers(self) -> list[fx.Node]:
+    def gathers(self) -> list[_Gather]:
         """Collectives of parameters alone, those that are read first first."""
         use: dict[fx.Node, int] = {}
+        anchors = [i for i, n in enumerate(self.nodes) if self.is_anchor(n)]
         for node in reversed(self.nodes):
             if node in self.early:
                 reads = [use[u] if u in self.early else self.index[u] for u in node.users]
                 use[node] = min(reads, default=len(self.nodes))
         starts = [n for n in self.nodes if n in self.early and n.target in STARTS]
-        return sorted(starts, key=lambda n: use[n])
+        found = [_Gather(n, bisect.bisect_left(anchors, use[n])) for n in starts]
+        return sorted(found, key=lambda gather: gather.anchor)
+
+    def is_anchor(self, node: fx.Node) -> bool:
+        """Whether it is a product or a collective of the body."""
+        return self.is_body(node) and (is_heavy(node) or node.target in STARTS)
 
     def is_body(self, node: fx.Node) -> bool:
         return not (node in self.early or node in self.free or self.is_late(node))
@@ -158,24 +176,44 @@ class _Order:
         self._made: dict[fx.Node, fx.Node] = {}
         self._started: deque[_Parcel] = deque()
         self._buckets: dict[tuple[Any, ...], list[fx.Node]] = {}
+        self._gathers = deque(parts.gathers())
+        self._ahead: deque[_Gather] = deque()
 
     def run(self) -> None:
         parts = self._parts
         for node in parts.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self._emit(node)
-        for node in parts.gathers():
-            self._emit(node)
+        anchors = 0
+        self._gather_until(anchors)
         for node in parts.nodes:
             if node.op == "call_function" and parts.is_body(node):
                 self._emit(node)
+                if parts.is_anchor(node):
+                    anchors += 1
+                    self._gather_until(anchors)
                 self._follow(node)
+        self._gather_until(len(parts.nodes))
         while self._buckets or self._started:
             for key in list(self._buckets):
                 self._send(self._buckets.pop(key))
             while self._started:
                 self._finish(self._started.popleft())
         self._emit(parts.nodes[-1])
+
+    def _gather_until(self, anchor: int) -> None:
+        """Starts what is read before or by this anchor, and what goes ahead of it."""
+        while self._ahead and self._ahead[0].anchor <= anchor:
+            self._ahead.popleft()
+        while self._gathers and (
+            self._gathers[0].anchor <= anchor
+            or len(self._ahead) < AHEAD
+            or sum(nbytes(g.start) for g in self._ahead) < AHEAD_BYTES
+        ):
+            gather = self._gathers.popleft()
+            self._emit(gather.start)
+            if gather.anchor > anchor:
+                self._ahead.append(gather)
 
     def _emit(self, node: fx.Node) -> None:
         """The node, after what it reads."""

@@ -21,6 +21,7 @@ float64 has 53 digits, from two words. erfinv is the backend's own; all other st
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -203,13 +204,28 @@ def mix_int(x: int) -> int:
 
 def make_keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
     """Two int32[1] words. They agree for two (seed, op_id) pairs only if both 32-bit hashes do."""
-    first, second = (_signed(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
+    return _keys(seed, *_salts_of(op_id))
+
+
+def _random_keys(seed: Tensor, op_ids: Sequence[int]) -> Tensor:
+    salts = _salts(tuple(op_ids), seed.device)
+    return torch.stack(_keys(seed, salts[0], salts[1]), dim=1)
+
+
+def _keys(seed: Tensor, first: int | Tensor, second: int | Tensor) -> tuple[Tensor, Tensor]:
     word = seed.narrow(0, 0, 1)
     return mix(mix(word) ^ first), mix(mix(word + second) ^ first)
 
 
-def _random_keys(seed: Tensor, op_ids: Sequence[int]) -> Tensor:
-    return torch.stack([torch.cat(make_keys(seed, op_id)) for op_id in op_ids])
+def _salts_of(op_id: int) -> tuple[int, int]:
+    first, second = (_signed(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
+    return first, second
+
+
+@functools.cache
+def _salts(op_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32[2, op_ids]; kept, as bringing it to the device waits for the device."""
+    return torch.tensor([_salts_of(i) for i in op_ids], dtype=torch.int32, device=device).t()
 
 
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:

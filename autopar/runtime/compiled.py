@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.compile.inductor import Compiled, compile_module
-from autopar.compile.overlap import overlap
+from autopar.compile.passes import prepare
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
@@ -83,7 +83,7 @@ class CompiledProgram:
         self._strides = [value.stride() for value in values]
         module = trace(self._program, values, coordinates=self._coordinates, groups=self._groups)
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
-        ordered = overlap(module, early)
+        ordered = prepare(module, early)
         self._call = compile_module(ordered)
         size = len(ordered.graph.nodes)
         _LOG.info("compiled %d nodes in %.1f s", size, time.monotonic() - started)

@@ -1,5 +1,5 @@
 """Plays what Inductor is given, operator by operator, for all ranks of a virtual mesh: the check of
-tracing and of the order that `compile.overlap` makes, without a compiler.
+tracing and of the order that `compile.passes` make, without a compiler.
 
 Each rank runs a graph of its own up to its next collective; there all must ask for the same one.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.compile.overlap import overlap
+from autopar.compile.passes import prepare
 from autopar.compile.trace import is_traceable, trace
 from autopar.errors import VerificationError
 from autopar.lowering.collectives import STARTS, WAIT, collective_of
@@ -64,7 +64,7 @@ class _TracedProgram:
         if not self._graphs:
             for coords, own in zip(self._coordinates, ranks, strict=True):
                 module = trace(self._program, own, coordinates=coords, groups=self._groups)
-                self._graphs.append(overlap(module, self._early))
+                self._graphs.append(prepare(module, self._early))
         del values
         outputs = self._play([_steps(g, v) for g, v in zip(self._graphs, ranks, strict=True)])
         return dict(zip(self._program.outputs, map(list, zip(*outputs, strict=True)), strict=True))

@@ -1,0 +1,116 @@
+"""What is done to a traced program before Inductor sees it: the values stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autopar.compile import alignment
+from autopar.compile.alignment import pad_products
+from autopar.compile.overlap import AHEAD, AHEAD_BYTES, overlap
+from autopar.compile.tables import make_tables
+from autopar.lowering.collectives import STARTS, WAIT, start
+
+aten = torch.ops.aten
+
+
+def traced(body: Callable[..., list[Tensor]], *inputs: Tensor) -> fx.GraphModule:
+    with torch.no_grad():
+        module: fx.GraphModule = make_fx(
+            body, decomposition_table=select_decomp_table(), tracing_mode="fake"
+        )(*inputs)
+    return module
+
+
+def targets(module: fx.GraphModule) -> list[Any]:
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+def rotated(x: Tensor, y: Tensor) -> list[Tensor]:
+    angles = torch.arange(16)[:, None] * torch.pow(100.0, -torch.arange(4) / 4)
+    cos, sin = angles.cos(), angles.sin()
+    return [x * cos + y * sin, y * cos - x * sin]
+
+
+def test_angles_are_tables() -> None:
+    x, y = torch.randn(2, 8, 3, 16, 4)
+    module = make_tables(traced(rotated, x, y))
+    buffers = [n for n in module.graph.nodes if n.target is aten.as_strided.default]
+    assert [b.args[0].target for b in buffers][-2:] == [aten.cos.default, aten.sin.default]
+    assert all(len(b.users) > 1 for b in buffers[-2:])
+    for got, want in zip(module(x, y), rotated(x, y), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_what_is_read_once_is_no_table() -> None:
+    x = torch.randn(16, 4)
+    module = make_tables(traced(lambda x: [x.cos() * x, x.exp().sum()], x))
+    assert aten.as_strided.default not in targets(module)
+
+
+@pytest.mark.parametrize("bias_shape", [(13,), (1, 13), (9, 13)])
+def test_products_are_padded(monkeypatch: pytest.MonkeyPatch, bias_shape: tuple[int, ...]) -> None:
+    monkeypatch.setattr(alignment, "SMALL_PRODUCT", 1)
+
+    def body(a: Tensor, b: Tensor, bias: Tensor) -> list[Tensor]:
+        product = torch.addmm(bias, a, b.t())
+        back = product.sin()
+        return [product, back @ b, back.t() @ a]
+
+    a, b, bias = torch.randn(9, 7), torch.randn(13, 7), torch.randn(bias_shape)
+    module = pad_products(traced(body, a, b, bias))
+    module.recompile()
+    pads = [n for n in module.graph.nodes if n.target is aten.constant_pad_nd.default]
+    assert len({(n.args[0], tuple(n.args[1])) for n in pads}) == len(pads)
+    for node in module.graph.nodes:
+        if node.target in (aten.mm.default, aten.addmm.default):
+            sizes = [n.meta["val"].shape for n in node.args[-2:]]
+            assert all(size % 4 == 0 for shape in sizes for size in shape), node
+    for got, want in zip(module(a, b, bias), body(a, b, bias), strict=True):
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want)
+
+
+def test_aligned_and_small_products_stay() -> None:
+    a, b = torch.randn(512, 512), torch.randn(512, 513)
+    assert targets(pad_products(traced(lambda a, b: [a @ b[:, :512]], a, b))).count(aten.mm.default)
+    small = pad_products(traced(lambda a, b: [a[:7] @ b], a, b))
+    assert aten.constant_pad_nd.default not in targets(small)
+
+
+LAYERS = 12
+
+
+def sharded_layers(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Each weight is gathered where it is used; the last value is the sum over the group."""
+    for shard in weights:
+        gathered = WAIT(start("all_gather", shard, "group", 2, "sum"))
+        x = x @ gathered
+    return [WAIT(start("all_reduce", x, "group", 2, "sum"))]
+
+
+def test_gathers_go_a_few_ahead() -> None:
+    weights = [torch.randn(256, 512) for _ in range(LAYERS)]
+    module = traced(sharded_layers, torch.randn(4, 512), *weights)
+    order = targets(overlap(module, range(1, LAYERS + 1)))
+    starts = products = waits = 0
+    for target in order:
+        starts += target in STARTS
+        waits += target is WAIT
+        products += target is aten.mm.default
+        if target in STARTS and starts <= LAYERS:
+            assert starts - products <= _most_ahead(weights[0]) + 1
+        if target is aten.mm.default and products < LAYERS:
+            assert starts >= min(products + AHEAD, LAYERS)
+            assert waits <= products
+    assert starts == waits == LAYERS + 1
+
+
+def _most_ahead(shard: Tensor) -> int:
+    return max(AHEAD, -(-AHEAD_BYTES // (2 * shard.numel() * shard.itemsize)))
