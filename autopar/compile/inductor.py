@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.compile.noise import register_loops
+
 # By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
 FLAGS = {
     "reorder_for_peak_memory": False,
@@ -30,6 +32,7 @@ def compile_module(module: fx.GraphModule) -> Compiled:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
+    register_loops()
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     context = torch._guards.TracingContext(fakes[0].fake_mode)
     with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS):

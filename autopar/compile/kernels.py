@@ -1,7 +1,9 @@
 """What our own operators are for a compiler: plain ATen where it can fuse, the fastest kernel where
 it cannot.
 
-    dropout, uniform, .., padded_narrow, keep_on_first    their own ATen bodies
+    dropout                                               one operator with its keys, for which
+                                                          Inductor has our loop (`compile.noise`)
+    uniform, normal, .., padded_narrow, keep_on_first     their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
 """
@@ -33,7 +35,15 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
 
     keys = _KeyTable(random_op_ids)
     random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
-    return {**select_decomp_table(), **_OWN, **random}
+    dropout = {own.dropout.default: partial(_dropout, keys)}
+    return {**select_decomp_table(), **_OWN, **random, **dropout}
+
+
+def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:
+    if not 0.0 < p < 1.0:
+        return counter_dropout(x, seed, op_id, p, *rest)
+    dropped: Tensor = own.keyed_dropout(x, seed, *keys.row(seed, op_id), p, *rest)
+    return dropped
 
 
 def _sdpa(*args: Any) -> Any:
@@ -56,14 +66,17 @@ class _KeyTable:
         self._keys: Tensor | None = None
 
     def __call__(self, seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
+        keys, row = self.row(seed, op_id)
+        return keys[row, :1], keys[row, 1:]
+
+    def row(self, seed: Tensor, op_id: int) -> tuple[Tensor, int]:
+        """The table, and which of its rows."""
         if self._keys is None or self._seed is not seed:
             self._seed, self._keys = seed, own.random_keys(seed, list(self._rows))
-        row = self._keys.select(0, self._rows[op_id])
-        return row.narrow(0, 0, 1), row.narrow(0, 1, 1)
+        return self._keys, self._rows[op_id]
 
 
 _RANDOM: Decompositions = {
-    own.dropout.default: counter_dropout,
     own.uniform.default: counter_uniform,
     own.normal.default: counter_normal,
     own.randint.default: counter_randint,

@@ -50,6 +50,10 @@ define(f"randint({_GEOMETRY}, int low, int high, ScalarType dtype) -> Tensor")
 
 
 define("random_keys(Tensor seed, int[] op_ids) -> Tensor")  # int32[op_ids, 2]
+define(  # dropout with the keys of one row of random_keys: one operator for a compiler
+    "keyed_dropout(Tensor x, Tensor seed, Tensor keys, int row, float p, int[] sizes,"
+    " int[] local_sizes, int[] offsets, int row_atoms) -> Tensor"
+)
 
 Keys = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(seed, op_id) -> two words, int32[1] each: what `make_keys` makes."""
@@ -59,7 +63,7 @@ def seed_tensor(seed: int, microbatch: int, device: torch.device | None = None) 
     """int32[2]: what the random operators of one microbatch read. Every reference execution uses it
     too. seed: of the step, any 64-bit integer."""
     word = mix_int(mix_int(seed) + mix_int(seed >> 32))
-    return torch.tensor([_signed(word), microbatch], dtype=torch.int32, device=device)
+    return torch.tensor([wrapped(word), microbatch], dtype=torch.int32, device=device)
 
 
 def counter_dropout(
@@ -87,8 +91,27 @@ def counter_dropout(
     if p >= 1.0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     atoms = tuple(zip(sizes, local_sizes, offsets, strict=True))
-    keep = (hashed_bits(seed, op_id, atoms, row_atoms, keys) < _threshold(p)).reshape(x.shape)
+    keep = (hashed_bits(seed, op_id, atoms, row_atoms, keys) < threshold(p)).reshape(x.shape)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0).contiguous()
+
+
+def keyed_dropout(
+    x: Tensor,
+    seed: Tensor,
+    keys: Tensor,
+    row: int,
+    p: float,
+    sizes: Sequence[int],
+    local_sizes: Sequence[int],
+    offsets: Sequence[int],
+    row_atoms: int,
+) -> Tensor:
+    """`counter_dropout` whose keys are a row of int32[rows, 2]."""
+
+    def key(_seed: Tensor, _op_id: int) -> tuple[Tensor, Tensor]:
+        return keys[row, :1], keys[row, 1:]
+
+    return counter_dropout(x, seed, 0, p, sizes, local_sizes, offsets, row_atoms, key)
 
 
 def counter_uniform(
@@ -163,9 +186,9 @@ def hashed_bits(
     cols = _linear_index(atoms[row_atoms:], seed.device)
     microbatch = seed.narrow(0, 1, 1)
     if row_atoms:
-        rows = rows + microbatch * _signed(math.prod([size for size, _, _ in atoms[:row_atoms]]))
+        rows = rows + microbatch * wrapped(math.prod([size for size, _, _ in atoms[:row_atoms]]))
     else:
-        cols = cols + microbatch * _signed(math.prod([size for size, _, _ in atoms]))
+        cols = cols + microbatch * wrapped(math.prod([size for size, _, _ in atoms]))
     return mix(mix(rows ^ key0).unsqueeze(1) ^ mix(cols + key1).unsqueeze(0))
 
 
@@ -183,12 +206,13 @@ def _dim_bits(
     return bits.reshape(list(local_sizes))
 
 
-def mix(x: Tensor) -> Tensor:
-    """A bijection of int32 whose every output bit depends on every input bit."""
+def mix(x: Any) -> Any:
+    """A bijection of int32 whose every output bit depends on every input bit. x: a tensor, or
+    anything else that has its operators."""
     x = x ^ _logical_shift(x, _SHIFTS[0])
-    x = x * _signed(_MULTIPLIERS[0])
+    x = x * wrapped(_MULTIPLIERS[0])
     x = x ^ _logical_shift(x, _SHIFTS[1])
-    x = x * _signed(_MULTIPLIERS[1])
+    x = x * wrapped(_MULTIPLIERS[1])
     return x ^ _logical_shift(x, _SHIFTS[2])
 
 
@@ -218,7 +242,7 @@ def _keys(seed: Tensor, first: int | Tensor, second: int | Tensor) -> tuple[Tens
 
 
 def _salts_of(op_id: int) -> tuple[int, int]:
-    first, second = (_signed(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
+    first, second = (wrapped(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
     return first, second
 
 
@@ -234,22 +258,23 @@ def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -
     stride = math.prod([size for size, _, _ in atoms])
     for size, local, offset in atoms:
         stride //= max(size, 1)
-        steps = torch.arange(local, dtype=torch.int32, device=device) * _signed(stride)
-        index = (index.unsqueeze(1) + (steps + _signed(offset * stride))).reshape(-1)
+        steps = torch.arange(local, dtype=torch.int32, device=device) * wrapped(stride)
+        index = (index.unsqueeze(1) + (steps + wrapped(offset * stride))).reshape(-1)
     return index
 
 
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
+def _logical_shift(x: Any, bits: int) -> Any:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def _signed(word: int) -> int:
+def wrapped(word: int) -> int:
     """The int32 with the same low 32 bits."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """Bits below it are kept."""
     return min(int((1.0 - p) * 2**32), 2**32 - 1) - 2**31
 
 
@@ -292,6 +317,8 @@ torch.library.register_fake("autopar::dropout", _dropout_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "autopar::dropout", _dropout_grad, setup_context=_setup_context, lib=LIBRARY
 )
+LIBRARY.impl("keyed_dropout", keyed_dropout, "CompositeExplicitAutograd")
+torch.library.register_fake("autopar::keyed_dropout", _dropout_fake, lib=LIBRARY)
 LIBRARY.impl("random_keys", _random_keys, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "autopar::random_keys",
