@@ -1,5 +1,5 @@
-"""Dropout as one loop of Inductor: written out as ATen operators it is about seventy nodes each way,
-most of what there is to compile in a model that has it.
+"""Dropout as one loop of Inductor: written out as ATen operators it is about seventy nodes each
+way, most of what there is to compile in a model that has it.
 
 Bits are those of `ops.random.counter_dropout`.
 """

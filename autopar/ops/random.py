@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,17 @@ define(  # dropout with the keys of one row of random_keys: one operator for a c
     " int[] local_sizes, int[] offsets, int row_atoms) -> Tensor"
 )
 
+
+class _Operators(Protocol):
+    """What `mix` asks of a word."""
+
+    def __mul__(self, other: Any) -> Self: ...
+    def __xor__(self, other: Any) -> Self: ...
+    def __and__(self, other: Any) -> Self: ...
+    def __rshift__(self, other: Any) -> Self: ...
+
+
+Word = TypeVar("Word", bound=_Operators)
 Keys = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(seed, op_id) -> two words, int32[1] each: what `make_keys` makes."""
 
@@ -206,7 +217,7 @@ def _dim_bits(
     return bits.reshape(list(local_sizes))
 
 
-def mix(x: Any) -> Any:
+def mix(x: Word) -> Word:
     """A bijection of int32 whose every output bit depends on every input bit. x: a tensor, or
     anything else that has its operators."""
     x = x ^ _logical_shift(x, _SHIFTS[0])
@@ -263,7 +274,7 @@ def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -
     return index
 
 
-def _logical_shift(x: Any, bits: int) -> Any:
+def _logical_shift(x: Word, bits: int) -> Word:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
