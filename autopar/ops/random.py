@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +59,11 @@ def seed_tensor(seed: int, microbatch: int, device: torch.device | None = None) 
     """int32[2]: what the random operators of one microbatch read. Every reference execution uses it
     too. seed: of the step, any 64-bit integer."""
     word = mix_int(mix_int(seed) + mix_int(seed >> 32))
-    return torch.tensor([_signed(word), microbatch], dtype=torch.int32, device=device)
+    words = [_signed(word), microbatch]
+    if device is None or device.type != "cuda":
+        return torch.tensor(words, dtype=torch.int32, device=device)
+    pinned = torch.tensor(words, dtype=torch.int32, pin_memory=True)
+    return pinned.to(device, non_blocking=True)  # from other memory the copy waits for the device
 
 
 def counter_dropout(
@@ -209,7 +214,18 @@ def make_keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _random_keys(seed: Tensor, op_ids: Sequence[int]) -> Tensor:
-    return torch.stack([torch.cat(make_keys(seed, op_id)) for op_id in op_ids])
+    """What `make_keys` makes for each, in two dozen kernels for all."""
+    added, flipped = _key_constants(tuple(op_ids), seed.device)
+    return mix(mix(seed.narrow(0, 0, 1) + added) ^ flipped)
+
+
+@lru_cache(maxsize=256)  # programs: a copy from the host would wait for the device in each step
+def _key_constants(op_ids: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32[op_ids, 2] and int32[op_ids, 1]."""
+    words = [[_signed(mix_int(mix_int(i) + salt)) for salt in _KEY_SALTS] for i in op_ids]
+    pairs = torch.tensor([[0, second] for _, second in words], dtype=torch.int32, device=device)
+    firsts = torch.tensor([[first] for first, _ in words], dtype=torch.int32, device=device)
+    return pairs, firsts
 
 
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
