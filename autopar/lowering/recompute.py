@@ -36,6 +36,7 @@ _EXPENSIVE = {
     aten._softmax.default,
     aten._safe_softmax.default,
     aten._log_softmax.default,
+    torch.ops.autopar.cross_entropy.default,
     aten.native_layer_norm.default,
     aten._fused_rms_norm.default,
     aten.native_group_norm.default,
