@@ -31,8 +31,9 @@ define(
 def cross_entropy(x: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plain ATen body of `autopar::cross_entropy`, also its decomposition for a compiler."""
     wide = x.to(accumulation_dtype(x.dtype))
-    top = wide.amax(1, keepdim=True)
-    lse = (wide - top).exp().sum(1).log() + top.squeeze(1)
+    top = wide.amax(1, keepdim=True)  # written as Inductor knows it: maximum and sum in one pass
+    total = (wide - top).exp().sum(1, keepdim=True)
+    lse = (total.log() + top).squeeze(1)
     counted = target != ignore_index
     picked = x.gather(1, torch.where(counted, target, 0).unsqueeze(1)).squeeze(1)
     loss = torch.where(counted, lse - picked.to(lse.dtype), 0.0).sum()
