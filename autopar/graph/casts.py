@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.graph.program import Graph, Operator, Ref, TensorMeta
 from autopar.graph.rewrite import Rewrite, derived, rewrite_graph
 from autopar.graph.work import is_view

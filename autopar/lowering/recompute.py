@@ -24,6 +24,7 @@ from functools import partial
 import networkx as nx
 import torch
 
+import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph
 from autopar.graph.work import is_contraction, is_view
 from autopar.plan import Remat
