@@ -56,6 +56,7 @@ _aten = torch.ops.aten
 _COMPOSITE_REDUCES: Mapping[object, int] = {
     _aten._log_softmax.default: 2,
     _aten._log_softmax_backward_data.default: 1,
+    torch.ops.autopar.cross_entropy.default: 2,
     _aten._native_batch_norm_legit_functional.default: 2,
     _aten.native_batch_norm_backward.default: 2,
 }
@@ -235,10 +236,13 @@ class MeshCosts:
         out = np.zeros(len(choices))
         if not count:
             return out
-        meta = op.results[0]
+        meta = op.results[-1 if op.target is _CROSS_ENTROPY else 0]
         assert meta is not None
-        lowering, dim = ("vp", -1) if op.target in _LOG_SOFTMAX else ("bn", 1)
-        if lowering == "vp":
+        vocabulary = op.target in (*_LOG_SOFTMAX, _CROSS_ENTROPY)
+        lowering, dim = ("vp", -1) if vocabulary else ("bn", 1)
+        if op.target is _CROSS_ENTROPY:
+            nbytes = float(meta.nbytes)
+        elif lowering == "vp":
             nbytes = meta.nbytes / max(1, meta.shape[dim])
         else:
             nbytes = meta.shape[dim] * meta.dtype.itemsize
@@ -360,6 +364,7 @@ class MeshCosts:
         return float(collective_coefficients(CollectiveKind.SEND, 2, link).seconds(nbytes))
 
 
+_CROSS_ENTROPY = torch.ops.autopar.cross_entropy.default
 _LOG_SOFTMAX = (_aten._log_softmax.default, _aten._log_softmax_backward_data.default)
 
 

@@ -3,7 +3,8 @@ it cannot.
 
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
-    uniform, normal, .., padded_narrow, keep_on_first     their own ATen bodies
+    uniform, normal, .., padded_narrow, keep_on_first,
+    cross_entropy                                         their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
+from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
 from autopar.ops.random import counter_dropout, counter_normal, counter_randint, counter_uniform
@@ -84,6 +86,8 @@ _RANDOM: Decompositions = {
 _OWN: Decompositions = {
     own.padded_narrow.default: padded_narrow,
     own.keep_on_first.default: keep_on_first,
+    own.cross_entropy.default: cross_entropy,
+    own.cross_entropy_backward.default: cross_entropy_backward,
     own.sdpa.default: _sdpa,
     own.sdpa_backward.default: _sdpa_backward,
 }

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from autopar.errors import AutoparError, CaptureError
 from autopar.graph.batch import BatchSpec, batch_spec, plain_mapping
 from autopar.graph.convert import Naming, convert
+from autopar.graph.losses import wide_losses
 from autopar.graph.normalize import normalize
 from autopar.graph.numbering import renumbered
 from autopar.graph.patches import capture_patches
@@ -84,6 +85,8 @@ def capture_graph(
             stack.enter_context(real_on_cpu(loss_fn))
         packed = any("position_ids" in path for path in spec.paths)
         stack.enter_context(capture_patches(model, packed_sequences=packed))
+        if precision.compute is not None and precision.compute.itemsize < 4:
+            stack.enter_context(wide_losses())
         stack.enter_context(torch.enable_grad())
         module = _trace(joint, arguments, mode)
         graph = convert(module, naming)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autopar.graph.casts import read_narrow_scores
 from autopar.graph.program import (
     Graph,
     InputKind,
@@ -254,6 +255,7 @@ _PASSES: tuple[Callable[[Graph], Graph], ...] = (
     split_mean_losses,
     wide_batch_statistics,
     seeded_random,
+    read_narrow_scores,
     merge_repeated_views,
     drop_dead,
     drop_dead_constants,

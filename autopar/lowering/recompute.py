@@ -24,6 +24,7 @@ from functools import partial
 import networkx as nx
 import torch
 
+import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph
 from autopar.graph.work import is_contraction, is_view
 from autopar.plan import Remat
@@ -36,6 +37,7 @@ _EXPENSIVE = {
     aten._softmax.default,
     aten._safe_softmax.default,
     aten._log_softmax.default,
+    torch.ops.autopar.cross_entropy.default,
     aten.native_layer_norm.default,
     aten._fused_rms_norm.default,
     aten.native_group_norm.default,

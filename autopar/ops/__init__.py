@@ -1,6 +1,7 @@
 """Operators of our own. Importing this package registers them with torch."""
 
 from autopar.ops import attention as _attention
+from autopar.ops import cross_entropy as _cross_entropy
 from autopar.ops import experts as _experts
 from autopar.ops import hub as _hub
 from autopar.ops import padding as _padding
@@ -9,4 +10,4 @@ from autopar.ops import random as _random
 
 __all__: list[str] = []
 
-del _attention, _experts, _hub, _padding, _partial, _random
+del _attention, _cross_entropy, _experts, _hub, _padding, _partial, _random

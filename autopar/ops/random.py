@@ -74,7 +74,11 @@ def seed_tensor(seed: int, microbatch: int, device: torch.device | None = None) 
     """int32[2]: what the random operators of one microbatch read. Every reference execution uses it
     too. seed: of the step, any 64-bit integer."""
     word = mix_int(mix_int(seed) + mix_int(seed >> 32))
-    return torch.tensor([wrapped(word), microbatch], dtype=torch.int32, device=device)
+    words = [wrapped(word), microbatch]
+    if device is None or device.type != "cuda":
+        return torch.tensor(words, dtype=torch.int32, device=device)
+    pinned = torch.tensor(words, dtype=torch.int32, pin_memory=True)
+    return pinned.to(device, non_blocking=True)  # from other memory the copy waits for the device
 
 
 def counter_dropout(

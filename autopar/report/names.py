@@ -25,7 +25,7 @@ _DERIVED = re.compile(r"__(save|hubb?|re\d*)$")
 # Contractions, attention, embeddings and losses: where the FLOPs and the large weights are.
 _HEAVY = re.compile(
     r"(addmm|mm|bmm|baddbmm|convolution|convolution_backward|embedding|embedding_dense_backward"
-    r"|nll_loss_forward|_grouped_mm|.*attention.*)"
+    r"|nll_loss_forward|cross_entropy|_grouped_mm|.*attention.*)"
 )
 
 

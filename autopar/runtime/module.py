@@ -20,15 +20,13 @@ from torch.distributed.tensor import DTensor
 from autopar.compile.step import whole_step
 from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
-from autopar.layout import REPLICATE, to_placements
 from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
-from autopar.mesh import LogicalMesh
 from autopar.plan import ParallelPlan
 from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.compiled import compiler
 from autopar.runtime.data import DataShard, data_shard
 from autopar.runtime.executor import Mode, RowPlayer, StageExecutor, StageResult, StepInputs
-from autopar.runtime.inputs import BatchFeed, valid_part
+from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import interpreter
 from autopar.runtime.parameters import (
     Initialiser,
@@ -36,9 +34,9 @@ from autopar.runtime.parameters import (
     kept_buffers,
     kept_parameters,
     model_values,
-    shard_of,
     tied_names,
 )
+from autopar.runtime.resting import RestingParameter, scope_of
 from autopar.runtime.simulated import Mailboxes
 from autopar.runtime.virtual import VirtualCollectives
 
@@ -92,14 +90,15 @@ class ParallelModel(nn.Module):
             compiled=on_gpu if compiled is None else compiled,
         )
         stages = [executor.stage for executor in self._executors.values()]
-        self._kept = kept_parameters(model, self._lowered, stages)
         self._kept_buffers = kept_buffers(model, self._lowered, stages)
         self._known = {name for names in tied_names(model).values() for name in names}
         self._known.update(name for name, _ in model.named_buffers(remove_duplicate=False))
         self._data = data_shard(graph, stages, self._rank, plan.num_microbatches)
         self._seed, self._steps = seed, 0
-        self._padded: dict[str, Tensor] = {}  # whole shards, of which parameters are views
-        self._fill(model, model_values(model, initialiser, seed))
+        values = model_values(model, initialiser, seed)
+        kept = kept_parameters(model, self._lowered, stages)
+        self._resting = tuple(self._rest(k, values(k.names[0], k.shape)) for k in kept)
+        self._fill_buffers(model, values)
 
     @property
     def plan(self) -> ParallelPlan:
@@ -129,10 +128,12 @@ class ParallelModel(nn.Module):
         seed = self._seed + self._steps if seed is None else seed
         self._steps += 1
         results, loss = self._play(batch, seed, Mode.TRAIN, "train_step")
-        for kept in self._kept:
-            gradients = results[kept.stage].gradients
-            if kept.key in gradients and kept.requires_grad:
-                self._add_gradient(kept, gradients[kept.key][0])
+        with torch.no_grad():
+            for resting in self._resting:
+                kept = resting.kept
+                gradients = results[kept.stage].gradients
+                if kept.key in gradients and kept.requires_grad:
+                    resting.add_gradient(gradients[kept.key][0])
         for buffer in self._kept_buffers:
             for stage, key in buffer.keys:
                 _buffer(self, buffer.name).copy_(results[stage].buffers[key][0])
@@ -144,15 +145,16 @@ class ParallelModel(nn.Module):
         buffer is updated. For a model in eval mode capture and plan it in eval mode."""
         return self._play(batch, self._seed, Mode.EVALUATE, "eval_step")[1]
 
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all gradients so that their norm over all stages is at most max_norm; returns the
         norm before. Replicas and tied weights count once."""
         norm_type = float(norm_type)
-        gradients = [(k, g) for k in self._kept if (g := self._local_gradient(k)) is not None]
+        gradients = [(r, g) for r in self._resting if (g := r.gradient) is not None]
         dtype = torch.promote_types(
             torch.float32, max((g.dtype for _, g in gradients), key=_width, default=torch.float32)
         )
-        mine = [g for k, g in gradients if self._counts_here(k)]
+        mine = [g for r, g in gradients if r.counts_here]
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         infinite = norm_type == float("inf")
         if mine:
@@ -183,68 +185,38 @@ class ParallelModel(nn.Module):
                 f"the state dict lacks {missing[:5]} and has {unexpected[:5]} that the model "
                 "does not have: pass strict=False to load what fits"
             )
-        by_name = {name: kept for kept in self._kept for name in kept.names}
+        by_name = {name: resting for resting in self._resting for name in resting.kept.names}
         with torch.no_grad():
             for name, target in own.items():
-                if name in state_dict:
-                    self._load(target, state_dict[name], by_name.get(name))
+                if name not in state_dict:
+                    continue
+                value, resting = state_dict[name], by_name.get(name)
+                if isinstance(value, DTensor) or resting is None:
+                    target.copy_(value)
+                else:
+                    resting.load(value)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _load(self, target: Tensor, value: Any, kept: KeptParameter | None) -> None:
-        if isinstance(value, DTensor) or kept is None:
-            target.copy_(value)
-            return
-        shard = shard_of(kept, self._mesh(kept), self._rank, value, self._device)
-        _local(target).copy_(self._valid(kept, shard))
+    def _rest(self, kept: KeptParameter, whole: Tensor) -> RestingParameter:
+        return RestingParameter(
+            kept,
+            whole,
+            self,
+            mesh=self._lowered.stages[kept.stage].mesh,
+            rank=self._rank,
+            device=self._device,
+            comm=self._comm,
+        )
 
-    def _fill(self, model: nn.Module, values: Initialiser) -> None:
-        """Registers every kept parameter and buffer under all of its names."""
-        for kept in self._kept:
-            whole = values(kept.names[0], kept.shape)
-            shard = shard_of(kept, self._mesh(kept), self._rank, whole, self._device)
-            del whole
-            self._padded[kept.names[0]] = shard
-            parameter = nn.Parameter(self._wrap(kept, shard), requires_grad=kept.requires_grad)
-            for name in kept.names:
-                scope, leaf = _scope(self, name)
-                scope._parameters[leaf] = parameter
+    def _fill_buffers(self, model: nn.Module, values: Initialiser) -> None:
+        """Registers every kept buffer."""
         shapes = {n: tuple(b.shape) for n, b in model.named_buffers(remove_duplicate=False)}
         for buffer in self._kept_buffers:
-            scope, leaf = _scope(self, buffer.name)
+            scope, leaf = scope_of(self, buffer.name)
             whole = values(buffer.name, shapes[buffer.name])
             scope._buffers[leaf] = whole.to(self._device, copy=True)
             if not buffer.persistent:
                 scope._non_persistent_buffers_set.add(leaf)
-
-    def _mesh(self, kept: KeptParameter) -> LogicalMesh:
-        return self._lowered.stages[kept.stage].mesh
-
-    def _valid(self, kept: KeptParameter, shard: Tensor) -> Tensor:
-        """A view of a shard at rest without its padding."""
-        mesh = self._mesh(kept)
-        return valid_part(shard, kept.dims, kept.rest, mesh, mesh.coordinates(self._rank))
-
-    def _at_rest(self, kept: KeptParameter) -> Tensor:
-        """A parameter's shard with its padding. A parameter whose storage was replaced, by
-        `parameter.data = ..` say, is copied back into it."""
-        shard = self._padded[kept.names[0]]
-        local = _local(_parameter(self, kept.names[0])).detach()
-        if local.untyped_storage().data_ptr() != shard.untyped_storage().data_ptr():
-            self._valid(kept, shard).copy_(local)
-        return shard
-
-    def _wrap(self, kept: KeptParameter, shard: Tensor) -> Tensor:
-        """A local tensor at rest as the DTensor that it is a part of, without its padding."""
-        if self._comm is None:
-            return shard
-        return DTensor.from_local(
-            self._valid(kept, shard),
-            (self._comm.host_meshes if kept.host else self._comm.meshes)[kept.stage],
-            to_placements(kept.dims, kept.rest, self._mesh(kept).axis_sizes),
-            run_check=False,
-            shape=torch.Size(kept.shape),
-            stride=torch.empty(kept.shape, device="meta").stride(),
-        )
 
     def _play(
         self, batch: Any, seed: int, mode: Mode, what: str
@@ -258,14 +230,16 @@ class ParallelModel(nn.Module):
             return results, self._share_loss(results)
 
     def _inputs(self, stage: int, feed: BatchFeed, seed: int) -> StepInputs:
-        kept = [k for k in self._kept if k.key and k.stage == stage]
+        resting = [r for r in self._resting if r.kept.key and r.kept.stage == stage]
         buffers = {
             key: [_buffer(self, buffer.name)]
             for buffer in self._kept_buffers
             for of, key in buffer.keys
             if of == stage
         }
-        return StepInputs({k.key: [self._at_rest(k)] for k in kept}, buffers, feed, seed)
+        with torch.no_grad():
+            shards = {r.kept.key: [r.at_rest()] for r in resting}
+        return StepInputs(shards, buffers, feed, seed)
 
     def _share_loss(self, results: Mapping[int, StageResult]) -> Tensor:
         """The loss on every rank of every stage."""
@@ -281,24 +255,6 @@ class ParallelModel(nn.Module):
             port = last.forward.outputs[LOSS]
             loss = torch.empty(port.meta.shape, dtype=port.meta.dtype, device=self._device)
         return self._world.broadcast(loss.contiguous(), last.devices[0])
-
-    def _add_gradient(self, kept: KeptParameter, gradient: Tensor) -> None:
-        parameter = _parameter(self, kept.names[0])
-        if parameter.grad is None:
-            parameter.grad = self._wrap(kept, gradient)
-        else:
-            _local(parameter.grad).add_(self._valid(kept, gradient))
-
-    def _local_gradient(self, kept: KeptParameter) -> Tensor | None:
-        gradient = _parameter(self, kept.names[0]).grad
-        return None if gradient is None else _local(gradient)
-
-    def _counts_here(self, kept: KeptParameter) -> bool:
-        """Whether this rank's shard is the first of its replicas."""
-        coords = self._mesh(kept).coordinates(self._rank)
-        return all(
-            c == 0 for c, placement in zip(coords, kept.rest, strict=True) if placement == REPLICATE
-        )
 
 
 def _make_executors(
@@ -339,37 +295,12 @@ def _make_executors(
     return executors
 
 
-def _scope(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a dotted name, made where it is missing, and the last part of the name.
-    Written past `add_module`, so that a model may use the names of this class's methods."""
-    *path, leaf = name.split(".")
-    module = root
-    for part in path:
-        child = module._modules.get(part)
-        if child is None:
-            child = module._modules[part] = nn.Module()
-        module = child
-    return module, leaf
-
-
-def _parameter(root: nn.Module, name: str) -> nn.Parameter:
-    scope, leaf = _scope(root, name)
-    parameter = scope._parameters[leaf]
-    if parameter is None:
-        raise InternalError(f"{name!r} is not a parameter of this rank")
-    return parameter
-
-
 def _buffer(root: nn.Module, name: str) -> Tensor:
-    scope, leaf = _scope(root, name)
+    scope, leaf = scope_of(root, name)
     buffer = scope._buffers[leaf]
     if buffer is None:
         raise InternalError(f"{name!r} is not a buffer of this rank")
     return buffer
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _width(dtype: torch.dtype) -> int:

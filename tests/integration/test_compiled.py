@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 from autopar.api import parallelize
 from autopar.options import SearchOptions
 from autopar.runtime.comm import World
 from autopar.runtime.compiled import CompiledProgram
+from autopar.runtime.gradients import Gradient
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 
@@ -35,8 +37,7 @@ def batch() -> dict[str, Tensor]:
     return {k: torch.randn(ROWS, WIDTH, generator=generator) for k in ("x", "y")}
 
 
-def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
-    """Losses of some steps, and what this rank keeps of the parameters then."""
+def make(devices: int, microbatches: int, *, compiled: bool) -> ParallelModel:
     torch.manual_seed(0)
     options = SearchOptions(
         num_stages=1,
@@ -45,7 +46,7 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
         placements={"*.weight": "S0"} if devices > 1 else {},
         cache=False,
     )
-    parallel: ParallelModel = parallelize(
+    return parallelize(
         Regression(),
         batch(),
         cluster=f"cpu:1x{devices}",
@@ -53,6 +54,11 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
         device="cpu",
         compiled=compiled,
     )
+
+
+def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
+    """Losses of some steps, and what this rank keeps of the parameters then."""
+    parallel = make(devices, microbatches, compiled=compiled)
     executors = parallel._executors.values()
     players = [e.whole or e.backward for e in executors]
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
@@ -70,7 +76,32 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
 
 
 def both(world: World) -> list[list[Tensor]]:
+    check_optimizers(world.size)
     return [train(world.size, 1, compiled=compiled) for compiled in (False, True)]
+
+
+def check_optimizers(devices: int) -> None:
+    """What knows of DTensors and what works on their shards alone agree."""
+    parallel = make(devices, 1, compiled=False)
+    parallel.train_step(batch())
+    parameters = list(parallel.parameters())
+    gradients = [p.grad for p in parameters]
+    assert all(isinstance(g, Gradient) for g in gradients)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1e-2).full_tensor()
+    assert norm > 1e-2
+    torch.testing.assert_close(parallel.clip_grad_norm_(1e9), torch.tensor(1e-2), rtol=1e-4, atol=0)
+    shards = [nn.Parameter(p.detach().to_local().clone()) for p in parameters]
+    for shard, gradient in zip(shards, gradients, strict=True):
+        shard.grad = gradient.to_local().clone()
+    for fast in ({"fused": True}, {"foreach": True}):
+        for owners in (parameters, shards):
+            torch.optim.AdamW(owners, lr=0.1, **fast).step()
+        for got, want in zip(parameters, shards, strict=True):
+            assert torch.equal(got.detach().to_local(), want)
+    split = next(g for g in gradients if g.placements[0].is_shard())
+    whole = distribute_tensor(torch.zeros(split.shape), split.device_mesh, [Replicate()])
+    torch._foreach_add_([whole], [split])  # laid out in two ways: DTensor's own
+    assert torch.equal(whole.to_local(), split.full_tensor())
 
 
 def check(interpreted: list[Tensor], compiled: list[Tensor]) -> None:

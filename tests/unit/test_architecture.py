@@ -50,7 +50,11 @@ NO_TORCH = (
 )
 # Calls torch.distributed; the others may name its tensor and placement types.
 DISTRIBUTED = ("autopar.runtime.comm",)
-TENSOR_TYPES = ("autopar.layout", "autopar.runtime.module", "autopar.verify")
+TENSOR_TYPES = (
+    "autopar.layout",
+    *(f"autopar.runtime.{name}" for name in ("module", "resting", "gradients")),
+    "autopar.verify",
+)
 MAY_PRINT = ("autopar.report", "autopar.cli")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import autopar.ops  # noqa: F401  (registers the operators that the rows below name)
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.lowering.composites import attention, batch_norm, experts, means, sizes, vocabulary

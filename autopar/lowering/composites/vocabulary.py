@@ -17,7 +17,7 @@ from autopar.lowering.emitter import CPU, Emitter
 from autopar.ops.attention import accumulation_dtype
 from autopar.sharding.rules.loss import REDUCTION_MEAN, REDUCTION_NONE
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.autopar
 
 
 def _cast(emit: Emitter, value: Ref, source: torch.dtype, target: torch.dtype) -> Ref:
@@ -114,6 +114,38 @@ def _nll_backward(site: Site) -> tuple[Ref, ...]:
     )
 
 
+def _cross_entropy(site: Site) -> tuple[Ref, ...]:
+    """Maximum and sum over the axes that shard the classes; each device counts the rows whose
+    target it holds."""
+    axes = site.strategy.axes("vp")
+    if not axes:
+        return site.call_with({})
+    emit, (x, target), ignore = site.emit, site.locals, site.call.args[2]
+    narrow = site.call.dtypes[0]
+    wide = _cast(emit, x, narrow, accumulation_dtype(narrow))
+    top = emit.all_reduce(emit.compute(aten.amax.default, wide, [1], True), axes, "max")
+    exp = emit.compute(aten.exp.default, emit.compute(aten.sub.Tensor, wide, top))
+    total = emit.all_reduce(emit.compute(aten.sum.dim_IntList, exp, [1], True), axes)
+    lse = emit.compute(aten.add.Tensor, emit.compute(aten.log.default, total), top)
+    start = site.offset(site.call.operands[0], site.strategy.operands[0], 1)
+    local, absent = _rows_here(emit, target, start, site.operand_shape(0)[1], ignore)
+    at = emit.compute(aten.unsqueeze.default, local, 1)
+    picked = emit.compute(aten.gather.default, x, 1, at)
+    picked = _cast(emit, picked, narrow, accumulation_dtype(narrow))
+    rows = emit.compute(aten.squeeze.dim, emit.compute(aten.sub.Tensor, lse, picked), 1)
+    loss = emit.compute(aten.sum.default, emit.compute(aten.masked_fill.Scalar, rows, absent, 0))
+    counted = emit.compute(aten.ne.Scalar, target, ignore)
+    count = emit.compute(aten.sum.default, counted, dtype=accumulation_dtype(narrow))
+    return loss, count, emit.compute(aten.squeeze.dim, lse, 1)
+
+
+def _cross_entropy_backward(site: Site) -> tuple[Ref, ...]:
+    """No device needs more than its own classes: it counts from its first one."""
+    if not site.strategy.axes("vp"):
+        return site.call_with({})
+    return site.call_with({5: site.offset(site.call.operands[1], site.strategy.operands[1], 1)})
+
+
 def _embedding(site: Site) -> tuple[Ref, ...]:
     """Rows that are elsewhere give zeros; the sum over the axes is pending."""
     if not site.strategy.axes("vocab"):
@@ -147,6 +179,8 @@ LOWERINGS: Mapping[object, Lowering] = {
     aten.nll_loss2d_forward.default: _nll,
     aten.nll_loss_backward.default: _nll_backward,
     aten.nll_loss2d_backward.default: _nll_backward,
+    own.cross_entropy.default: _cross_entropy,
+    own.cross_entropy_backward.default: _cross_entropy_backward,
     aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_backward,
 }

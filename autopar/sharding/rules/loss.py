@@ -7,17 +7,18 @@ losses that fuse the mean get the lowering "mean".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from autopar.layout import REPLICATE, shape_of
+from autopar.layout import PARTIAL, REPLICATE, shape_of
 from autopar.sharding.registry import RuleFn
 from autopar.sharding.rule import Call, Factor, Rule, letter_rule, replicate_rule
 from autopar.sharding.rules.indexing import with_lowering
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.autopar
 
 REDUCTION_NONE, REDUCTION_MEAN, REDUCTION_SUM = 0, 1, 2
 
@@ -68,6 +69,34 @@ def _nll_backward(call: Call) -> Rule:
     rule = letter_rule(call, words, [x], blocked=blocked, linear=[(0,)])
     factors = (
         f if f.lowering else replace(f, fill=_ignored(f, 2, call.args[5]))
+        for f in with_lowering(rule, "v", "vp").factors
+    )
+    return replace(rule, factors=tuple(factors))
+
+
+def _cross_entropy(call: Call) -> Rule:
+    """(x [n, v], target [n], ignore_index) -> (loss, rows that count, lse [n])."""
+    words, results = [["n", "v"], ["n"]], [[], [], ["n"]]
+    rule = letter_rule(call, words, results, reduction={"n", "v"})
+    factors = []
+    for factor in with_lowering(rule, "v", "vp").factors:
+        if factor.lowering:  # each target is in one device's classes; every device sees all rows
+            results_here, fill = (PARTIAL, REPLICATE, REPLICATE), (-math.inf, None)
+            factor = replace(factor, results=results_here, fill=fill)
+        else:
+            factor = replace(factor, fill=_ignored(factor, 1, call.args[2]))
+        factors.append(factor)
+    return replace(rule, factors=tuple(factors))
+
+
+def _cross_entropy_backward(call: Call) -> Rule:
+    """(grad, x [n, v], target [n], lse [n], ignore_index, first) -> dx [n, v]."""
+    words = [[], ["n", "v"], ["n"], ["n"]]
+    rule = letter_rule(call, words, [["n", "v"]], linear=[(0,)])
+    factors = (
+        replace(f, fill=(None, -math.inf, None, None))
+        if f.lowering
+        else replace(f, fill=_ignored(f, 2, call.args[4]))
         for f in with_lowering(rule, "v", "vp").factors
     )
     return replace(rule, factors=tuple(factors))
@@ -138,5 +167,7 @@ RULES: Mapping[object, RuleFn] = {
     aten.nll_loss_backward.default: _nll_backward,
     aten.nll_loss2d_forward.default: _nll,
     aten.nll_loss2d_backward.default: _nll_backward,
+    own.cross_entropy.default: _cross_entropy,
+    own.cross_entropy_backward.default: _cross_entropy_backward,
     **dict.fromkeys(ELEMENTWISE_LOSSES, _elementwise),
 }

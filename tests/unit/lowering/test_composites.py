@@ -93,6 +93,7 @@ def test_sums_run_in_float32(dtype: torch.dtype) -> None:
     for target, args in (
         (aten._log_softmax.default, (x, 1, False)),
         (aten._log_softmax_backward_data.default, (x, x.log_softmax(1), 1, dtype)),
+        (torch.ops.autopar.cross_entropy.default, (x, torch.arange(8) + 3, -100)),
         (aten._native_batch_norm_legit_functional.default, norm),
     ):
         sample = make_sample(target, args)

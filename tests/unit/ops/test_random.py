@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import autopar.ops  # noqa: F401
-from autopar.ops.random import mix, mix_int
+from autopar.ops.random import make_keys, mix, mix_int
 
 ROWS, COLS = 512, 1024
 
@@ -117,6 +117,12 @@ def test_integer_and_tensor_hash_agree() -> None:
     words = [0, 1, 2, 12345, 2**31 - 1, 2**32 - 1]
     signed = torch.tensor(words, dtype=torch.int64).to(torch.int32)
     assert [w & 0xFFFFFFFF for w in mix(signed).tolist()] == [mix_int(w) for w in words]
+
+
+def test_keys_of_several_operators_are_those_of_each() -> None:
+    seed, op_ids = seed_of(2**31 - 5, 3), [0, 1, 17, 2**31 + 4]
+    each = [torch.cat(make_keys(seed, op_id)) for op_id in op_ids]
+    assert torch.equal(torch.ops.autopar.random_keys(seed, op_ids), torch.stack(each))
 
 
 def test_registration() -> None:

@@ -14,7 +14,7 @@ from torch._decomp import decomposition_table
 from tests.unit.sharding.case import F64, Case, bools, ints, positive, x
 from tests.unit.sharding.pointwise_cases import by_hand, from_schema
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.autopar
 # the CPU has no kernel for it; a model captured for a GPU has it
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _LIBRARY.impl(
@@ -250,6 +250,10 @@ def _losses() -> Iterator[Case]:
     none, mean, total = 0, 1, 2
     scores, target = x(4, 8).log_softmax(1), ints(8, 4)
     target[1] = -100
+    entropy = (x(4, 8), target, -100)
+    yield Case(own.cross_entropy.default, entropy)
+    lse = own.cross_entropy(*entropy)[2]
+    yield Case(own.cross_entropy_backward.default, (x(seed=5), *entropy[:2], lse, -100, 0))
     images, pixels = x(4, 8, 2, 2).log_softmax(1), ints(8, 4, 2, 2)
     for how in (none, mean, total):
         grad = x(4, seed=5) if how == none else x(seed=5)

@@ -8,7 +8,7 @@ import torch
 
 from tests.unit.sharding.case import Case, bools, ints, x
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.autopar
 
 
 def _contraction(a: int, b: int, c: int, d: int) -> Iterator[Case]:
@@ -72,6 +72,10 @@ def _vocabulary(a: int, b: int, c: int, d: int) -> Iterator[Case]:
         count = aten.nll_loss_forward(*args)[1]
         grad = x(a, seed=5) if reduction == 0 else x(seed=5)
         yield Case(aten.nll_loss_backward.default, (grad, *args, count))
+    entropy = (x(a, d), target, -100)
+    yield Case(own.cross_entropy.default, entropy)
+    lse = own.cross_entropy(*entropy)[2]
+    yield Case(own.cross_entropy_backward.default, (x(seed=5), *entropy[:2], lse, -100, 0))
     yield Case(aten.gather.default, (x(a, d), 1, ints(d, a, c)))
     yield Case(aten.scatter_add.default, (x(a, d), 1, ints(d, a, c), x(a, c, seed=1)))
 
