@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,9 @@ CLOSE = 0.03  # a plan this much slower than the fastest one counts as fast
 RUNNER_LIMIT_S = 420.0
 PRECISIONS = {"gloo": "model", "nccl": "bf16/bf16"}
 _POLL_S = 1.0
+_END_S = 60.0
 _STDERR_CHARS = 4000
+_HUNG = "Timeout ("  # what faulthandler writes when it ends a process
 
 Runner = dict[str, Any]
 Note = Callable[[dict[str, Any]], None]
@@ -140,15 +141,12 @@ def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]
         folder = Path(name)
         if place.traces is not None:
             request = {**request, "traces": str(place.traces)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(request["devices"]), "-m", "benchmarks.work"]
         with (folder / "stderr").open("wb") as stderr:
             job = subprocess.Popen(
-                [*command, json.dumps(request), name],
+                [*_command(request), json.dumps(request), name],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env=_environment(request, place),
-                start_new_session=True,
             )
         with _ended(job):
             over = ""
@@ -162,18 +160,27 @@ def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]
         left = [n for n in request["runners"] if n not in seen]
         if left and (over or job.returncode or not seen):
             text = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
-            reason = over or _errors(folder) or f"exit code {job.returncode}"
+            hung = f"no end after {request['runner_limit_s']:.0f} s" if _HUNG in text else ""
+            reason = over or _errors(folder) or hung or f"exit code {job.returncode}"
             yield {left[0]: {"error": reason, "stderr": text[-_STDERR_CHARS:]}}
+
+
+def _command(request: Mapping[str, Any]) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(request["devices"]), "-m", "benchmarks.work"]
 
 
 @contextlib.contextmanager
 def _ended(job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Afterwards nothing of it runs."""
+    """Afterwards nothing of it runs: torchrun ends its processes, which are no children of ours,
+    when it is asked to."""
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        job.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(_END_S)
+        job.kill()
         job.wait()
 
 

@@ -134,7 +134,7 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(logits.float(), -1), targets)
 
 
-_compiled_loss = torch.compile(_loss)
+_compiled_loss = torch.compile(_loss, dynamic=False)
 
 
 def training_step(

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import traces
 from benchmarks.runners import Maker, maker
-from benchmarks.speed import PRECISIONS, RUNNER_LIMIT_S
+from benchmarks.speed import PRECISIONS
 from benchmarks.suites import SPEED_CASES, SpeedCase, build, build_batch
 from benchmarks.summary import summary
 from benchmarks.training import Job, NotAvailable, Step
@@ -40,9 +40,8 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
         raise RuntimeError("start this with torchrun")
     case = next(c for c in SPEED_CASES if c.name == request["case"])
     precision = PRECISIONS[request["backend"]]
-    limit_s = float(request.get("runner_limit_s") or RUNNER_LIMIT_S)
     for number, name in enumerate(request["runners"]):
-        faulthandler.dump_traceback_later(limit_s, exit=True)
+        faulthandler.dump_traceback_later(request["runner_limit_s"], exit=True)
         try:
             found = _timed(make_job(case, world.device), name, case, precision, request)
         except NotAvailable as error:
