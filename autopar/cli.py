@@ -285,16 +285,26 @@ def bench_speed(
     cases: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     devices: Annotated[int, typer.Option(min=1, help="Processes, one device each.")] = 2,
     backend: Annotated[BackendName, typer.Option(help="Of the collectives.")] = BackendName.gloo,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before.")] = 5,
+    runners: Annotated[str, typer.Option(help="Names separated by ;, or all if empty.")] = "",
+    pairs: Annotated[bool, typer.Option(help="Cases side by side, on GPUs of their own.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Of all.", show_default="no limit")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Folder for GPU profiles.")] = None,
     results: Annotated[Path | None, typer.Option(help="Result file to continue.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ours against DDP, FSDP2 and tensor parallel of the same model, in the same job."""
-    from benchmarks.run import run_suite
+    """Ours, and other plans of ours, against the usual recipes for the same model."""
+    from benchmarks import environment, speed
+    from benchmarks.run import run_suite, side_by_side
 
-    settings = {"devices": devices, "backend": backend.value, "steps": steps, "warmup": warmup}
-    _show_bench(run_suite("speed", cases=cases, settings=settings, path=results), as_json)
+    settings = speed.settings(
+        devices=devices, backend=backend.value, steps=steps, warmup=warmup, runners=runners
+    )
+    gpus = environment.num_gpus() if pairs else 0
+    places = side_by_side(gpus, devices, minutes=minutes, traces=traces)
+    outcome = run_suite("speed", cases=cases, settings=settings, path=results, places=places)
+    _show_bench(outcome, as_json)
 
 
 @dataclass(frozen=True, slots=True)

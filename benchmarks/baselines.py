@@ -1,232 +1,140 @@
-"""What people use by hand: DDP, FSDP2 and tensor parallel of the same model, in the same job.
+"""What people use by hand: DDP, FSDP2, tensor parallel and pipeline of the same model.
 
-Each maker takes a fresh model and the global batch and returns a step: forward, backward, AdamW.
-On GPUs blocks and loss are compiled, and compute is in bfloat16 with float32 parameters, gradients
-reduced in bfloat16: what autopar is asked for too.
+Each maker takes a job and returns a step: forward, backward, AdamW. The strongest usual form of
+each is meant: compiled blocks and loss, fused AdamW, collectives in bfloat16, channels last for
+convolutions, with and without activation checkpointing.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.models import gpt, llama
-
-Step = Callable[[], Tensor]
-LEARNING_RATE = 1e-4
-
-
-class NotAvailable(Exception):
-    """The baseline cannot run this model; the same on every rank."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """model: on `device`, the same on all ranks. batch: the whole global batch, on `device`."""
-
-    model: nn.Module
-    batch: Any
-    device: torch.device
-    rank: int
-    size: int
+from benchmarks.pipelined import one_f_one_b
+from benchmarks.tensor_parallel import fsdp_tensor_parallel, tensor_parallel
+from benchmarks.training import (
+    Job,
+    NotAvailable,
+    Step,
+    blocks,
+    channels_last,
+    checkpoint_blocks,
+    compile_parts,
+    has_convolutions,
+    in_dtype,
+    make_half_optimizer,
+    make_optimizer,
+    rows_of,
+    training_step,
+)
 
 
 def ddp(job: Job) -> Step:
-    """Every rank has the whole model and its rows; gradients are averaged in buckets. Autocast."""
-    compile_parts(job)
-    wrapped = nn.parallel.DistributedDataParallel(
-        job.model,
+    """Every rank has the whole model and its rows; gradients are averaged in buckets of float32.
+    Autocast: the recipe of the manual."""
+    batch = rows_of(several(job))
+    model = job.build()
+    batch = _lay_out(model, batch)
+    compile_parts(job, model)
+    optimizer = make_optimizer(model.parameters(), job.device)
+    return training_step(job, _replicated(job, model), batch, optimizer, autocast=True)
+
+
+def ddp_half(job: Job, *, checkpoint: bool) -> Step:
+    """The same with parameters and gradients in bfloat16, and float32 master weights."""
+    batch = in_dtype(rows_of(several(job)), job.dtype)
+    model = job.build().to(job.dtype)
+    batch = _lay_out(model, batch)
+    if checkpoint:
+        checkpoint_blocks(model)
+    compile_parts(job, model)
+    optimizer = make_half_optimizer(model.parameters(), job)
+    return training_step(job, _replicated(job, model), batch, optimizer)
+
+
+def _replicated(job: Job, model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(
+        model,
         device_ids=[job.device] if job.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
-    return training_step(wrapped, rows_of(job), autocast=job.device.type == "cuda")
 
 
-def zero2(job: Job) -> Step:
-    """FSDP2 without resharding: gathered once per step."""
-    return _fully_sharded(job, reshard=False, checkpoint=False)
-
-
-def zero3(job: Job) -> Step:
-    """FSDP2: parameters, gradients and optimizer states sharded, gathered block by block."""
-    return _fully_sharded(job, reshard=True, checkpoint=False)
-
-
-def zero3_checkpointed(job: Job) -> Step:
-    """FSDP2, every block recomputed in backward."""
-    return _fully_sharded(job, reshard=True, checkpoint=True)
-
-
-def _fully_sharded(job: Job, *, reshard: bool, checkpoint: bool) -> Step:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-        apply_activation_checkpointing,
-    )
+def fully_sharded(job: Job, *, reshard: bool, checkpoint: bool) -> Step:
+    """FSDP2. reshard: ZeRO-3, gathered block by block; else ZeRO-2, gathered once per step."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    members = blocks(job.model)
+    batch = rows_of(several(job))
+    model = job.build()
+    if has_convolutions(model):
+        batch = channels_last(batch)  # FSDP2 wants weights in C's order
+        for buffer in model.buffers():  # of BatchNorm, which wants them in the type of its weights
+            buffer.data = buffer.data.to(job.dtype) if buffer.is_floating_point() else buffer.data
     if checkpoint:
-        apply_activation_checkpointing(job.model, check_fn=lambda m: m in members)
-        members = blocks(job.model)
-    compile_parts(job)
-    half = torch.bfloat16 if job.device.type == "cuda" else None
+        checkpoint_blocks(model)
+    compile_parts(job, model)
+    half = torch.bfloat16 if job.half else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
     mesh = init_device_mesh(job.device.type, (job.size,))
-    for block in members:
+    for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(job.model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return training_step(job.model, rows_of(job))
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return training_step(job, model, batch, make_optimizer(model.parameters(), job.device))
 
 
-def tensor_parallel(job: Job) -> Step:
-    """Megatron's column and row parallel linears of each block; every rank has the whole batch."""
-    makers = {gpt.GPT: _shard_gpt, llama.Llama: _shard_llama}
-    if type(job.model) not in makers:
-        raise NotAvailable(f"no tensor parallel plan for {type(job.model).__name__}")
-    mesh = init_device_mesh(job.device.type, (job.size,))
-    makers[type(job.model)](job.model, mesh)
-    compile_parts(job)
-    return training_step(job.model, job.batch, autocast=job.device.type == "cuda")
+def whole_compiled(job: Job, *, mode: str) -> Step:
+    """One device: model and loss in one torch.compile, under autocast."""
+    if job.size > 1:
+        raise NotAvailable("for one device")
+    model = job.build()
+    batch = _lay_out(model, job.batch)
+    if job.compiled:
+        torch._dynamo.config.recompile_limit = 256
+        model.compile(dynamic=False, mode=mode)
+    optimizer = make_optimizer(model.parameters(), job.device)
+    whole = replace(job, compiled=False)  # the loss is a part of what is compiled
+    plain = training_step(whole, model, batch, optimizer, autocast=True)
 
-
-BASELINES: Mapping[str, Callable[[Job], Step]] = {
-    "ddp": ddp,
-    "zero-2": zero2,
-    "zero-3": zero3,
-    "zero-3, checkpointed": zero3_checkpointed,
-    "tensor parallel": tensor_parallel,
-}
-
-
-def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused on CUDA. DTensors and plain tensors, which one fused call cannot mix, are groups
-    of their own."""
-    mixed = list(parameters)
-    groups = [
-        [p for p in mixed if isinstance(p, DTensor)],
-        [p for p in mixed if not isinstance(p, DTensor)],
-    ]
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
-        lr=LEARNING_RATE,
-        fused=device.type == "cuda",
-    )
-
-
-def compile_parts(job: Job) -> None:
-    """On GPUs: the blocks. The loss is compiled where it is called (`compiled_loss`)."""
-    if job.device.type != "cuda":
-        return
-    for block in blocks(job.model):
-        block.compile()
-
-
-@contextlib.contextmanager
-def compiled_loss(device: torch.device) -> Iterator[None]:
-    """On GPUs: the models' cross-entropy is compiled inside."""
-    plain = F.cross_entropy
-    F.cross_entropy = _compiled_loss if device.type == "cuda" else plain
-    try:
-        yield
-    finally:
-        F.cross_entropy = plain
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.nll_loss(F.log_softmax(logits.float(), -1), targets)
-
-
-_compiled_loss = torch.compile(_loss)
-
-
-def training_step(model: nn.Module, batch: Any, *, autocast: bool = False) -> Step:
-    parameters = list(model.parameters())
-    device = parameters[0].device
-    optimizer = make_optimizer(parameters, device)
-
-    def step() -> Tensor:
-        region = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
-        with region, compiled_loss(device):
-            loss: Tensor = model(**batch) if isinstance(batch, dict) else model(*batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+    def step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return plain()
 
     return step
 
 
-def rows_of(job: Job) -> Any:
-    """The rows of the batch that this rank trains on."""
-
-    def cut(tensor: Tensor) -> Tensor:
-        if len(tensor) % job.size:
-            raise NotAvailable(f"{len(tensor)} rows do not divide among {job.size} ranks")
-        count = len(tensor) // job.size
-        return tensor[job.rank * count : (job.rank + 1) * count]
-
-    return pytree.tree_map_only(Tensor, cut, job.batch)
+def several(job: Job) -> Job:
+    if job.size == 1:
+        raise NotAvailable("for two devices or more")
+    return job
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of modules: the usual unit of FSDP."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            found += [member for member in child if any(True for _ in member.parameters())]
-        else:
-            found += blocks(child)
-    return found
+def _lay_out(model: nn.Module, batch: Any) -> Any:
+    """Channels last for convolutions, weights and images."""
+    if not has_convolutions(model):
+        return batch
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last(batch)
 
 
-def _shard_gpt(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The fused projection's rows are regrouped first: a shard has whole heads of all three."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    size = mesh.size()
-    members: Any = model.get_submodule("blocks")
-    for block in members:
-        attention = block.attention
-        if attention.num_heads % size:
-            raise NotAvailable(f"{attention.num_heads} heads do not divide among {size} ranks")
-        for parameter in attention.qkv.parameters():
-            grouped = parameter.data.unflatten(0, (3, size, -1)).transpose(0, 1)
-            parameter.data = grouped.flatten(0, 2).contiguous()
-        attention.num_heads //= size
-        styles = {
-            "attention.qkv": ColwiseParallel(),
-            "attention.out": RowwiseParallel(),
-            "up": ColwiseParallel(),
-            "down": RowwiseParallel(),
-        }
-        parallelize_module(block, mesh, styles)
-
-
-def _shard_llama(model: nn.Module, mesh: DeviceMesh) -> None:
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    members: Any = model.get_submodule("blocks")
-    column = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
-    for block in members:
-        heads = block.attention.key.out_features // block.attention.head_size
-        if heads % mesh.size():
-            raise NotAvailable(f"{heads} key heads do not divide among {mesh.size()} ranks")
-        styles: dict[str, Any] = {name: ColwiseParallel() for name in column}
-        styles |= {name: RowwiseParallel() for name in ("attention.out", "mlp.down")}
-        parallelize_module(block, mesh, styles)
+BASELINES: Mapping[str, Callable[[Job], Step]] = {
+    "ddp": ddp,
+    "ddp bf16": partial(ddp_half, checkpoint=False),
+    "ddp bf16, checkpointed": partial(ddp_half, checkpoint=True),
+    "zero-2": partial(fully_sharded, reshard=False, checkpoint=False),
+    "zero-2, checkpointed": partial(fully_sharded, reshard=False, checkpoint=True),
+    "zero-3": partial(fully_sharded, reshard=True, checkpoint=False),
+    "zero-3, checkpointed": partial(fully_sharded, reshard=True, checkpoint=True),
+    "tensor parallel": partial(tensor_parallel, checkpoint=False),
+    "tensor parallel, checkpointed": partial(tensor_parallel, checkpoint=True),
+    "1f1b": partial(one_f_one_b, checkpoint=False),
+    "1f1b, checkpointed": partial(one_f_one_b, checkpoint=True),
+    "fsdp x tp": fsdp_tensor_parallel,
+    "torch.compile": partial(whole_compiled, mode="default"),
+    "torch.compile, reduce-overhead": partial(whole_compiled, mode="reduce-overhead"),
+}

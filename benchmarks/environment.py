@@ -15,10 +15,11 @@ _PACKAGES = ("torch", "numpy", "networkx", "ortools", "pulp", "transformers")
 
 
 def commit() -> str:
-    """Short hash, "-dirty" with changes beside it; "unknown" outside a repository."""
+    """Short hash, "-dirty" with changes beside it; outside a repository AUTOPAR_COMMIT, or
+    "unknown"."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
-        return "unknown"
+        return os.environ.get("AUTOPAR_COMMIT", "unknown")
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
@@ -53,6 +54,10 @@ def machine() -> str:
         kind = next((w for w in words if any(c.isdigit() for c in w)), words[-1])
         return f"{torch.cuda.device_count()}x{kind.replace('/', '-')}"
     return f"cpu{os.cpu_count() or 1}"
+
+
+def num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _cpu_model() -> str:

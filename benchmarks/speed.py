@@ -3,210 +3,245 @@
 A step is forward, backward and AdamW on the global batch. Its time is the slowest rank's, from a
 barrier on. gloo runs on CPU processes in float32; NCCL on GPUs computes and reduces in bfloat16
 with float32 parameters and states.
+
+A runner that fails ends its job, since no rank knows what the others still wait for; so does one
+that hangs. Its error is recorded, and another job goes on with the next runner.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from benchmarks.baselines import BASELINES, Job, NotAvailable, Step, make_optimizer
-from benchmarks.suites import SPEED_CASES, SpeedCase, build, items_per_batch
-from benchmarks.summary import summary
+from benchmarks.models import MODELS
+from benchmarks.suites import items_per_batch
 
 OURS = "autopar"
-_PRECISIONS = {"gloo": "model", "nccl": "bf16/bf16"}
-_TIMEOUT_S = 3600
+CLOSE = 0.03  # a plan this much slower than the fastest one counts as fast
+RUNNER_LIMIT_S = 420.0
+PRECISIONS = {"gloo": "model", "nccl": "bf16/bf16"}
+_POLL_S = 1.0
+_END_S = 60.0
+_STDERR_CHARS = 4000
+_HUNG = "Timeout ("  # what faulthandler writes when it ends a process
+
+Runner = dict[str, Any]
+Note = Callable[[dict[str, Any]], None]
 
 
-def measure(case: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a case runs. gpus: indices of those that it may see, all where None. until: of
+    time.monotonic(). traces: folder for profiles."""
+
+    gpus: tuple[int, ...] | None = None
+    until: float = float("inf")
+    traces: Path | None = None
+
+
+def measure(
+    case: Any, settings: Mapping[str, Any], place: Place = Place(), note: Note = lambda _: None
+) -> dict[str, Any]:
     """One SpeedCase. settings: devices, backend, steps, warmup, and runners, if not all of them.
-    RuntimeError if the job fails."""
-    runners = _job({**settings, "case": case.name})
+    note: is told the result after every runner. RuntimeError where no runner succeeds."""
+    names = list(settings.get("runners") or runner_names(settings["devices"]))
+    runners: dict[str, Runner] = {}
+
+    def result() -> dict[str, Any]:
+        return _result(case, settings, place, {n: runners[n] for n in names if n in runners})
+
+    while left := [name for name in names if name not in runners]:
+        if time.monotonic() >= place.until:
+            runners |= {name: {"error": "not run: the time was over"} for name in left}
+            break
+        request = {**settings, "case": case.name, "runners": left}
+        for finished in _job(request, place):
+            runners |= finished
+            note(result())
+    if all("error" in runner for runner in runners.values()):
+        errors = "; ".join(f"{name}: {r['error']}" for name, r in runners.items())
+        raise RuntimeError(f"no runner succeeded: {errors}")
+    return result()
+
+
+def runner_names(devices: int) -> list[str]:
+    """All that there are for so many devices."""
+    from benchmarks.runners import names
+
+    return names(devices)
+
+
+def _result(
+    case: Any, settings: Mapping[str, Any], place: Place, runners: Mapping[str, Runner]
+) -> dict[str, Any]:
     per_step, kind = items_per_batch(case)
-    times = {n: r["step_s"]["median"] for n, r in runners.items() if "step_s" in r}
-    baselines = [t for name, t in times.items() if name != OURS]
-    for name, median_s in times.items():
-        runners[name]["items_per_s"] = per_step / median_s
-        runners[name]["ratio"] = min(baselines) / median_s if baselines else None
+    flops = MODELS[case.model].model_flops_per_sample() * case.batch
     return {
         "model": case.model,
         "batch": case.batch,
         "devices": settings["devices"],
+        "gpus": None if place.gpus is None else list(place.gpus),
         "backend": settings["backend"],
-        "dtype": _PRECISIONS[settings["backend"]],
+        "dtype": PRECISIONS[settings["backend"]],
         "items": str(kind),
-        "runners": runners,
+        "model_flops": flops,
+        **compared(runners, per_step=per_step, flops=flops, devices=settings["devices"]),
     }
 
 
-def _job(request: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The same program on every device, through torchrun; what rank 0 wrote."""
+def compared(
+    runners: Mapping[str, Runner], *, per_step: int, flops: float, devices: int
+) -> dict[str, Any]:
+    """The runners with rate, MFU and ratio to the best baseline; and what the comparison says.
+    per_step: items; flops: of the model, per step."""
+    times = {n: r["step_s"]["median"] for n, r in runners.items() if "step_s" in r}
+    baselines = {n: t for n, t in times.items() if not is_ours(n)}
+    best = min(baselines, key=baselines.__getitem__, default=None)
+    plans = {n: t for n, t in times.items() if is_ours(n)}
+    fastest = min(plans, key=plans.__getitem__, default=None)
+    found: dict[str, Runner] = {}
+    for name, runner in runners.items():
+        found[name] = dict(runner)
+        if name in times:
+            peak = runner.get("peak_flops")
+            found[name]["items_per_s"] = per_step / times[name]
+            found[name]["mfu"] = peak and mfu(flops, times[name], devices, peak)
+            found[name]["ratio"] = baselines[best] / times[name] if best else None
+    close = len(plans) > 1 and OURS in plans
+    return {
+        "best_baseline": best,
+        "fastest_plan": fastest,
+        "pick_is_close": plans[OURS] <= (1 + CLOSE) * min(plans.values()) if close else None,
+        "runners": found,
+    }
+
+
+def mfu(flops: float, seconds: float, devices: int, peak_flops: float) -> float:
+    """Model FLOP utilization (Chowdhery et al., 2022, appendix B): nothing recomputed counts."""
+    return flops / (seconds * devices * peak_flops)
+
+
+def is_ours(name: str) -> bool:
+    return name == OURS or name.startswith(f"{OURS}:")
+
+
+def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]]:
+    """The same program on every device, through torchrun; what each runner gave, as they end. At
+    least one of the request's runners is among them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if place.traces is not None:
+            request = {**request, "traces": str(place.traces)}
+        with (folder / "stderr").open("wb") as stderr:
+            job = subprocess.Popen(
+                [*_command(request), json.dumps(request), name],
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env=_environment(request, place),
+            )
+        with _ended(job):
+            over = ""
+            seen: set[str] = set()
+            while job.poll() is None and not over:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    job.wait(_POLL_S)
+                over = "the time was over" if time.monotonic() >= place.until else ""
+                yield from _finished(folder, seen)
+        yield from _finished(folder, seen)
+        left = [n for n in request["runners"] if n not in seen]
+        if left and (over or job.returncode or not seen):
+            text = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
+            hung = f"no end after {request['runner_limit_s']:.0f} s" if _HUNG in text else ""
+            reason = over or _errors(folder) or hung or f"exit code {job.returncode}"
+            yield {left[0]: {"error": reason, "stderr": text[-_STDERR_CHARS:]}}
+
+
+def _command(request: Mapping[str, Any]) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(request["devices"]), "-m", "benchmarks.work"]
+
+
+@contextlib.contextmanager
+def _ended(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Afterwards nothing of it runs: torchrun ends its processes, which are no children of ours,
+    when it is asked to."""
+    try:
+        yield
+    finally:
+        job.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(_END_S)
+        job.kill()
+        job.wait()
+
+
+def _finished(folder: Path, seen: set[str]) -> Iterator[dict[str, Runner]]:
+    """What was written since the last look."""
+    for path in sorted(folder.glob("done-*.json")):
+        found: dict[str, Runner] = json.loads(path.read_text(encoding="utf-8"))
+        if not found.keys() <= seen:
+            seen.update(found)
+            yield found
+
+
+def _errors(folder: Path) -> str:
+    """What the ranks said, the first that says the most."""
+    texts = [p.read_text(encoding="utf-8") for p in sorted(folder.glob("error-*.txt"))]
+    memory = [text for text in texts if text.startswith("OutOfMemoryError")]
+    return (memory or texts or [""])[0]
+
+
+def _environment(request: Mapping[str, Any], place: Place) -> dict[str, str]:
     environment = dict(os.environ)
     if request["backend"] == "gloo":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         threads = max(1, (os.cpu_count() or 1) // request["devices"])
         environment["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "runners.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(request["devices"]), "-m", "benchmarks.speed"]
-        done = subprocess.run(
-            [*command, json.dumps(request), str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            env=environment,
-        )
-        if done.returncode or not path.exists():
-            raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr.strip()[-6000:]}")
-        runners: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return runners
+    elif place.gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
+    return environment
 
 
-def work(request: Mapping[str, Any], path: Path) -> None:
-    """What every process of the job does."""
-    from autopar.runtime.launch import torchrun_world
-
-    world = torchrun_world()
-    if world is None:
-        raise RuntimeError("start this with torchrun")
-    case = next(c for c in SPEED_CASES if c.name == request["case"])
-    precision = _PRECISIONS[request["backend"]]
-    makers: dict[str, Callable[[Job], tuple[Step, str]]] = {
-        OURS: lambda job: _ours(job, case, precision)
-    }
-    makers |= {name: _plain(maker) for name, maker in BASELINES.items()}
-    makers = {name: makers[name] for name in request.get("runners") or makers}
-    runners = {}
-    for name, maker in makers.items():
-        job = _fresh_job(case, world.device)
-        _reset_peak(job.device)
-        try:
-            runners[name] = _timed(job, maker, request["warmup"], request["steps"])
-        except (NotAvailable, torch.OutOfMemoryError) as error:
-            runners[name] = {"error": f"{type(error).__name__}: {error}"}
-        if world.rank == 0:  # what comes next may fail
-            path.write_text(json.dumps(runners), encoding="utf-8")
-        del job
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-    world.close()
-
-
-def _timed(
-    job: Job, maker: Callable[[Job], tuple[Step, str]], warmup: int, steps: int
+def settings(
+    *,
+    devices: int,
+    backend: str,
+    steps: int,
+    warmup: int,
+    runners: str = "",
+    runner_limit_s: float = RUNNER_LIMIT_S,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    step, plan = maker(job)
-    setup_s = time.perf_counter() - started
-    losses = [_mean(step()) for _ in range(warmup)]
-    times = []
-    for _ in range(steps):
-        dist.barrier()
-        _synchronize(job.device)
-        started = time.perf_counter()
-        loss = step()
-        _synchronize(job.device)
-        times.append(_largest(time.perf_counter() - started, job.device))
-        losses.append(_mean(loss))
-    return {
-        "step_s": summary(times).to_dict(),
-        "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
-        "setup_s": setup_s,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "plan": plan,
+    """Of `measure`. runners: names separated by semicolons, as names have commas; all if empty.
+    OptionError for a name that is none."""
+    chosen: dict[str, Any] = {
+        "devices": devices,
+        "backend": backend,
+        "steps": steps,
+        "warmup": max(1, warmup),
+        "runner_limit_s": runner_limit_s,
     }
+    names = [name.strip() for name in runners.split(";") if name.strip()]
+    if names:
+        chosen["runners"] = _known(names, devices)
+    return chosen
 
 
-def _ours(job: Job, case: SpeedCase, precision: str) -> tuple[Step, str]:
-    from autopar.api import parallelize
-    from autopar.graph.precision import Precision
-    from autopar.options import SearchOptions
-    from autopar.report.text import plan_text
+def _known(names: Sequence[str], devices: int) -> list[str]:
+    from autopar.errors import OptionError
 
-    options = SearchOptions(**case.options)
-    parallel = parallelize(
-        job.model, job.batch, options=options, precision=Precision.parse(precision)
-    )
-    optimizer = make_optimizer(parallel.parameters(), job.device)
-
-    def step() -> Tensor:
-        loss: Tensor = parallel.train_step(job.batch)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step, plan_text(parallel.plan)
-
-
-def _plain(maker: Callable[[Job], Step]) -> Callable[[Job], tuple[Step, str]]:
-    return lambda job: (maker(job), "")
-
-
-def _fresh_job(case: SpeedCase, device: torch.device) -> Job:
-    model, batch = build(case.model, case.batch)
-    placed = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-    return Job(model.to(device), placed, device, dist.get_rank(), dist.get_world_size())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _largest(value: float, device: torch.device) -> float:
-    """Over all ranks."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def _mean(loss: Tensor) -> float:
-    """Over all ranks: of the global batch, whatever part of it each rank trains on."""
-    total = loss.detach().double().reshape(1).clone()
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
-
-
-def _reset_peak(device: torch.device) -> None:
-    """On the CPU Linux forgets the peak of the resident set where /proc allows it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _peak_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-        return float(peaks[0]) * 1024
-    except (OSError, IndexError):
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
-
-
-if __name__ == "__main__":
-    work(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    known = runner_names(devices)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise OptionError(
+            f"no runner is called {', '.join(map(repr, unknown))}: there are {'; '.join(known)}"
+        )
+    return list(names)

@@ -65,7 +65,26 @@ SPEED_CASES: tuple[SpeedCase, ...] = (
     SpeedCase("wresnet-250m", "wresnet-250m", 64),
     SpeedCase("unet-860m", "unet-860m", 8),
     SpeedCase("t5-large", "t5-large", 16),
+    SpeedCase("llama-24l-b2", "llama-24l", 2),
+    SpeedCase("llama-24l", "llama-24l", 4),
+    SpeedCase("llama-24l-b8", "llama-24l", 8),
+    SpeedCase("moe-2.4b", "moe-2.4b", 16),
+    SpeedCase("wresnet-1b", "wresnet-1b", 64),
+    SpeedCase("gpt-124m-b16", "gpt-124m", 16),
+    SpeedCase("moe-tiny", "moe-tiny", 8),
+    SpeedCase("t5-tiny", "t5-tiny", 8),
+    SpeedCase("wresnet-tiny", "wresnet-tiny", 8),
+    SpeedCase("unet-tiny", "unet-tiny", 8),
 )
+# A model of the same kind that two CPU processes train in seconds.
+TWINS: Mapping[str, str] = {
+    "gpt": "gpt-tiny",
+    "llama": "llama-tiny",
+    "moe": "moe-tiny",
+    "wresnet": "wresnet-tiny",
+    "unet": "unet-tiny",
+    "t5": "t5-tiny",
+}
 
 Case = PlanCase | SpeedCase
 SUITES: Mapping[str, Sequence[Case]] = {"plan": PLAN_CASES, "speed": SPEED_CASES}
@@ -95,6 +114,13 @@ def build(model: str, batch: int) -> tuple[nn.Module, Any]:
             return _hf_gpt2(batch)
         case = MODELS[model]
         return case.build().train(), case.batch(batch)
+
+
+def build_batch(model: str, batch: int) -> Any:
+    """The batch of a model of MODELS alone, under seed 0, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MODELS[model].batch(batch)
 
 
 def items_per_batch(case: SpeedCase) -> tuple[int, ItemKind]:

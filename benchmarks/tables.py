@@ -75,7 +75,11 @@ def _speed_rows(entries: Sequence[Record]) -> str:
         "median step",
         "IQR",
         "rate",
+        "MFU",
         "peak memory",
+        "predicted step, memory",
+        "setup, first step",
+        "compute, exposed communication, idle",
         "speed / best baseline",
     ]
     lines = []
@@ -84,7 +88,7 @@ def _speed_rows(entries: Sequence[Record]) -> str:
         for name, runner in r["runners"].items():
             lead = [entry["case"], str(r["devices"]), f"{r['backend']}, {r['dtype']}", name]
             if "error" in runner:
-                lines.append([*lead, _first_line(runner["error"]), "", "", "", ""])
+                lines.append([*lead, _first_line(runner["error"]), *[""] * (len(header) - 5)])
                 continue
             t, ratio = runner["step_s"], runner["ratio"]
             lines.append(
@@ -93,11 +97,82 @@ def _speed_rows(entries: Sequence[Record]) -> str:
                     seconds_text(t["median"]),
                     seconds_text(t["q3"] - t["q1"]),
                     f"{runner['items_per_s']:,.0f} {r['items']}/s",
+                    percent_text(runner["mfu"]) if runner.get("mfu") else "",
                     bytes_text(runner["peak_bytes"]),
+                    _predicted(runner),
+                    f"{seconds_text(runner['setup_s'])}, {seconds_text(runner['first_step_s'])}"
+                    if "first_step_s" in runner
+                    else "",
+                    _profile_text(runner.get("profile") or {}),
                     "" if ratio is None else f"{ratio:.2f}",
                 ]
             )
-    return _table(header, lines)
+    return "\n\n".join([_table(header, lines), *_picks(entries)])
+
+
+def _predicted(runner: Record) -> str:
+    if "predicted_step_s" not in runner:
+        return ""
+    step, peak = runner["predicted_step_s"], runner["predicted_peak_bytes"]
+    return f"{seconds_text(step)}, {bytes_text(peak)}"
+
+
+def _profile_text(profile: Record) -> str:
+    keys = ("compute_ms", "exposed_communication_ms", "idle_ms")
+    return ", ".join(seconds_text(profile[k] / 1e3) for k in keys) if keys[0] in profile else ""
+
+
+def _picks(entries: Sequence[Record]) -> list[str]:
+    """Whether the planner's choice was the right one, where others were measured."""
+    lines = []
+    for entry in entries:
+        r = entry["result"]
+        if r.get("pick_is_close") is not None:
+            verdict = "is" if r["pick_is_close"] else "is not"
+            lines.append(
+                f"- {entry['case']}: the plan {verdict} within 3 % of the fastest one measured"
+                f" ({r['fastest_plan']})"
+            )
+    return ["\n".join(lines)] if lines else []
+
+
+def short(record: Record) -> str:
+    """A line per runner, for the end of a log."""
+    lines = []
+    for entry in record["entries"]:
+        result = entry.get("result") or {}
+        gpus = result.get("gpus")
+        where = "" if gpus is None else f" (GPUs {', '.join(map(str, gpus))})"
+        best = result.get("best_baseline")
+        lines.append(f"{entry['case']}{where}: {entry['status']}, best baseline {best}")
+        if entry["status"] == "failed":
+            lines.append(f"  {_first_line(entry['error'])[:300]}")
+        for name, runner in result.get("runners", {}).items():
+            lines.append(f"  {name:34} {runner_text(runner)}")
+    return "\n".join(lines)
+
+
+def runner_text(runner: Record) -> str:
+    """ "273.8 ms +- 0.4, MFU 45.0 %, 37.2 GiB, x 1.01"."""
+    if "error" in runner:
+        return _first_line(runner["error"])[:200]
+    t = runner["step_s"]
+    parts = [f"{1e3 * t['median']:.1f} ms +- {1e3 * (t['q3'] - t['q1']) / 2:.1f}"]
+    if runner.get("mfu"):
+        parts.append(f"MFU {percent_text(runner['mfu'])}")
+    parts.append(bytes_text(runner["peak_bytes"]))
+    if runner.get("ratio") is not None:
+        parts.append(f"x {runner['ratio']:.3f}")
+    if "predicted_step_s" in runner:
+        parts.append(f"predicted {_predicted(runner)}")
+    parts.append(f"loss {runner['first_loss']:.4f} -> {runner['last_loss']:.4f}")
+    parts.append(f"ready after {runner['setup_s'] + runner.get('first_step_s', 0.0):.0f} s")
+    if "compute_ms" in (profile := runner.get("profile") or {}):
+        parts.append(
+            f"compute {profile['compute_ms']:.1f}, exposed communication"
+            f" {profile['exposed_communication_ms']:.1f}, idle {profile['idle_ms']:.1f} ms"
+        )
+    return ", ".join(parts)
 
 
 def _plan_section(entry: Record) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import os
 import pickle
@@ -41,6 +42,7 @@ from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, box_of, channels, cut_tile, join_tiles, tile_shape
 
 _LOG = logging.getLogger(__name__)
+_WORLDS = itertools.count(1)  # of this process: all use one store
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25  # between two looks into the store
 _FAILURE = "autopar/failure"
 _LOCALHOST = "127.0.0.1"
@@ -63,6 +65,7 @@ class World:
         self.timeout = timeout
         self._owns_group = owns_group
         self._store = distributed_c10d._get_default_store()
+        self._number = next(_WORLDS)
         self._counts: defaultdict[str, int] = defaultdict(int)
 
     @classmethod
@@ -100,9 +103,9 @@ class World:
             )
 
     def next_name(self, prefix: str) -> str:
-        """A name that is new, and the same on all ranks that ask in the same order."""
+        """A name that is new, and the same on all ranks that connect and ask in the same order."""
         self._counts[prefix] += 1
-        return f"{prefix}{self._counts[prefix]}"
+        return f"{prefix}{self._number}.{self._counts[prefix]}"
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """The object that the source rank passes, on every rank. Any object that can be pickled."""

@@ -46,11 +46,13 @@ class LlamaConfig:
         return self.hidden // self.num_heads
 
 
-# llama-3-8b: the published model card. llama-8l: eight of its layers, for a pair of GPUs.
+# llama-3-8b: the published model card. llama-8l, llama-24l: as many of its layers at half
+# the length, for a pair of GPUs.
 CONFIGS: Mapping[str, LlamaConfig] = MappingProxyType(
     {
         "llama-tiny": LlamaConfig(64, 128, 4, 8, 4, vocab_size=128, seq_len=16),
         "llama-8l": LlamaConfig(4096, 14336, 8, 32, 8, vocab_size=128256, seq_len=4096),
+        "llama-24l": LlamaConfig(4096, 14336, 24, 32, 8, vocab_size=128256, seq_len=4096),
         "llama-3-8b": LlamaConfig(4096, 14336, 32, 32, 8, vocab_size=128256, seq_len=8192),
     }
 )

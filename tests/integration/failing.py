@@ -51,9 +51,15 @@ def fail_mid_step(world: World, failing: int, kind: str, clock: str) -> None:
 
 
 def exchange(world: World) -> Any:
-    """Objects, barriers, and a plan for another number of processes."""
+    """Objects, barriers, and a plan for another number of processes; and all of it again in a
+    second world of the same processes, where rank 1 asks first."""
     world.barrier()
     got = world.broadcast_object({"from": world.rank})
+    again = World.connect(None, world.rank, world.size, device=world.device)
+    if world.rank == 0:
+        time.sleep(0.1)
+    assert again.broadcast_object({"again": world.rank}) == {"again": 0}
+    again.barrier()
     with pytest.raises(PlanError, match="4 devices and this job has 2 processes"):
         small(world)
     world.barrier()

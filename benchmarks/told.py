@@ -1,0 +1,129 @@
+"""Plans that a person would write, as plans that run: the search takes no part in them.
+
+The cut, the mesh, recomputation and microbatches are given, and the stages' integer programs have
+only the choices that a recipe leaves: see `benchmarks.handmade` for data parallelism with its ZeRO
+levels. For tensor parallelism operators may not take the rows of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from autopar.api import ModelWorkload
+from autopar.candidate import place_stages, simulate_stages, stage_plan
+from autopar.errors import NoFeasiblePlan
+from autopar.graph.family import GraphFamily
+from autopar.graph.hubs import insert_hubs
+from autopar.graph.precision import Precision
+from autopar.graph.repeat import whole_graph
+from autopar.intraop.build import Choice, Node
+from autopar.intraop.stage import SolverOptions, StageSolution
+from autopar.layout import first_atom
+from autopar.lowering.lower import PreparedStage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import cut_stages
+from autopar.mesh import LogicalMesh, Submesh
+from autopar.plan import ParallelPlan, Remat
+from autopar.schedule import ScheduleKind
+from autopar.search.unfold import unfold
+from autopar.sharding.strategy import Strategy
+from benchmarks.forced import Forced
+from benchmarks.handmade import Grid, _row_factors, equal_split, layer_names, on_data_axis
+from cost_models import Cluster
+
+_BUDGET = 0.9  # of a device's memory, as in the search
+_SCHEDULE = ScheduleKind.ONE_F_ONE_B
+
+
+def told_plan(
+    model: nn.Module, batch: Any, cluster: Cluster, grid: Grid, precision: Precision
+) -> ParallelPlan:
+    """The best plan of the recipe. Where nothing fits without, everything is recomputed.
+    NoFeasiblePlan where nothing fits at all."""
+    family = GraphFamily(model, batch, None, precision)
+    workload = ModelWorkload(family, (grid.microbatches,))
+    with contextlib.closing(family):
+        (group,) = cluster.groups
+        budget = _BUDGET * group.device.memory_bytes
+        forced = Forced(
+            workload, cluster, budget, folded=True, solver=SolverOptions(fallback=False)
+        )
+        for remat in dict.fromkeys((grid.remat, Remat.SELECTIVE, Remat.FULL)):
+            plan = _planned(forced, replace(grid, remat=remat))
+            if plan is not None:
+                return replace(plan, precision=str(precision))
+    raise NoFeasiblePlan(f"{grid}: nothing fits into {budget:.3g} bytes per device")
+
+
+def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
+    count = grid.microbatches
+    names = layer_names(forced.program(count).folded)
+    first_layers = equal_split(names, grid.pipeline)
+    policies = (grid.remat,) * len(names)
+    told = forced.cut(count, first_layers, policies)
+    assert told.window is not None
+    submesh = Submesh(1, grid.data * grid.tensor)
+    view = submesh.view(tuple(n for n in (grid.data, grid.tensor) if n > 1) or (1,))
+    restriction = on_data_axis(grid.zero) if grid.data > 1 else whole_rows
+    solutions: list[StageSolution] = []
+    for index in range(grid.pipeline):
+        flight = min(count, grid.pipeline - index)
+        found = forced.solve(told, index, view, count, flight, restriction, str(grid))
+        if found is None:
+            return None
+        solutions.append(found)
+    timeline = simulate_stages(told.graphs, solutions, _SCHEDULE, count)
+    graph = whole_graph(forced.workload.exact(count))  # type: ignore[attr-defined]
+    devices = place_stages([submesh] * grid.pipeline, forced.cluster)
+    bounds = [*first_layers[1:], len(names)]
+    stages, fallbacks = [], Counter[str]()
+    rules: dict[str, set[str]] = {}
+    for i, stage in enumerate(cut_stages(apply_recompute(graph, policies), first_layers)):
+        whole = insert_hubs(stage)
+        unfolded = unfold(solutions[i], told.prepared[i], whole, told.window.written_layer)
+        layers = (first_layers[i], bounds[i] - 1)
+        stages.append(stage_plan(whole, unfolded.dims, unfolded.solution, layers, devices[i]))
+        fallbacks.update(unfolded.fallbacks)
+        for target, text in told.prepared[i].table.unwritten().items():
+            rules.setdefault(target, set()).update(text.split(" | "))
+    return ParallelPlan(
+        graph=graph.fingerprint(),
+        cluster_text=str(forced.cluster),
+        cluster=forced.cluster.to_dict(),
+        num_microbatches=count,
+        schedule=_SCHEDULE,
+        remat=policies,
+        layer_names=graph.layer_names,
+        stages=tuple(stages),
+        step_s=timeline.step_s,
+        bubble=0.0,
+        budget_bytes=forced.budget_bytes,
+        fallbacks=dict(sorted(fallbacks.items())),
+        rules={target: " | ".join(sorted(rules[target])) for target in sorted(rules)},
+    )
+
+
+def whole_rows(stage: PreparedStage, view: LogicalMesh) -> Any:
+    """The Restriction that no operator takes the rows of the batch, where it can do without."""
+    del view
+    rows, dims = _row_factors(stage), stage.table.dims
+    inputs = {i.name: i for i in stage.graph.inputs if i.kind in ("batch", "received")}
+
+    def takes(node: Node, choice: Choice) -> bool:
+        if isinstance(choice, Strategy):
+            factors = (f for f in choice.factors if f is not None)
+            return any(f.name in rows.get(node.name, ()) for f in factors)
+        inp = inputs.get(node.name)
+        if inp is None or not inp.meta.shape:
+            return False
+        return first_atom(dims[inp.ref], 0) in choice  # type: ignore[operator]
+
+    def keep(node: Node, choice: Choice) -> bool:
+        return not takes(node, choice) or all(takes(node, c) for c in node.choices)
+
+    return keep

@@ -1,0 +1,76 @@
+"""What a profile of the GPU says: how long it computes, communicates, waits, and in which kernels.
+
+    compute        kernels that are not NCCL's, copies and fills
+    communication  NCCL's kernels
+    exposed        communication while nothing computes
+    idle           neither, between the first and the last event
+
+Events overlap, so that all of these are measures of unions of intervals.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+_TOP = 10
+
+Interval = tuple[float, float]
+
+
+def load(path: Path) -> list[Mapping[str, Any]]:
+    """Events of a Chrome trace, gzipped or not."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        events: list[Mapping[str, Any]] = json.load(file)["traceEvents"]
+    return events
+
+
+def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """Milliseconds per step. steps: how many the trace holds."""
+    compute: list[Interval] = []
+    communication: list[Interval] = []
+    kernels: dict[str, tuple[float, int]] = {}
+    for event in events:
+        if event.get("ph") != "X" or event.get("cat") not in _ON_DEVICE:
+            continue
+        start, length, name = float(event["ts"]), float(event["dur"]), str(event["name"])
+        group = communication if "nccl" in name.lower() else compute
+        group.append((start, start + length))
+        total, count = kernels.get(name, (0.0, 0))
+        kernels[name] = total + length, count + 1
+    busy, talking = union(compute), union(communication)
+    both = union([*compute, *communication])
+    span = both[-1][1] - both[0][0] if both else 0.0
+    ms = 1e-3 / steps  # of microseconds in all
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:_TOP]
+    return {
+        "span_ms": span * ms,
+        "compute_ms": measure(busy) * ms,
+        "communication_ms": measure(talking) * ms,
+        "exposed_communication_ms": (measure(both) - measure(busy)) * ms,
+        "idle_ms": (span - measure(both)) * ms,
+        "kernels": [
+            {"name": name, "ms": total * ms, "count": count / steps}
+            for name, (total, count) in longest
+        ],
+    }
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Disjoint intervals, in order, that cover the same. O(n log n)."""
+    merged: list[Interval] = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def measure(disjoint: Sequence[Interval]) -> float:
+    return sum(stop - start for start, stop in disjoint)

@@ -1,0 +1,237 @@
+"""One rank of a job that measures training speed: `benchmarks.speed` starts it under torchrun."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks import traces
+from benchmarks.runners import Maker, maker
+from benchmarks.speed import PRECISIONS
+from benchmarks.suites import SPEED_CASES, SpeedCase, build, build_batch
+from benchmarks.summary import summary
+from benchmarks.training import Job, NotAvailable, Step
+
+_PROFILED_STEPS = 2
+_GRACE_S = 3.0  # for the other ranks to say what went wrong with them
+
+
+def work(request: Mapping[str, Any], folder: Path) -> None:
+    """The runners of the request, in order. Rank 0 writes a file after each; a rank that fails says
+    why in one of its own, and ends."""
+    from autopar.runtime.launch import torchrun_world
+
+    world = torchrun_world()
+    if world is None:
+        raise RuntimeError("start this with torchrun")
+    case = next(c for c in SPEED_CASES if c.name == request["case"])
+    precision = PRECISIONS[request["backend"]]
+    for number, name in enumerate(request["runners"]):
+        faulthandler.dump_traceback_later(request["runner_limit_s"], exit=True)
+        try:
+            found = _timed(make_job(case, world.device), name, case, precision, request)
+        except NotAvailable as error:
+            found = {"error": f"not available: {error}"}
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            (folder / f"error-{world.rank}.txt").write_text(text, encoding="utf-8")
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            time.sleep(_GRACE_S)
+            os._exit(1)  # without destructors: they might wait for the other ranks
+        if world.rank == 0:
+            draft = folder / "draft"
+            draft.write_text(json.dumps({name: found}), encoding="utf-8")
+            draft.replace(folder / f"done-{number:03d}.json")
+        _clean(world.device)
+    faulthandler.cancel_dump_traceback_later()
+    world.close()
+
+
+def make_job(case: SpeedCase, device: torch.device) -> Job:
+    with torch.device("meta"):
+        model_type = type(build(case.model, 1)[0])
+    batch = build_batch(case.model, case.batch)
+    on_gpu = device.type == "cuda"
+    return Job(
+        partial(_model, case.model, device),
+        model_type,
+        pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch),
+        device,
+        dist.get_rank(),
+        dist.get_world_size(),
+        half=on_gpu,
+        compiled=on_gpu,
+    )
+
+
+def _model(name: str, device: torch.device) -> torch.nn.Module:
+    """Initialised where it is, by seed: the same on all ranks."""
+    with torch.device(device):
+        return build(name, 1)[0]
+
+
+def _timed(
+    job: Job, name: str, case: SpeedCase, precision: str, request: Mapping[str, Any]
+) -> dict[str, Any]:
+    left_over = _allocated(job.device)
+    _reset_peak(job.device)
+    started = time.perf_counter()
+    step, facts = _made(maker(name), job, case, precision)
+    _synchronize(job.device)
+    setup_s, setup_peak = time.perf_counter() - started, _peak_bytes(job.device)
+    _reset_peak(job.device)
+    started = time.perf_counter()
+    losses = [_mean(step())]
+    first_step_s = time.perf_counter() - started
+    losses += [_mean(step()) for _ in range(request["warmup"] - 1)]
+    times = []
+    for _ in range(request["steps"]):
+        dist.barrier()
+        _synchronize(job.device)
+        started = time.perf_counter()
+        loss = step()
+        _synchronize(job.device)
+        times.append(_largest(time.perf_counter() - started, job.device))
+        losses.append(_mean(loss))
+    found = {
+        "step_s": summary(times).to_dict(),
+        "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
+        "setup_peak_bytes": int(_largest(setup_peak, job.device)),
+        "left_over_bytes": left_over,
+        "setup_s": setup_s,
+        "first_step_s": first_step_s,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "peak_flops": _peak_flops(job.device),
+        **facts,
+    }
+    if job.device.type == "cuda":
+        stem = "".join(c if c.isalnum() else "-" for c in f"{case.name}-{name}")
+        found["profile"] = _profile(step, job, request.get("traces"), stem)
+    return found
+
+
+def _made(make: Maker, job: Job, case: SpeedCase, precision: str) -> tuple[Step, dict[str, Any]]:
+    step, facts = make(job, case, precision)
+    gc.collect()  # the whole model on each device, of which shards were made
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return step, facts
+
+
+def _profile(step: Step, job: Job, folder: str | None, stem: str) -> dict[str, Any]:
+    """Of rank 0; every rank steps. With a folder its trace holds the host's side too, and stays."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CUDA]
+    if folder is not None:
+        activities.append(ProfilerActivity.CPU)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if job.rank:
+        for _ in range(_PROFILED_STEPS):
+            step()
+        _synchronize(job.device)
+        return {}
+    with profile(activities=activities) as recorded:
+        for _ in range(_PROFILED_STEPS):
+            step()
+        _synchronize(job.device)
+    path = Path(folder or os.environ.get("TMPDIR", "/tmp")) / f"{stem}-{os.getpid()}.json.gz"
+    try:
+        recorded.export_chrome_trace(str(path))
+        return traces.analysis(traces.load(path), _PROFILED_STEPS)
+    except (OSError, ValueError, RuntimeError) as error:  # the times are good without it
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        if folder is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.replace(path.with_name(f"{stem}.json.gz"))
+
+
+def _clean(device: torch.device) -> None:
+    """What the last runner left: compiled code, graphs, memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        from torch._inductor import cudagraph_trees
+
+        cudagraph_trees.reset_cudagraph_trees()
+        torch.cuda.empty_cache()
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Of the datasheet, for bfloat16."""
+    if device.type != "cuda":
+        return None
+    from autopar.api import detect_cluster
+    from autopar.errors import OptionError
+
+    try:
+        return detect_cluster().groups[0].device.peak_flops["bfloat16"]
+    except OptionError:
+        return None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _largest(value: float, device: torch.device) -> float:
+    """Over all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def _mean(loss: Tensor) -> float:
+    """Over all ranks: of the global batch, whatever part of it each rank trains on."""
+    total = loss.detach().double().reshape(1).clone()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def _reset_peak(device: torch.device) -> None:
+    """On the CPU Linux forgets the peak of the resident set where /proc allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+        return float(peaks[0]) * 1024
+    except (OSError, IndexError):
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]), Path(sys.argv[2]))

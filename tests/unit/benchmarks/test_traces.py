@@ -1,0 +1,64 @@
+"""What a made-up profile says, against sums by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import traces
+
+
+def _event(name: str, start: float, length: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": length}
+
+
+# µs        0    10   20   30   40   50   60   70   80
+# compute   [matmul----]         [gelu]        [copy]
+# nccl           [all-gather]              [ag]
+EVENTS = [
+    _event("matmul", 0, 20),
+    _event("ncclDevKernel_AllGather", 10, 20),
+    _event("gelu", 40, 10),
+    _event("ncclDevKernel_AllGather", 65, 5),
+    _event("Memcpy DtoD", 70, 10, "gpu_memcpy"),
+    _event("aten::mm", 0, 500, "cpu_op"),
+    {"ph": "M", "name": "process_name"},
+]
+
+
+def test_intervals_are_told_apart() -> None:
+    found = traces.analysis(EVENTS, 2)
+    assert found["span_ms"] == pytest.approx(0.040)
+    assert found["compute_ms"] == pytest.approx(0.020)
+    assert found["communication_ms"] == pytest.approx(0.0125)
+    assert found["exposed_communication_ms"] == pytest.approx(0.0075)
+    assert found["idle_ms"] == pytest.approx(0.0125)
+    assert [(k["name"], k["count"]) for k in found["kernels"]] == [
+        ("ncclDevKernel_AllGather", 1.0),
+        ("matmul", 0.5),
+        ("gelu", 0.5),
+        ("Memcpy DtoD", 0.5),
+    ]
+
+
+def test_a_trace_without_a_device_is_all_zero() -> None:
+    found = traces.analysis([_event("aten::mm", 0, 5, "cpu_op")], 1)
+    assert found["span_ms"] == found["idle_ms"] == 0.0
+    assert found["kernels"] == []
+
+
+def test_nested_and_touching_intervals_are_one() -> None:
+    assert traces.union([(5, 6), (0, 4), (1, 2), (4, 5)]) == [(0, 6)]
+
+
+def test_traces_are_read_as_they_are_written(tmp_path: Path) -> None:
+    text = json.dumps({"traceEvents": EVENTS})
+    plain, packed = tmp_path / "a.json", tmp_path / "a.json.gz"
+    plain.write_text(text, encoding="utf-8")
+    with gzip.open(packed, "wt", encoding="utf-8") as file:
+        file.write(text)
+    assert traces.load(plain) == traces.load(packed) == EVENTS
