@@ -170,16 +170,16 @@ class ParallelModel(nn.Module):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         infinite = norm_type == float("inf")
         if mine:
-            parts = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in mine]
-            norms = torch.stack([part.to(self._device) for part in parts])
+            found = [torch._foreach_norm(g, norm_type, dtype=dtype) for g in _alike(mine)]
+            norms = torch.stack([part.to(self._device) for parts in found for part in parts])
             total += norms.max() if infinite else norms.double().pow(norm_type).sum()
         if self._world is not None:
             with self._world.guard("clip_grad_norm_"):
                 self._world.all_reduce(total, "max" if infinite else "sum")
         norm = total if infinite else total.pow(1.0 / norm_type)
         scale = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
-        for _, gradient in gradients:
-            gradient.mul_(scale.to(gradient.device, gradient.dtype))
+        for group in _alike([g for _, g in gradients]):
+            torch._foreach_mul_(group, scale.to(group[0].device, group[0].dtype))
         return norm.to(dtype)
 
     def load_state_dict(
@@ -320,6 +320,14 @@ def _buffer(root: nn.Module, name: str) -> Tensor:
     if buffer is None:
         raise InternalError(f"{name!r} is not a buffer of this rank")
     return buffer
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of one device and type together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
 
 
 def _width(dtype: torch.dtype) -> int:
