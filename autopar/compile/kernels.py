@@ -1,6 +1,7 @@
 """What our own operators are for a compiler: plain ATen where it can fuse, the fastest kernel where
 it cannot.
 
+    convolutions                                          of operands with channels last
     dropout, uniform, .., padded_narrow, keep_on_first,
     cross_entropy                                         their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.compile.convolutions import ChannelsLast
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
 from autopar.ops.random import counter_dropout, counter_normal, counter_randint, counter_uniform
 
-own = torch.ops.autopar
+aten, own = torch.ops.aten, torch.ops.autopar
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -35,7 +37,13 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
 
     keys = _KeyTable(random_op_ids)
     random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
-    return {**select_decomp_table(), **_OWN, **random}
+    table, images = select_decomp_table(), ChannelsLast()
+    gradient = aten.convolution_backward.default
+    convolutions: Decompositions = {
+        aten.convolution.default: images.forward,
+        gradient: partial(images.backward, table[gradient]),
+    }
+    return {**table, **convolutions, **_OWN, **random}
 
 
 def _sdpa(*args: Any) -> Any:
