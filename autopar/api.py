@@ -136,6 +136,7 @@ def parallelize(
     device: torch.device | str | None = None,
     seed: int = 0,
     compiled: bool | None = None,
+    cuda_graph: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
@@ -150,6 +151,9 @@ def parallelize(
                    brings its own precision.
     compiled:      whether the programs run as compiled code (Inductor; a minute or so at the first
                    step) or operator by operator; by default on GPUs.
+    cuda_graph:    whether a compiled step of one stage and one microbatch is captured as a CUDA
+                   graph, in its third step; by default where launching its kernels would take the
+                   host longer than running them takes the GPU. Its memory stays reserved.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
@@ -184,7 +188,14 @@ def parallelize(
     progress("lower")
     place = torch.device(device or _device())
     return ParallelModel(
-        model, graph, given, world=world, device=place, seed=seed, compiled=compiled
+        model,
+        graph,
+        given,
+        world=world,
+        device=place,
+        seed=seed,
+        compiled=compiled,
+        cuda_graph=cuda_graph,
     )
 
 

@@ -1,6 +1,7 @@
 """What our own operators are for a compiler: plain ATen where it can fuse, the fastest kernel where
 it cannot.
 
+    convolutions                                          of operands with channels last
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     uniform, normal, .., padded_narrow, keep_on_first,
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.compile.convolutions import ChannelsLast
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
 from autopar.ops.random import counter_dropout, counter_normal, counter_randint, counter_uniform
 
-own = torch.ops.autopar
+aten, own = torch.ops.aten, torch.ops.autopar
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -38,7 +40,13 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
     keys = _KeyTable(random_op_ids)
     random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
     dropout = {own.dropout.default: partial(_dropout, keys)}
-    return {**select_decomp_table(), **_OWN, **random, **dropout}
+    table, images = select_decomp_table(), ChannelsLast()
+    gradient = aten.convolution_backward.default
+    convolutions: Decompositions = {
+        aten.convolution.default: images.forward,
+        gradient: partial(images.backward, table[gradient]),
+    }
+    return {**table, **convolutions, **_OWN, **random, **dropout}
 
 
 def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:

@@ -19,11 +19,12 @@ import os
 import pickle
 import time
 import traceback
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,12 @@ class PeerFailure(RuntimeFailure):
     """This rank stopped because another one failed; the text has the other one's error."""
 
 
+class GroupUser(Protocol):
+    """What goes on using process groups after a call has returned."""
+
+    def release(self) -> None: ...
+
+
 class World:
     """The processes of a job. Made by `connect`."""
 
@@ -67,6 +74,7 @@ class World:
         self._store = distributed_c10d._get_default_store()
         self._number = next(_WORLDS)
         self._counts: defaultdict[str, int] = defaultdict(int)
+        self._users: weakref.WeakSet[GroupUser] = weakref.WeakSet()
 
     @classmethod
     def connect(
@@ -151,9 +159,14 @@ class World:
                 raise RuntimeFailure(text) from error
             raise PeerFailure(f"rank {self.rank} stopped in {what} because {first}") from error
 
+    def release_first(self, user: GroupUser) -> None:
+        """Whoever uses the groups beyond a call is released before they end."""
+        self._users.add(user)
+
     def abort(self) -> None:
         """Gives up all groups without waiting for peers, who then fail too."""
         with contextlib.suppress(Exception):  # a group that is half gone says so; nothing to do
+            self._release()
             if self.device.type == "cuda":
                 distributed_c10d._abort_process_group()
             else:
@@ -161,8 +174,13 @@ class World:
 
     def close(self) -> None:
         """Ends the job in an orderly way, if this object started it."""
+        self._release()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _release(self) -> None:
+        for user in list(self._users):
+            user.release()
 
     def _publish(self, text: str) -> str | None:
         """Sets the job's failure, unless another rank has failed before: then its text."""

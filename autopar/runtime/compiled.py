@@ -62,6 +62,7 @@ class CompiledProgram:
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters = frozenset(parameters)
         self._call: Compiled | None = None
+        self.num_operators = 0  # of the compiled graph
         self._strides: list[tuple[int, ...]] = []
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
@@ -85,8 +86,9 @@ class CompiledProgram:
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
         ordered = prepare(module, early)
         self._call = compile_module(ordered)
-        size = len(ordered.graph.nodes)
-        _LOG.info("compiled %d nodes in %.1f s", size, time.monotonic() - started)
+        self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
+        seconds = time.monotonic() - started
+        _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)
 
 
 def _with_stride(value: Tensor, stride: tuple[int, ...]) -> Tensor:

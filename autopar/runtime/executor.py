@@ -25,6 +25,7 @@ from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram
 from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies, storages
+from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import PlayerMaker, Shards
@@ -59,11 +60,12 @@ class StepInputs:
 class StageResult:
     """loss: None on stages that do not make it. gradients: of owned parameters, at rest and where
     these rest, by the name of the input that holds them. buffers: those after the step, by input
-    name."""
+    name. lent: whether the next step overwrites the gradients."""
 
     loss: Shards | None
     gradients: Mapping[str, Shards]
     buffers: Mapping[str, Shards]
+    lent: bool = False
 
 
 class StageExecutor:
@@ -80,9 +82,11 @@ class StageExecutor:
         transport: Transport,
         device: torch.device,
         whole: LocalProgram | None = None,
+        play_whole: PlayerMaker | None = None,
     ) -> None:
         """players: makes what plays each program. whole: the step as one program, in place of the
-        others when it trains (`compile.step`)."""
+        others when it trains (`compile.step`); play_whole: makes what plays it, by default
+        players."""
         self.stage: LoweredStage = lowered.stages[stage]
         self.routes: StageRoutes = stage_routes(lowered, stage)
         self.num_microbatches = lowered.schedule.num_microbatches
@@ -97,7 +101,7 @@ class StageExecutor:
         self.gather = players(self.stage.gather)
         self.reduce = players(self.stage.reduce)
         self.whole_program = whole
-        self.whole = None if whole is None else players(whole)
+        self.whole = None if whole is None else (play_whole or players)(whole)
         self.on_host = frozenset(p.name for p in self.stage.parameters if p.host)
         later = [name for p in self.stage.microbatch_programs[1:] for name in p.inputs]
         self.late_buffers = tuple(k for k in dict.fromkeys(later) if k in self.stage.buffers)
@@ -133,6 +137,7 @@ class _State:
     held: dict[int, dict[str, Shards]] = field(default_factory=dict)  # microbatch -> for weights
     loss: Shards | None = None
     gradients: dict[str, Shards] = field(default_factory=dict)
+    lent: bool = False  # whether the next step overwrites the gradients
 
 
 class StagePlayer:
@@ -179,7 +184,8 @@ class StagePlayer:
                 self._weights(action.microbatch)
 
     def result(self) -> StageResult:
-        return StageResult(self._state.loss, self._state.gradients, self._state.buffers)
+        state = self._state
+        return StageResult(state.loss, state.gradients, state.buffers, lent=state.lent)
 
     def _whole(self) -> None:
         """The step as one program, from parameters at rest to their gradients."""
@@ -187,7 +193,8 @@ class StagePlayer:
         assert executor.whole is not None and executor.whole_program is not None
         state.parameters = dict(self._inputs.parameters)
         outputs = executor.whole(self._program_inputs(executor.whole_program, {}, 0))
-        state.loss = outputs.pop(LOSS)
+        state.lent = isinstance(executor.whole, CapturedProgram) and executor.whole.lends
+        state.loss = [t.clone() if state.lent else t for t in outputs.pop(LOSS)]
         state.buffers.update({name: outputs.pop(name) for name in state.buffers if name in outputs})
         state.gradients = own_copies(outputs)
 

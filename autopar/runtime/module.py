@@ -22,6 +22,7 @@ from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
 from autopar.plan import ParallelPlan
+from autopar.runtime.captured import CapturedProgram, capturer
 from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.compiled import compiler
 from autopar.runtime.data import DataShard, data_shard
@@ -50,6 +51,8 @@ class ParallelModel(nn.Module):
     graph: captured from it, with layers; plan: made for this graph. world: None for a plan of one
     device. seed: of dropout and of what is initialised here. compiled: whether programs run as
     Inductor's code, compiled at their first use, or operator by operator; by default on GPUs.
+    cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
+    where its kernels are short.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ParallelModel(nn.Module):
         initialiser: Initialiser | None = None,
         seed: int = 0,
         compiled: bool | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         super().__init__()
         if world is None and plan.num_devices != 1:
@@ -82,13 +86,18 @@ class ParallelModel(nn.Module):
         self._row = self._lowered.schedule.actions[own[0]]
         on_gpu = self._device.type == "cuda"
         self._executors = _make_executors(
+            plan,
             self._lowered,
             graph,
             own,
             self._comm,
             self._device,
             compiled=on_gpu if compiled is None else compiled,
+            cuda_graph=cuda_graph,
         )
+        for executor in self._executors.values():
+            if world is not None and isinstance(executor.whole, CapturedProgram):
+                world.release_first(executor.whole)
         stages = [executor.stage for executor in self._executors.values()]
         self._kept_buffers = kept_buffers(model, self._lowered, stages)
         self._known = {name for names in tied_names(model).values() for name in names}
@@ -127,13 +136,16 @@ class ParallelModel(nn.Module):
         """
         seed = self._seed + self._steps if seed is None else seed
         self._steps += 1
+        with torch.no_grad():
+            for resting in self._resting:
+                resting.keep_gradient()
         results, loss = self._play(batch, seed, Mode.TRAIN, "train_step")
         with torch.no_grad():
             for resting in self._resting:
                 kept = resting.kept
-                gradients = results[kept.stage].gradients
-                if kept.key in gradients and kept.requires_grad:
-                    resting.add_gradient(gradients[kept.key][0])
+                result = results[kept.stage]
+                if kept.key in result.gradients and kept.requires_grad:
+                    resting.add_gradient(result.gradients[kept.key][0], lent=result.lent)
         for buffer in self._kept_buffers:
             for stage, key in buffer.keys:
                 _buffer(self, buffer.name).copy_(results[stage].buffers[key][0])
@@ -158,16 +170,16 @@ class ParallelModel(nn.Module):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         infinite = norm_type == float("inf")
         if mine:
-            parts = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in mine]
-            norms = torch.stack([part.to(self._device) for part in parts])
+            found = [torch._foreach_norm(g, norm_type, dtype=dtype) for g in _alike(mine)]
+            norms = torch.stack([part.to(self._device) for parts in found for part in parts])
             total += norms.max() if infinite else norms.double().pow(norm_type).sum()
         if self._world is not None:
             with self._world.guard("clip_grad_norm_"):
                 self._world.all_reduce(total, "max" if infinite else "sum")
         norm = total if infinite else total.pow(1.0 / norm_type)
         scale = (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
-        for _, gradient in gradients:
-            gradient.mul_(scale.to(gradient.device, gradient.dtype))
+        for group in _alike([g for _, g in gradients]):
+            torch._foreach_mul_(group, scale.to(group[0].device, group[0].dtype))
         return norm.to(dtype)
 
     def load_state_dict(
@@ -258,6 +270,7 @@ class ParallelModel(nn.Module):
 
 
 def _make_executors(
+    plan: ParallelPlan,
     lowered: LoweredPlan,
     graph: Graph,
     stages: Sequence[int],
@@ -265,6 +278,7 @@ def _make_executors(
     device: torch.device,
     *,
     compiled: bool,
+    cuda_graph: bool | None,
 ) -> dict[int, StageExecutor]:
     """One per stage that this rank plays. Without a process group the rank plays all of them."""
     mailboxes = Mailboxes(lowered.stages, device)
@@ -276,12 +290,16 @@ def _make_executors(
         virtual = VirtualCollectives(stage.mesh)
         collectives = virtual if comm is None else comm.collectives[index]
         players = interpreter([coordinates], collectives, device)
-        whole = None
+        whole = play_whole = None
         if compiled:
             parameters = [p.name for p in stage.parameters]
             groups = () if comm is None else comm.groups[index]
             players = compiler(players, coordinates, groups, parameters, device)
             whole = whole_step(lowered, index)
+            if device.type == "cuda" and cuda_graph is not False:
+                predicted = plan.stages[index].prediction
+                seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
+                play_whole = capturer(players, {*parameters, *stage.buffers}, seconds)
         executors[index] = StageExecutor(
             lowered,
             graph,
@@ -291,6 +309,7 @@ def _make_executors(
             transport=mailboxes if comm is None else comm.transport,
             device=device,
             whole=whole,
+            play_whole=play_whole,
         )
     return executors
 
@@ -301,6 +320,14 @@ def _buffer(root: nn.Module, name: str) -> Tensor:
     if buffer is None:
         raise InternalError(f"{name!r} is not a buffer of this rank")
     return buffer
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of one device and type together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
 
 
 def _width(dtype: torch.dtype) -> int:

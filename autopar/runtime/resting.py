@@ -52,6 +52,7 @@ class RestingParameter:
         for scope, leaf in places:
             scope._parameters[leaf] = parameter
         self._scope, self._leaf = places[0]
+        self._lent = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -81,14 +82,23 @@ class RestingParameter:
             self._local.copy_(local)
         return self._shard
 
-    def add_gradient(self, shard: Tensor) -> None:
-        """A gradient at rest, with its padding, to `.grad`, as autograd does. Pre: no autograd."""
+    def add_gradient(self, shard: Tensor, *, lent: bool = False) -> None:
+        """A gradient at rest, with its padding, to `.grad`, as autograd does. lent: its memory is
+        that of the next step's, before which `keep_gradient` is called. Pre: no autograd."""
         parameter = self.parameter
         gradient = parameter.grad
         if gradient is None:
             parameter.grad = as_gradient(self._valid(shard), parameter)
+            self._lent = lent
         else:
             local_tensor(gradient).add_(self._valid(shard))
+
+    def keep_gradient(self) -> None:
+        """Copies what was lent, if the user still has it as `.grad`. Pre: no autograd."""
+        parameter = self.parameter
+        if self._lent and parameter.grad is not None:
+            parameter.grad = as_gradient(local_tensor(parameter.grad).clone(), parameter)
+        self._lent = False
 
     def load(self, whole: Tensor) -> None:
         """Takes this rank's part of a value."""

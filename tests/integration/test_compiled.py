@@ -10,11 +10,13 @@ from torch.nn import functional
 
 from autopar.api import parallelize
 from autopar.options import SearchOptions
+from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.gradients import Gradient
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
+from tests.unit.runtime.recorder import Recorder
 
 ROWS, WIDTH = 8, 64
 STEPS = 2
@@ -113,6 +115,32 @@ def check(interpreted: list[Tensor], compiled: list[Tensor]) -> None:
 def test_one_device(microbatches: int) -> None:
     interpreted, compiled = (train(1, microbatches, compiled=c) for c in (False, True))
     check(interpreted, compiled)
+
+
+def test_gradients_of_a_captured_step_last_as_long_as_the_user_has_them() -> None:
+    """Two steps are added up, one starts anew, twice; a graph fills the same memory each time."""
+    records: list[list[Tensor]] = []
+    recorder = Recorder()
+    for captured in (False, True):
+        parallel = make(1, 1, compiled=True)
+        (executor,) = parallel._executors.values()
+        if captured:
+            assert isinstance(executor.whole, CompiledProgram)
+            staying = [p.name for p in executor.stage.parameters]
+            executor.whole = CapturedProgram(
+                executor.whole, staying=staying, seconds=None, recorder=recorder
+            )
+        record = []
+        for step in range(6):
+            record.append(parallel.train_step(batch(), seed=step))
+            if step % 3:
+                record += [p.grad.clone() for p in parallel.parameters()]
+            if step % 3 == 2:
+                torch.optim.SGD(parallel.parameters(), lr=0.1).step()
+                parallel.zero_grad()
+        records.append(record)
+    assert recorder.replays == 4
+    check(*records)
 
 
 def test_two_processes() -> None:

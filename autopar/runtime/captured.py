@@ -1,0 +1,134 @@
+"""Plays a compiled program as one CUDA graph: the host launches it once, not kernel by kernel.
+
+Inputs are copied to where the graph reads them, but for those that stay in one place, such as
+parameters. Results are in the graph's own memory: the next step overwrites them, so that whoever
+keeps one copies it (`lends`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Collection, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autopar.lowering.program import LocalProgram
+from autopar.runtime.compiled import CompiledProgram
+from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
+
+_LOG = logging.getLogger(__name__)
+
+# Plays before the capture: one compiles; in the next kernels are tuned and libraries initialised.
+_PLAYS_BEFORE = 2
+# Below so many predicted seconds per operator the host is behind: a kernel, into which two or three
+# operators fuse, takes it about 10 us to launch. An estimate, not a measurement.
+LAUNCH_BOUND_S = 4e-6
+
+Results = dict[str, Shards]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """results: in memory that `replay` fills, each time that it is called. forget: ends it."""
+
+    results: Results
+    replay: Callable[[], None]
+    forget: Callable[[], None]
+
+
+def record(play: Callable[[], Results]) -> Recording:
+    """What `play` starts on the device, without running it."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads, such as the watchdog of NCCL, may talk to the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = play()
+    return Recording(results, graph.replay, graph.reset)
+
+
+def capturer(players: PlayerMaker, staying: Collection[str], seconds: float | None) -> PlayerMaker:
+    """Makes players that are captured, of programs that `players` compiles."""
+
+    def make(program: LocalProgram) -> ProgramPlayer:
+        player = players(program)
+        if not isinstance(player, CompiledProgram):
+            return player
+        return CapturedProgram(player, staying=staying, seconds=seconds)
+
+    return make
+
+
+class CapturedProgram:
+    """A compiled program that becomes a graph at its third play, if that is worth it. Where it
+    fails, as for want of memory, the program goes on kernel by kernel: other ranks need not fail
+    with it, for all of them start the same collectives either way. Pre: a program that does not
+    wait for the host."""
+
+    def __init__(
+        self,
+        program: CompiledProgram,
+        *,
+        staying: Collection[str],
+        seconds: float | None,
+        recorder: Callable[[Callable[[], Results]], Recording] = record,
+    ) -> None:
+        """staying: inputs that are in the same memory each time. seconds: predicted for the
+        program, to decide by; None captures it in any case."""
+        self._program, self._record = program, recorder
+        self._staying, self._seconds = frozenset(staying), seconds
+        self._plays = 0
+        self._inputs: dict[str, Tensor] = {}
+        self._recording: Recording | None = None
+
+    @property
+    def lends(self) -> bool:
+        """Whether results of the last play are overwritten by the next one."""
+        return self._recording is not None
+
+    def release(self) -> None:
+        """Forgets the graph; the program goes on kernel by kernel. NCCL ends no group that a graph
+        still uses."""
+        if self._recording is not None:
+            self._recording.forget()
+            self._recording, self._inputs = None, {}
+
+    def __call__(self, inputs: MutableMapping[str, Shards]) -> Results:
+        self._plays += 1
+        if self._plays == _PLAYS_BEFORE + 1 and self._is_worth_it():
+            self._capture(inputs)
+        if self._recording is None:
+            return self._program(inputs)
+        for key, place in self._inputs.items():
+            (value,) = inputs[key]
+            if value.data_ptr() != place.data_ptr():
+                place.copy_(value, non_blocking=True)
+        inputs.clear()
+        self._recording.replay()
+        return {key: list(shards) for key, shards in self._recording.results.items()}
+
+    def _is_worth_it(self) -> bool:
+        nodes = self._program.num_operators
+        return self._seconds is None or self._seconds < LAUNCH_BOUND_S * nodes
+
+    def _capture(self, inputs: MutableMapping[str, Shards]) -> None:
+        places = {
+            key: value if key in self._staying else value.clone()
+            for key, (value,) in inputs.items()
+        }
+        try:
+            recording = self._record(
+                lambda: self._program({key: [place] for key, place in places.items()})
+            )
+        except Exception as error:
+            _LOG.warning(
+                "the step runs kernel by kernel, as it could not be captured as a CUDA graph: %s:"
+                " %s. Pass cuda_graph=False to leave that out.",
+                type(error).__name__,
+                (str(error).splitlines() or [""])[0],
+            )
+            return
+        self._inputs, self._recording = places, recording
+        weakref.finalize(self, recording.forget)  # at the latest when the interpreter ends
+        _LOG.info("captured %d operators as a CUDA graph", self._program.num_operators)

@@ -1,0 +1,82 @@
+"""Steps that are one CUDA graph against steps that are launched kernel by kernel, on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopar.api import parallelize
+from autopar.graph.precision import Precision
+from autopar.options import SearchOptions
+from autopar.runtime.captured import CapturedProgram
+from autopar.runtime.comm import World
+from autopar.runtime.launch import run_processes
+from benchmarks.models.gpt import GPT, GPTConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CONFIG = GPTConfig(64, 2, 4, vocab_size=512, seq_len=64, dropout=0.1)
+ROWS, STEPS = 8, 20
+ACCUMULATED = (7, 8)  # steps after which gradients are kept
+
+
+def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
+    """Losses of all steps and the parameters that this rank keeps at the end."""
+    devices = 1 if world is None else world.size
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    options: dict[str, Any] = {"num_stages": 1, "mesh_shape": (devices,), "num_microbatches": 1}
+    tokens = torch.randint(0, 512, (STEPS, ROWS, 65), generator=generator).cuda()
+    batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    parallel = parallelize(
+        GPT(CONFIG),
+        batches[0],
+        cluster=f"h100:1x{devices}",
+        options=SearchOptions(**options, placements={"*": "S0"} if devices > 1 else {}),
+        precision=Precision.parse(precision),
+        compiled=True,
+        cuda_graph=graph,
+    )
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3, fused=True)
+    losses = []
+    for step, batch in enumerate(batches):
+        losses.append(parallel.train_step(batch))
+        if step in ACCUMULATED:
+            continue
+        parallel.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    (executor,) = parallel._executors.values()
+    captured = isinstance(executor.whole, CapturedProgram) and executor.whole.lends
+    assert captured is graph
+    kept = [getattr(p, "to_local", lambda p=p: p)().detach().cpu() for p in parallel.parameters()]
+    return [loss.detach().cpu() for loss in losses] + kept
+
+
+def both(world: World | None, precision: str) -> list[list[Tensor]]:
+    return [train(world, graph=graph, precision=precision) for graph in (False, True)]
+
+
+def check(launched: list[Tensor], captured: list[Tensor]) -> None:
+    """The same kernels in the same order; sums by atomic additions alone may differ."""
+    for want, got in zip(launched, captured, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert len({float(loss) for loss in captured[:STEPS]}) == STEPS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_device(precision: str) -> None:
+    check(*both(None, precision))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices() -> None:
+    """And the job ends while a graph that uses its groups is alive."""
+    for found in run_processes(both, 2, "bf16/bf16", device_type="cuda"):
+        check(*found)

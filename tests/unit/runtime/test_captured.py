@@ -1,0 +1,84 @@
+"""A captured program on the CPU: a recording that runs the program anew stands for the graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopar.graph.program import Ref, TensorMeta
+from autopar.lowering.program import Compute, LocalProgram, Port
+from autopar.runtime.captured import CapturedProgram, Recording, Results
+from autopar.runtime.compiled import CompiledProgram
+from tests.unit.runtime.recorder import Recorder
+
+aten = torch.ops.aten
+
+
+class Product(CompiledProgram):
+    """y = w x, eagerly."""
+
+    def __init__(self) -> None:
+        port = Port(Ref("x"), TensorMeta((2,), torch.float32), ((2,),), ())
+        body = (Compute("y", aten.mul.Tensor, (Ref("w"), Ref("x")), {}, "y"),)
+        weight = Port(Ref("w"), port.meta, port.dims, ())
+        program = LocalProgram(
+            {"w": weight, "x": port}, body, {"y": Port(Ref("y"), port.meta, port.dims, ())}, {}
+        )
+        super().__init__(program, coordinates=(), groups=(), device=torch.device("cpu"))
+
+    def _compile(self, values: list[Tensor]) -> None:
+        self._strides = [value.stride() for value in values]
+        self.num_operators = 1
+        self._call = lambda values: [values[0] * values[1]]
+
+
+def played(program: CapturedProgram, weight: Tensor, steps: int) -> list[Tensor]:
+    found = []
+    for step in range(steps):
+        weight += 1
+        x = torch.full((2,), float(step + 1))
+        (result,) = program({"w": [weight], "x": [x]})["y"]
+        assert torch.equal(result, weight * x)
+        found.append(result)
+    return found
+
+
+def test_it_reads_new_inputs_and_lends_its_results() -> None:
+    recorder, weight = Recorder(), torch.ones(2)
+    program = CapturedProgram(Product(), staying={"w"}, seconds=None, recorder=recorder)
+    results = played(program, weight, 2)
+    assert not program.lends and recorder.replays == 0
+    results += played(program, weight, 3)
+    assert program.lends and recorder.replays == 3
+    assert len({r.data_ptr() for r in results[2:]}) == 1
+    other = copy.deepcopy(weight)  # moved: copied to where it was
+    played(program, other, 1)
+    program.release()
+    assert recorder.forgotten and not program.lends
+    played(program, other, 1)
+    assert recorder.replays == 4
+
+
+@pytest.mark.parametrize(("seconds", "captured"), [(1e-6, True), (1e-3, False)])
+def test_long_kernels_are_not_captured(seconds: float, captured: bool) -> None:
+    program = CapturedProgram(Product(), staying={"w"}, seconds=seconds, recorder=Recorder())
+    played(program, torch.ones(2), 3)
+    assert program.lends is captured
+
+
+def test_what_cannot_be_captured_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(play: Callable[[], Results]) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    program = CapturedProgram(Product(), staying={"w"}, seconds=None, recorder=fail)
+    played(program, torch.ones(2), 5)
+    assert not program.lends
+    assert [r.message for r in caplog.records] == [
+        "the step runs kernel by kernel, as it could not be captured as a CUDA graph: RuntimeError:"
+        " operation not permitted when stream is capturing. Pass cuda_graph=False to leave that"
+        " out."
+    ]
