@@ -64,7 +64,7 @@ def measure(
             runners |= {name: {"error": "not run: the time was over"} for name in left}
             break
         request = {**settings, "case": case.name, "runners": left}
-        for finished in _job(request, place):
+        for finished in run_job(request, place):
             runners |= finished
             note(result())
     if all("error" in runner for runner in runners.values()):
@@ -134,7 +134,7 @@ def is_ours(name: str) -> bool:
     return name == OURS or name.startswith(f"{OURS}:")
 
 
-def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]]:
+def run_job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]]:
     """The same program on every device, through torchrun; what each runner gave, as they end. At
     least one of the request's runners is among them."""
     with tempfile.TemporaryDirectory() as name:
