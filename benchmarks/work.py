@@ -30,12 +30,13 @@ from benchmarks.text import byte_batches, library
 from benchmarks.training import Job, NotAvailable, Step
 
 _PROFILED_STEPS = 2
+_LEFT_OVER_BYTES = 2**30
 _GRACE_S = 3.0  # for the other ranks to say what went wrong with them
 
 
 def work(request: Mapping[str, Any], folder: Path) -> None:
     """The runners of the request, in order. Rank 0 writes a file after each; a rank that fails says
-    why in one of its own, and ends."""
+    why in one of its own, and ends. Ends early after a runner that leaves memory behind."""
     from autopar.runtime.launch import torchrun_world
 
     world = torchrun_world()
@@ -61,6 +62,8 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
             draft.write_text(json.dumps({name: found}), encoding="utf-8")
             draft.replace(folder / f"done-{number:03d}.json")
         _clean(world.device)
+        if _left_over(world.device) > _LEFT_OVER_BYTES:
+            break
     faulthandler.cancel_dump_traceback_later()
     world.close()
 
@@ -89,7 +92,6 @@ def _model(name: str, device: torch.device) -> torch.nn.Module:
 
 
 def _timed(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> dict[str, Any]:
-    left_over = _allocated(job.device)
     _reset_peak(job.device)
     started = time.perf_counter()
     step, facts = _made(maker(name), job, case, request)
@@ -113,7 +115,6 @@ def _timed(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> 
         "step_s": summary(times).to_dict(),
         "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
         "setup_peak_bytes": int(_largest(setup_peak, job.device)),
-        "left_over_bytes": left_over,
         "setup_s": setup_s,
         "first_step_s": first_step_s,
         "first_loss": losses[0],
@@ -200,6 +201,11 @@ def _clean(device: torch.device) -> None:
 
         cudagraph_trees.reset_cudagraph_trees()
         torch.cuda.empty_cache()
+
+
+def _left_over(device: torch.device) -> float:
+    """Bytes on the GPU that has the most."""
+    return _largest(_allocated(device), device) if device.type == "cuda" else 0.0
 
 
 def _peak_flops(device: torch.device) -> float | None:
