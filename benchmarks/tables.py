@@ -16,13 +16,13 @@ def markdown(record: Record) -> str:
     parts = [
         f"# {record['suite']}: {record['date'][:10]}",
         _where(record),
-        rows([e for e in record["entries"] if e["status"] == "ok"]),
+        rows([e for e in record["entries"] if "result" in e]),
     ]
-    failed = [e for e in record["entries"] if e["status"] != "ok"]
+    failed = [e for e in record["entries"] if e["status"] == "failed"]
     if failed:
         parts.append("## Failed")
         parts += [f"- {e['case']}: {_first_line(e['error'])}" for e in failed]
-    parts += [_plan_section(e) for e in record["entries"] if e["status"] == "ok"]
+    parts += [_plan_section(e) for e in record["entries"] if "result" in e]
     return "\n\n".join(parts) + "\n"
 
 
