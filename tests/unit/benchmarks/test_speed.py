@@ -143,6 +143,19 @@ def test_rows_side_by_side_have_gpus_of_their_own() -> None:
     assert [place.gpus for place in side_by_side(0, 2)] == [None]
 
 
+def test_a_case_says_whether_the_planner_chose_well() -> None:
+    runners = {
+        "autopar": {"step_s": {"median": 0.5}, "ratio": 1.1},
+        "autopar: zero-2": {"step_s": {"median": 0.4}, "ratio": 1.375},
+        "zero-2": {"step_s": {"median": 0.55}, "ratio": 1.0},
+    }
+    said = {"best_baseline": "zero-2", "fastest_plan": "autopar: zero-2", "pick_is_close": False}
+    rows = tables._case_rows([{"case": "gpt", "result": {**said, "runners": runners}}])
+    assert rows.splitlines()[-1] == (
+        "| gpt | 500 ms | zero-2, 550 ms | 1.100 | autopar: zero-2, 400 ms | no |"
+    )
+
+
 def test_a_runner_is_one_line() -> None:
     text = tables.runner_text(
         {
