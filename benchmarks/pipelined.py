@@ -59,18 +59,19 @@ def one_f_one_b(job: Job, *, checkpoint: bool) -> Step:
     schedule = Schedule1F1B(stage, count, loss_fn=lambda loss, _: loss.sum())
     optimizer = make_half_optimizer(module.parameters(), job)
     first, last = job.rank == 0, job.rank == job.size - 1
+    ends = dist.new_group([0, job.size - 1])
     labels = batch[-1]
 
     def step() -> Tensor:
         losses: list[Tensor] = []
         with compiled_loss(compiled=job.compiled):
             if last:
-                schedule.step(target=labels, losses=losses, return_outputs=False, labels=labels)
+                schedule.step(target=labels, losses=losses, labels=labels)
             else:
-                schedule.step(*(batch[:1] if first else ()), return_outputs=False)
+                schedule.step(*(batch[:1] if first else ()))
         for parameter in owners:
             assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(parameter.grad, group=ends)
         optimizer.step()
         optimizer.zero_grad()
         if not last:

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,10 @@ def run_suite(
     commit = environment.commit()
     file = _File(path, _header(suite, _load(path), commit))
     done = {_text(_key(e)) for e in file.record["entries"] if e["status"] == "ok"}
+    stop = threading.Event()
     free: queue.SimpleQueue[speed.Place] = queue.SimpleQueue()
     for place in places:
-        free.put(place)
+        free.put(replace(place, stop=stop))
 
     def run(case: Case) -> None:
         if _text((case.name, commit, dict(settings))) in done:
@@ -91,14 +92,23 @@ def run_suite(
             return
         place = free.get()
         try:
-            _measure(case, commit, settings, measure, place, file)
+            if not stop.is_set():
+                _measure(case, commit, settings, measure, place, file)
         finally:
             free.put(place)
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        list(pool.map(run, chosen))
-    markdown = tables.markdown(file.record)
-    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    try:
+        with ThreadPoolExecutor(len(places)) as pool:
+            running = [pool.submit(run, case) for case in chosen]
+            try:
+                for future in running:
+                    future.result()
+            except KeyboardInterrupt:
+                stop.set()
+                raise
+    finally:
+        markdown = tables.markdown(file.record)
+        path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     names = {case.name for case in chosen}
     entries = file.record["entries"]
     failed = [e for e in entries if e["case"] in names and e["status"] != "ok"]
@@ -125,7 +135,7 @@ def _measure(
     def note(result: Record) -> None:
         ended = list(result["runners"])
         _say(f"{case.name}: {ended[-1]}: {tables.runner_text(result['runners'][ended[-1]])}")
-        file.put({**entry, "result": result, "status": "stopped", "error": "stopped"})
+        file.put({**entry, "result": result, "status": "stopped"})
 
     try:
         if measure is not None:
@@ -134,7 +144,7 @@ def _measure(
             entry["result"] = plan_suite.measure(case, settings)
         else:
             entry["result"] = speed.measure(case, settings, place, note)
-        entry["status"] = "ok"
+        entry["status"] = "ok" if entry["result"].get("complete", True) else "stopped"
     except Exception as error:  # one case must not end the run
         _LOG.info("%s failed", case.name, exc_info=True)
         entry["status"] = "failed"
@@ -219,22 +229,26 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON file to continue")
     args = parser.parse_args()
     gpus = environment.num_gpus() if args.pairs else 0
-    outcome = run_suite(
-        args.suite,
-        cases=args.cases,
-        settings=speed.settings(
-            devices=args.devices,
-            backend=args.backend,
-            steps=args.steps,
-            warmup=args.warmup,
-            runners=args.runners,
-            runner_limit_s=args.runner_seconds,
-        ),
-        path=args.results,
-        places=side_by_side(gpus, args.devices, minutes=args.minutes, traces=args.traces),
-    )
-    print(tables.short(outcome.record))
-    print(f"Results: {outcome.path}")
+    path = args.results or default_path(args.suite)
+    try:
+        run_suite(
+            args.suite,
+            cases=args.cases,
+            settings=speed.settings(
+                devices=args.devices,
+                backend=args.backend,
+                steps=args.steps,
+                warmup=args.warmup,
+                runners=args.runners,
+                runner_limit_s=args.runner_seconds,
+            ),
+            path=path,
+            places=side_by_side(gpus, args.devices, minutes=args.minutes, traces=args.traces),
+        )
+    finally:
+        if path.exists():
+            print(tables.short(json.loads(path.read_text(encoding="utf-8"))))
+            print(f"Results: {path}")
 
 
 if __name__ == "__main__":

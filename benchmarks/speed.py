@@ -16,9 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ OURS = "autopar"
 CLOSE = 0.03  # a plan this much slower than the fastest one counts as fast
 RUNNER_LIMIT_S = 420.0
 PRECISIONS = {"gloo": "model", "nccl": "bf16/bf16"}
+_NOT_RUN = "not run"
 _POLL_S = 1.0
 _END_S = 60.0
 _STDERR_CHARS = 4000
@@ -41,11 +43,18 @@ Note = Callable[[dict[str, Any]], None]
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a case runs. gpus: indices of those that it may see, all where None. until: of
-    time.monotonic(). traces: folder for profiles."""
+    time.monotonic(). traces: folder for profiles. stop: set to end what runs."""
 
     gpus: tuple[int, ...] | None = None
     until: float = float("inf")
     traces: Path | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def over(self) -> str:
+        """Why nothing more may run, if so."""
+        if self.stop.is_set():
+            return "interrupted"
+        return "the time was over" if time.monotonic() >= self.until else ""
 
 
 def measure(
@@ -60,11 +69,11 @@ def measure(
         return _result(case, settings, place, {n: runners[n] for n in names if n in runners})
 
     while left := [name for name in names if name not in runners]:
-        if time.monotonic() >= place.until:
-            runners |= {name: {"error": "not run: the time was over"} for name in left}
+        if over := place.over():
+            runners |= {name: {"error": f"{_NOT_RUN}: {over}"} for name in left}
             break
         request = {**settings, "case": case.name, "runners": left}
-        for finished in _job(request, place):
+        for finished in run_job(request, place):
             runners |= finished
             note(result())
     if all("error" in runner for runner in runners.values()):
@@ -118,6 +127,7 @@ def compared(
             found[name]["ratio"] = baselines[best] / times[name] if best else None
     close = len(plans) > 1 and OURS in plans
     return {
+        "complete": not any(r.get("error", "").startswith(_NOT_RUN) for r in runners.values()),
         "best_baseline": best,
         "fastest_plan": fastest,
         "pick_is_close": plans[OURS] <= (1 + CLOSE) * min(plans.values()) if close else None,
@@ -134,7 +144,7 @@ def is_ours(name: str) -> bool:
     return name == OURS or name.startswith(f"{OURS}:")
 
 
-def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]]:
+def run_job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]]:
     """The same program on every device, through torchrun; what each runner gave, as they end. At
     least one of the request's runners is among them."""
     with tempfile.TemporaryDirectory() as name:
@@ -154,14 +164,15 @@ def _job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runner]
             while job.poll() is None and not over:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     job.wait(_POLL_S)
-                over = "the time was over" if time.monotonic() >= place.until else ""
+                over = place.over()
                 yield from _finished(folder, seen)
         yield from _finished(folder, seen)
         left = [n for n in request["runners"] if n not in seen]
         if left and (over or job.returncode or not seen):
             text = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
             hung = f"no end after {request['runner_limit_s']:.0f} s" if _HUNG in text else ""
-            reason = over or _errors(folder) or hung or f"exit code {job.returncode}"
+            cut = f"{_NOT_RUN} to its end: {over}" if over else ""
+            reason = cut or _errors(folder) or hung or f"exit code {job.returncode}"
             yield {left[0]: {"error": reason, "stderr": text[-_STDERR_CHARS:]}}
 
 
@@ -207,7 +218,9 @@ def _environment(request: Mapping[str, Any], place: Place) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // request["devices"])
         environment["OMP_NUM_THREADS"] = str(threads)
     elif place.gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
+        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = [visible[index] if visible else str(index) for index in place.gpus]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return environment
 
 

@@ -16,13 +16,13 @@ def markdown(record: Record) -> str:
     parts = [
         f"# {record['suite']}: {record['date'][:10]}",
         _where(record),
-        rows([e for e in record["entries"] if e["status"] == "ok"]),
+        rows([e for e in record["entries"] if "result" in e]),
     ]
-    failed = [e for e in record["entries"] if e["status"] != "ok"]
+    failed = [e for e in record["entries"] if e["status"] == "failed"]
     if failed:
         parts.append("## Failed")
         parts += [f"- {e['case']}: {_first_line(e['error'])}" for e in failed]
-    parts += [_plan_section(e) for e in record["entries"] if e["status"] == "ok"]
+    parts += [_plan_section(e) for e in record["entries"] if "result" in e]
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,7 +107,7 @@ def _speed_rows(entries: Sequence[Record]) -> str:
                     "" if ratio is None else f"{ratio:.2f}",
                 ]
             )
-    return "\n\n".join([_table(header, lines), *_picks(entries)])
+    return "\n\n".join([_case_rows(entries), _table(header, lines)])
 
 
 def _predicted(runner: Record) -> str:
@@ -122,18 +122,31 @@ def _profile_text(profile: Record) -> str:
     return ", ".join(seconds_text(profile[k] / 1e3) for k in keys) if keys[0] in profile else ""
 
 
-def _picks(entries: Sequence[Record]) -> list[str]:
-    """Whether the planner's choice was the right one, where others were measured."""
+def _case_rows(entries: Sequence[Record]) -> str:
+    """A row per case: ours beside the best baseline, and whether the planner chose well."""
+    header = ["case", "autopar", "best baseline", "speed / best baseline"]
+    header += ["fastest plan measured", "the planner's within 3 % of it"]
     lines = []
     for entry in entries:
         r = entry["result"]
-        if r.get("pick_is_close") is not None:
-            verdict = "is" if r["pick_is_close"] else "is not"
-            lines.append(
-                f"- {entry['case']}: the plan {verdict} within 3 % of the fastest one measured"
-                f" ({r['fastest_plan']})"
-            )
-    return ["\n".join(lines)] if lines else []
+        best, fastest = r.get("best_baseline"), r.get("fastest_plan")
+        ours = r["runners"].get("autopar", {})
+        close = r.get("pick_is_close")
+        lines.append(
+            [
+                entry["case"],
+                _median_text(ours),
+                f"{best}, {_median_text(r['runners'][best])}" if best else "",
+                f"{ours['ratio']:.3f}" if ours.get("ratio") else "",
+                f"{fastest}, {_median_text(r['runners'][fastest])}" if fastest else "",
+                "" if close is None else "yes" if close else "no",
+            ]
+        )
+    return _table(header, lines)
+
+
+def _median_text(runner: Record) -> str:
+    return seconds_text(runner["step_s"]["median"]) if "step_s" in runner else ""
 
 
 def short(record: Record) -> str:

@@ -2,7 +2,8 @@
 
 The cut, the mesh, recomputation and microbatches are given, and the stages' integer programs have
 only the choices that a recipe leaves: see `benchmarks.handmade` for data parallelism with its ZeRO
-levels. For tensor parallelism operators may not take the rows of the batch.
+levels. For tensor parallelism operators may not take the rows of the batch, and matrices among the
+parameters are sharded in the step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from autopar.graph.family import GraphFamily
 from autopar.graph.hubs import insert_hubs
 from autopar.graph.precision import Precision
 from autopar.graph.repeat import whole_graph
-from autopar.intraop.build import Choice, Node
+from autopar.intraop.build import Choice, Node, ParameterChoice
 from autopar.intraop.stage import SolverOptions, StageSolution
 from autopar.layout import first_atom
 from autopar.lowering.lower import PreparedStage
@@ -69,7 +70,7 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
     assert told.window is not None
     submesh = Submesh(1, grid.data * grid.tensor)
     view = submesh.view(tuple(n for n in (grid.data, grid.tensor) if n > 1) or (1,))
-    restriction = on_data_axis(grid.zero) if grid.data > 1 else whole_rows
+    restriction = on_data_axis(grid.zero) if grid.data > 1 else tensor_parallel
     solutions: list[StageSolution] = []
     for index in range(grid.pipeline):
         flight = min(count, grid.pipeline - index)
@@ -108,22 +109,26 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
     )
 
 
-def whole_rows(stage: PreparedStage, view: LogicalMesh) -> Any:
-    """The Restriction that no operator takes the rows of the batch, where it can do without."""
+def tensor_parallel(stage: PreparedStage, view: LogicalMesh) -> Any:
+    """The Restriction of a mesh of one axis: no operator takes the rows of the batch, and matrices
+    among the parameters are sharded, where that can be."""
     del view
     rows, dims = _row_factors(stage), stage.table.dims
-    inputs = {i.name: i for i in stage.graph.inputs if i.kind in ("batch", "received")}
+    inputs = {i.name: i for i in stage.graph.inputs}
 
-    def takes(node: Node, choice: Choice) -> bool:
+    def fits(node: Node, choice: Choice) -> bool:
         if isinstance(choice, Strategy):
-            factors = (f for f in choice.factors if f is not None)
-            return any(f.name in rows.get(node.name, ()) for f in factors)
+            factor = choice.factors[0]
+            return factor is None or factor.name not in rows.get(node.name, ())
         inp = inputs.get(node.name)
         if inp is None or not inp.meta.shape:
-            return False
-        return first_atom(dims[inp.ref], 0) in choice  # type: ignore[operator]
+            return True
+        if isinstance(choice, ParameterChoice):
+            return len(inp.meta.shape) < 2 or choice.step[0] >= 0
+        by_rows = first_atom(dims[inp.ref], 0)
+        return inp.kind not in ("batch", "received") or choice[0] != by_rows  # type: ignore[index]
 
     def keep(node: Node, choice: Choice) -> bool:
-        return not takes(node, choice) or all(takes(node, c) for c in node.choices)
+        return fits(node, choice) or not any(fits(node, c) for c in node.choices)
 
     return keep

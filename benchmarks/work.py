@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,33 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from benchmarks import traces
+from benchmarks.models import MODELS
 from benchmarks.runners import Maker, maker
 from benchmarks.speed import PRECISIONS
 from benchmarks.suites import SPEED_CASES, SpeedCase, build, build_batch
 from benchmarks.summary import summary
+from benchmarks.text import byte_batches, library
 from benchmarks.training import Job, NotAvailable, Step
 
 _PROFILED_STEPS = 2
+_LEFT_OVER_BYTES = 2**30
 _GRACE_S = 3.0  # for the other ranks to say what went wrong with them
 
 
 def work(request: Mapping[str, Any], folder: Path) -> None:
     """The runners of the request, in order. Rank 0 writes a file after each; a rank that fails says
-    why in one of its own, and ends."""
+    why in one of its own, and ends. Ends early after a runner that leaves memory behind."""
     from autopar.runtime.launch import torchrun_world
 
     world = torchrun_world()
     if world is None:
         raise RuntimeError("start this with torchrun")
     case = next(c for c in SPEED_CASES if c.name == request["case"])
-    precision = PRECISIONS[request["backend"]]
+    task = _TASKS[request.get("task", "speed")]
     for number, name in enumerate(request["runners"]):
         faulthandler.dump_traceback_later(request["runner_limit_s"], exit=True)
         try:
-            found = _timed(make_job(case, world.device), name, case, precision, request)
+            found = task(make_job(case, world.device), name, case, request)
         except NotAvailable as error:
             found = {"error": f"not available: {error}"}
         except Exception as error:
@@ -58,6 +62,8 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
             draft.write_text(json.dumps({name: found}), encoding="utf-8")
             draft.replace(folder / f"done-{number:03d}.json")
         _clean(world.device)
+        if _left_over(world.device) > _LEFT_OVER_BYTES:
+            break
     faulthandler.cancel_dump_traceback_later()
     world.close()
 
@@ -85,13 +91,10 @@ def _model(name: str, device: torch.device) -> torch.nn.Module:
         return build(name, 1)[0]
 
 
-def _timed(
-    job: Job, name: str, case: SpeedCase, precision: str, request: Mapping[str, Any]
-) -> dict[str, Any]:
-    left_over = _allocated(job.device)
+def _timed(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> dict[str, Any]:
     _reset_peak(job.device)
     started = time.perf_counter()
-    step, facts = _made(maker(name), job, case, precision)
+    step, facts = _made(maker(name), job, case, request)
     _synchronize(job.device)
     setup_s, setup_peak = time.perf_counter() - started, _peak_bytes(job.device)
     _reset_peak(job.device)
@@ -112,7 +115,6 @@ def _timed(
         "step_s": summary(times).to_dict(),
         "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
         "setup_peak_bytes": int(_largest(setup_peak, job.device)),
-        "left_over_bytes": left_over,
         "setup_s": setup_s,
         "first_step_s": first_step_s,
         "first_loss": losses[0],
@@ -126,12 +128,38 @@ def _timed(
     return found
 
 
-def _made(make: Maker, job: Job, case: SpeedCase, precision: str) -> tuple[Step, dict[str, Any]]:
-    step, facts = make(job, case, precision)
+def _made(
+    make: Maker, job: Job, case: SpeedCase, request: Mapping[str, Any]
+) -> tuple[Step, dict[str, Any]]:
+    step, facts = make(job, case, PRECISIONS[request["backend"]])
     gc.collect()  # the whole model on each device, of which shards were made
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     return step, facts
+
+
+def _trained(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss of each step on another batch of text, and the memory allocated after it. Dropout is
+    off. Bytes are taken modulo the vocabulary, for models that have a smaller one."""
+    tokens_BS, targets_BS = job.batch
+    (config,) = MODELS[case.model].build.args  # type: ignore[attr-defined]
+    rows, length = tokens_BS.shape
+    batches = byte_batches(rows, length + 1, request["steps"], 0, library())
+    quiet = replace(job, build=lambda: job.build().eval())
+    step, facts = _made(maker(name), quiet, case, request)
+    curve = torch.zeros(request["steps"], dtype=torch.float64, device=job.device)
+    allocated = []
+    for number, text in enumerate(batches):
+        text = text.to(job.device) % config.vocab_size
+        tokens_BS.copy_(text[:, :-1])  # what the step reads
+        targets_BS.copy_(text[:, 1:])
+        curve[number] = step()
+        allocated.append(_allocated(job.device))
+    dist.all_reduce(curve)
+    return {"losses": (curve / job.size).tolist(), "allocated_bytes": allocated, **facts}
+
+
+_TASKS = {"speed": _timed, "losses": _trained}
 
 
 def _profile(step: Step, job: Job, folder: str | None, stem: str) -> dict[str, Any]:
@@ -173,6 +201,11 @@ def _clean(device: torch.device) -> None:
 
         cudagraph_trees.reset_cudagraph_trees()
         torch.cuda.empty_cache()
+
+
+def _left_over(device: torch.device) -> float:
+    """Bytes on the GPU that has the most."""
+    return _largest(_allocated(device), device) if device.type == "cuda" else 0.0
 
 
 def _peak_flops(device: torch.device) -> float | None:
@@ -219,7 +252,14 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """On the CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
 def _peak_bytes(device: torch.device) -> float:

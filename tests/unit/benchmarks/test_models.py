@@ -23,6 +23,7 @@ PUBLISHED_MILLIONS = {
     "gpt-39b": 39000,
     "llama-3-8b": 8030.3,  # model card
     "llama-8l": 8030.3 - 24 * 218.1,
+    "llama-24l": 8030.3 - 8 * 218.1,
     "moe-380m": 380,  # Alpa, table 6
     "moe-2.4b": 2400,
     "wresnet-250m": 250,  # Alpa, table 7

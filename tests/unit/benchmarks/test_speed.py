@@ -32,7 +32,8 @@ for number, name in enumerate(request["runners"]):
         sys.exit("Timeout (0:07:00)!")
     if name == "1f1b":
         time.sleep(60)
-    (folder / f"done-{number:03d}.json").write_text(json.dumps({name: rank}))
+    (folder / "draft").write_text(json.dumps({name: rank}))
+    (folder / "draft").replace(folder / f"done-{number:03d}.json")
 """
 
 
@@ -87,12 +88,13 @@ def _measure(monkeypatch: pytest.MonkeyPatch, runners: str, until: float) -> Map
     notes: list[dict[str, Any]] = []
     found = speed.measure(case, settings, speed.Place(until=until), notes.append)
     assert notes[-1]["runners"].keys() <= found["runners"].keys()
-    runners_found: Mapping[str, Any] = found["runners"]
-    return runners_found
+    return found
 
 
 def test_jobs_go_on_after_runners_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _measure(monkeypatch, "ddp; zero-2; zero-3; autopar", float("inf"))
+    result = _measure(monkeypatch, "ddp; zero-2; zero-3; autopar", float("inf"))
+    found = result["runners"]
+    assert result["complete"]
     assert list(found) == ["ddp", "zero-2", "zero-3", "autopar"]
     assert found["zero-2"]["error"] == "OutOfMemoryError: 3 GiB"
     assert found["zero-2"]["stderr"] == "no memory\n"
@@ -102,8 +104,10 @@ def test_jobs_go_on_after_runners_that_fail(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_the_time_does_not_allow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
-    found = _measure(monkeypatch, "ddp; 1f1b; autopar", started + 2.0)
-    assert found["1f1b"]["error"] == "the time was over"
+    result = _measure(monkeypatch, "ddp; 1f1b; autopar", started + 2.0)
+    found = result["runners"]
+    assert not result["complete"]
+    assert found["1f1b"]["error"] == "not run to its end: the time was over"
     assert found["autopar"]["error"] == "not run: the time was over"
     assert time.monotonic() - started < 30
 
@@ -137,6 +141,19 @@ def test_rows_side_by_side_have_gpus_of_their_own() -> None:
     assert [place.gpus for place in side_by_side(8, 2)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert [place.gpus for place in side_by_side(3, 2)] == [(0, 1)]
     assert [place.gpus for place in side_by_side(0, 2)] == [None]
+
+
+def test_a_case_says_whether_the_planner_chose_well() -> None:
+    runners = {
+        "autopar": {"step_s": {"median": 0.5}, "ratio": 1.1},
+        "autopar: zero-2": {"step_s": {"median": 0.4}, "ratio": 1.375},
+        "zero-2": {"step_s": {"median": 0.55}, "ratio": 1.0},
+    }
+    said = {"best_baseline": "zero-2", "fastest_plan": "autopar: zero-2", "pick_is_close": False}
+    rows = tables._case_rows([{"case": "gpt", "result": {**said, "runners": runners}}])
+    assert rows.splitlines()[-1] == (
+        "| gpt | 500 ms | zero-2, 550 ms | 1.100 | autopar: zero-2, 400 ms | no |"
+    )
 
 
 def test_a_runner_is_one_line() -> None:
