@@ -19,13 +19,25 @@ from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.layout import Offset
 from autopar.lowering.collectives import WAIT, start
-from autopar.lowering.program import Communicate, Compute, Exchange, LocalProgram
+from autopar.lowering.program import (
+    Communicate,
+    Compute,
+    Exchange,
+    Instruction,
+    LocalProgram,
+)
 from autopar.ops.random import random_op_ids
 
 
 def is_traceable(program: LocalProgram) -> bool:
-    """Whether all shapes are known: not where rows are exchanged in numbers that are values."""
-    return not any(isinstance(i, Exchange) for i in program.body)
+    """Whether all shapes are known and all values are on the device: not where rows are exchanged
+    in numbers that are values, nor where parameters come from the host."""
+    return not any(isinstance(i, Exchange) or _is_load(i) for i in program.body)
+
+
+def _is_load(instruction: Instruction) -> bool:
+    """Whether it copies from the host's memory to the device (`lowering.relayout`)."""
+    return isinstance(instruction, Compute) and bool(instruction.kwargs.get("non_blocking"))
 
 
 def trace(

@@ -26,8 +26,7 @@ def compiler(
     device: torch.device,
 ) -> PlayerMaker:
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
-    compiled, as rows are exchanged in numbers that are values, or need not be, as they do
-    nothing."""
+    traced, and those that need not be compiled, as they do nothing."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):

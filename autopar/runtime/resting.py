@@ -85,13 +85,15 @@ class RestingParameter:
     def add_gradient(self, shard: Tensor, *, lent: bool = False) -> None:
         """A gradient at rest, with its padding, to `.grad`, as autograd does. lent: its memory is
         that of the next step's, before which `keep_gradient` is called. Pre: no autograd."""
-        parameter = self.parameter
+        parameter, valid = self.parameter, self._valid(shard)
         gradient = parameter.grad
-        if gradient is None:
-            parameter.grad = as_gradient(self._valid(shard), parameter)
-            self._lent = lent
-        else:
-            local_tensor(gradient).add_(self._valid(shard))
+        if gradient is not None:
+            local_tensor(gradient).add_(valid)
+            return
+        if valid.stride() != self._local.stride():  # fused optimizers refuse such
+            valid, lent = torch.empty_like(self._local).copy_(valid), False
+        parameter.grad = as_gradient(valid, parameter)
+        self._lent = lent
 
     def keep_gradient(self) -> None:
         """Copies what was lent, if the user still has it as `.grad`. Pre: no autograd."""
