@@ -49,8 +49,8 @@ def _dropout(
     def element(index: Sequence[Any]) -> Any:
         linear = sum(i * math.prod(shape[d + 1 :]) for d, i in enumerate(index))
         after = math.prod(size for _, size, _ in atoms[row_atoms:])
-        rows = _Word(_global_index(linear, after, atoms[:row_atoms]))
-        cols = _Word(_global_index(linear, 1, atoms[row_atoms:]))
+        rows = _global_index(linear, after, atoms[:row_atoms])
+        cols = _global_index(linear, 1, atoms[row_atoms:])
         microbatch = _Word(seed_of([1]))
         if row_atoms:
             rows = rows + microbatch * wrapped(whole[0])
@@ -67,17 +67,18 @@ def _dropout(
     )
 
 
-def _global_index(linear: Any, inner: int, atoms: Sequence[tuple[int, int, int]]) -> Any:
-    """int32: the linear global index over atoms of (global, local, offset), of the element whose
+def _global_index(linear: Any, inner: int, atoms: Sequence[tuple[int, int, int]]) -> _Word:
+    """The linear global index over atoms of (global, local, offset), of the element whose
     local index is `linear`; `inner` elements come after the atoms."""
     from torch._inductor.virtualized import ops
     from torch.utils._sympy.functions import ModularIndexing
 
-    found, stride = 0, 1
+    found, start, stride = 0, 0, 1
     for size, local, offset in reversed(atoms):
-        found += (ModularIndexing(linear, inner, local) + offset) * wrapped(stride)
+        found += ModularIndexing(linear, inner, local) * wrapped(stride)
+        start += offset * stride
         inner, stride = inner * local, stride * size
-    return ops.index_expr(found, torch.int32)
+    return _Word(ops.index_expr(found, torch.int32)) + wrapped(start)
 
 
 @dataclass(frozen=True, slots=True)
