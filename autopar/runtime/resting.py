@@ -13,6 +13,7 @@ from autopar.runtime.comm import RankComm
 from autopar.runtime.gradients import as_gradient
 from autopar.runtime.inputs import valid_part
 from autopar.runtime.parameters import KeptParameter, shard_of
+from autopar.runtime.strides import with_strides
 
 
 class RestingParameter:
@@ -88,6 +89,7 @@ class RestingParameter:
         parameter = self.parameter
         gradient = parameter.grad
         if gradient is None:
+            shard = with_strides(shard, self._shard.stride())  # as optimizers want it
             parameter.grad = as_gradient(self._valid(shard), parameter)
             self._lent = lent
         else:
