@@ -14,6 +14,7 @@ from autopar.compile.passes import prepare
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
+from autopar.runtime.strides import with_strides
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,9 +73,7 @@ class CompiledProgram:
             self._compile(values)
             assert self._call is not None
         else:
-            for i, (value, stride) in enumerate(zip(values, self._strides, strict=True)):
-                if value.stride() != stride:
-                    values[i] = _with_stride(value, stride)
+            values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
         outputs = self._call(values)
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
 
@@ -88,8 +87,3 @@ class CompiledProgram:
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)
-
-
-def _with_stride(value: Tensor, stride: tuple[int, ...]) -> Tensor:
-    copy = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
-    return copy.copy_(value)

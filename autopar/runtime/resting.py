@@ -13,6 +13,7 @@ from autopar.runtime.comm import RankComm
 from autopar.runtime.gradients import as_gradient
 from autopar.runtime.inputs import valid_part
 from autopar.runtime.parameters import KeptParameter, shard_of
+from autopar.runtime.strides import with_strides
 
 
 class RestingParameter:
@@ -85,15 +86,14 @@ class RestingParameter:
     def add_gradient(self, shard: Tensor, *, lent: bool = False) -> None:
         """A gradient at rest, with its padding, to `.grad`, as autograd does. lent: its memory is
         that of the next step's, before which `keep_gradient` is called. Pre: no autograd."""
-        parameter, valid = self.parameter, self._valid(shard)
+        parameter = self.parameter
         gradient = parameter.grad
-        if gradient is not None:
-            local_tensor(gradient).add_(valid)
-            return
-        if valid.stride() != self._local.stride():  # fused optimizers refuse such
-            valid, lent = torch.empty_like(self._local).copy_(valid), False
-        parameter.grad = as_gradient(valid, parameter)
-        self._lent = lent
+        if gradient is None:
+            shard = with_strides(shard, self._shard.stride())  # as optimizers want it
+            parameter.grad = as_gradient(self._valid(shard), parameter)
+            self._lent = lent
+        else:
+            local_tensor(gradient).add_(self._valid(shard))
 
     def keep_gradient(self) -> None:
         """Copies what was lent, if the user still has it as `.grad`. Pre: no autograd."""
