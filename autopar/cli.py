@@ -287,7 +287,7 @@ def bench_speed(
     backend: Annotated[BackendName, typer.Option(help="Of the collectives.")] = BackendName.gloo,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 20,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before.")] = 5,
-    runners: Annotated[str, typer.Option(help="Names separated by ;, or all if empty.")] = "",
+    runners: Annotated[str, typer.Option(help="Names, as zero-*, separated by ;, or all.")] = "",
     pairs: Annotated[bool, typer.Option(help="Cases side by side, on GPUs of their own.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Of all.", show_default="no limit")] = None,
     traces: Annotated[Path | None, typer.Option(help="Folder for GPU profiles.")] = None,

@@ -49,12 +49,12 @@ def ddp(job: Job) -> Step:
 def ddp_half(job: Job, *, checkpoint: bool) -> Step:
     """The same with parameters and gradients in bfloat16, and float32 master weights."""
     batch = in_dtype(rows_of(several(job)), job.dtype)
-    model = job.build().to(job.dtype)
+    model = job.build()
     batch = _lay_out(model, batch)
+    optimizer = make_half_optimizer(model, job)
     if checkpoint:
         checkpoint_blocks(model)
     compile_parts(job, model)
-    optimizer = make_half_optimizer(model.parameters(), job)
     return training_step(job, _replicated(job, model), batch, optimizer)
 
 

@@ -45,19 +45,19 @@ def one_f_one_b(job: Job, *, checkpoint: bool) -> Step:
     if count < job.size:
         raise NotAvailable(f"{count} microbatches for {job.size} stages")
     batch = in_dtype(job.batch, job.dtype)
-    model = job.build().to(job.dtype)
+    model = job.build()
     if has_convolutions(model):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch = channels_last(batch)
     if checkpoint:
         checkpoint_blocks(model)
     module = _STAGES[job.model_type](model, job.rank, job.size)
-    owners = _owners(module)
     del model
+    optimizer = make_half_optimizer(module, job)
+    owners = _owners(module)
     compile_parts(job, module)
     stage = PipelineStage(module, job.rank, job.size, job.device)
     schedule = Schedule1F1B(stage, count, loss_fn=lambda loss, _: loss.sum())
-    optimizer = make_half_optimizer(module.parameters(), job)
     first, last = job.rank == 0, job.rank == job.size - 1
     ends = dist.new_group([0, job.size - 1])
     labels = batch[-1]

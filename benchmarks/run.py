@@ -217,7 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=("speed",))
     parser.add_argument("--cases", default="all", help="comma-separated names, or all")
-    parser.add_argument("--runners", default="", help="names separated by semicolons; all if empty")
+    parser.add_argument(
+        "--runners", default="", help="names or patterns, separated by semicolons; all if empty"
+    )
     parser.add_argument("--devices", type=int, default=2, help="of each case")
     parser.add_argument("--backend", choices=tuple(speed.PRECISIONS), default="nccl")
     parser.add_argument("--steps", type=int, default=20, help="measured")

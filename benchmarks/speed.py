@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,8 @@ def settings(
     runners: str = "",
     runner_limit_s: float = RUNNER_LIMIT_S,
 ) -> dict[str, Any]:
-    """Of `measure`. runners: names separated by semicolons, as names have commas; all if empty.
-    OptionError for a name that is none."""
+    """Of `measure`. runners: names, or patterns such as "zero-*", separated by semicolons, as names
+    have commas; all if empty. OptionError for one that matches nothing."""
     chosen: dict[str, Any] = {
         "devices": devices,
         "backend": backend,
@@ -249,12 +250,14 @@ def settings(
 
 
 def _known(names: Sequence[str], devices: int) -> list[str]:
+    """Patterns expanded, in the order given."""
     from autopar.errors import OptionError
 
     known = runner_names(devices)
-    unknown = [name for name in names if name not in known]
+    found = {name: [n for n in known if fnmatchcase(n, name)] for name in names}
+    unknown = [name for name, matches in found.items() if not matches]
     if unknown:
         raise OptionError(
             f"no runner is called {', '.join(map(repr, unknown))}: there are {'; '.join(known)}"
         )
-    return list(names)
+    return list(dict.fromkeys(n for matches in found.values() for n in matches))

@@ -39,14 +39,14 @@ def tensor_parallel(job: Job, *, checkpoint: bool) -> Step:
         raise NotAvailable("for two devices or more")
     shard = _sharder(job)
     mesh = init_device_mesh(job.device.type, (job.size,))
-    model = job.build().to(job.dtype)
+    model = job.build()
     shard(model, mesh)
+    optimizer = make_half_optimizer(model, job)
     if checkpoint:
         checkpoint_blocks(model)
     compile_parts(job, model)
     whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
     split = _SEQUENCE_SPLIT[job.model_type](model, job.rank, job.size)
-    optimizer = make_half_optimizer(model.parameters(), job)
     group = mesh.get_group()
     return training_step(
         job, split, job.batch, optimizer, reduce_rest=lambda: _sum_gradients(whole, group)

@@ -45,19 +45,21 @@ class Job:
 
 
 class MasterWeights:
-    """An optimizer of float32 copies: parameters and gradients are in bfloat16."""
+    """An optimizer of the parameters as they are; in the model they, and their gradients, are in
+    another type from now on."""
 
-    def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
-        self._parameters = parameters
-        self._masters = [nn.Parameter(p.detach().float()) for p in parameters]
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self._masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
         self._optimizer = make_optimizer(self._masters, device)
+        model.to(dtype)
+        self._parameters = list(model.parameters())
 
     def step(self) -> None:
         pairs = zip(self._masters, self._parameters, strict=True)
         used = [(m, p) for m, p in pairs if p.grad is not None]
         for master, parameter in used:
             assert parameter.grad is not None
-            master.grad = parameter.grad.float()
+            master.grad = parameter.grad.to(master.dtype)
             parameter.grad = None
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -91,11 +93,11 @@ def make_optimizer(parameters: Any, device: torch.device) -> torch.optim.Optimiz
     )
 
 
-def make_half_optimizer(parameters: Any, job: Job) -> torch.optim.Optimizer | MasterWeights:
-    """For parameters in the job's dtype."""
+def make_half_optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer | MasterWeights:
+    """Of a model in float32, which is in the job's type from now on."""
     if job.half:
-        return MasterWeights(list(parameters), job.device)
-    return make_optimizer(parameters, job.device)
+        return MasterWeights(model, job.dtype, job.device)
+    return make_optimizer(model.parameters(), job.device)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -75,5 +75,5 @@ def test_one_device_has_the_losses_of_eager_mode_and_masters_follow_float32() ->
     expected = _losses(plain)
     assert _losses(BASELINES["torch.compile"](job)) == pytest.approx(expected, rel=1e-5)
     twin = job.build()
-    step = training_step(job, twin, job.batch, MasterWeights(list(twin.parameters()), job.device))
+    step = training_step(job, twin, job.batch, MasterWeights(twin, torch.float32, job.device))
     assert _losses(step) == pytest.approx(expected, rel=1e-6)

@@ -115,6 +115,11 @@ def test_what_the_time_does_not_allow_is_said(monkeypatch: pytest.MonkeyPatch) -
 def test_names_of_runners_are_checked() -> None:
     with pytest.raises(OptionError, match="no runner is called 'zero-4': there are autopar; ddp"):
         speed.settings(devices=2, backend="gloo", steps=1, warmup=1, runners="zero-4")
+    chosen = speed.settings(
+        devices=2, backend="gloo", steps=1, warmup=0, runners="zero-2*; autopar"
+    )
+    assert chosen["runners"] == ["zero-2", "zero-2, checkpointed", "autopar"]
+    assert chosen["warmup"] == 1
     assert set(names(2)) == {
         "autopar",
         *(f"autopar: {name}" for name in FORCED),
