@@ -35,15 +35,21 @@ from benchmarks.training import (
 )
 
 
-def ddp(job: Job) -> Step:
+def ddp(job: Job, *, whole: bool = False) -> Step:
     """Every rank has the whole model and its rows; gradients are averaged in buckets of float32.
-    Autocast: the recipe of the manual."""
+    Autocast: the recipe of the manual. whole: model and loss are compiled at once, cut at the
+    buckets, instead of by blocks."""
     batch = rows_of(several(job))
     model = job.build()
     batch = _lay_out(model, batch)
-    compile_parts(job, model)
+    if not whole:
+        compile_parts(job, model)
     optimizer = make_optimizer(model.parameters(), job.device)
-    return training_step(job, _replicated(job, model), batch, optimizer, autocast=True)
+    wrapped = _replicated(job, model)
+    if whole and job.compiled:
+        wrapped.compile(dynamic=False)
+        job = replace(job, compiled=False)  # the loss is a part of what is compiled
+    return training_step(job, wrapped, batch, optimizer, autocast=True)
 
 
 def ddp_half(job: Job, *, checkpoint: bool) -> Step:
@@ -124,6 +130,7 @@ def _lay_out(model: nn.Module, batch: Any) -> Any:
 
 BASELINES: Mapping[str, Callable[[Job], Step]] = {
     "ddp": ddp,
+    "ddp, whole": partial(ddp, whole=True),
     "ddp bf16": partial(ddp_half, checkpoint=False),
     "ddp bf16, checkpointed": partial(ddp_half, checkpoint=True),
     "zero-2": partial(fully_sharded, reshard=False, checkpoint=False),
