@@ -28,6 +28,10 @@ from autopar.lowering.program import (
 )
 from autopar.ops.random import random_op_ids
 
+# Inductor of torch 2.11 writes int64 for a boolean that a collective takes, and reads it back as
+# if any bit of it but the lowest counted, too.
+_TRAVELS_AS = {torch.bool: torch.uint8}
+
 
 def is_traceable(program: LocalProgram) -> bool:
     """Whether all shapes are known and all values are on the device: not where rows are exchanged
@@ -57,8 +61,9 @@ def trace(
         for instruction in program.body:
             if isinstance(instruction, Communicate):
                 shard, (group, size) = values.read(instruction.operand), groups[instruction.axis]
-                begun = start(instruction.op, shard, group, size, instruction.reduce)
-                values.start(instruction.name, begun)
+                sent = shard.to(_TRAVELS_AS.get(shard.dtype, shard.dtype))
+                begun = start(instruction.op, sent, group, size, instruction.reduce)
+                values.start(instruction.name, begun, shard.dtype)
             elif isinstance(instruction, Exchange):
                 raise InternalError(f"{instruction.name} exchanges rows in unknown numbers")
             else:
@@ -84,16 +89,17 @@ class _Values:
     ) -> None:
         self.made = made
         self._coordinates, self._device = coordinates, device
-        self._started: set[str] = set()
+        self._started: dict[str, torch.dtype] = {}
 
-    def start(self, name: str, result: Tensor) -> None:
+    def start(self, name: str, result: Tensor, dtype: torch.dtype) -> None:
+        """dtype: of the value that travels."""
         self.made[name] = result
-        self._started.add(name)
+        self._started[name] = dtype
 
     def read(self, ref: Ref) -> Any:
-        if ref.name in self._started:
-            self._started.remove(ref.name)
-            self.made[ref.name] = WAIT(self.made[ref.name])
+        dtype = self._started.pop(ref.name, None)
+        if dtype is not None:
+            self.made[ref.name] = WAIT(self.made[ref.name]).to(dtype)
         value = self.made[ref.name]
         return value[ref.index] if isinstance(value, (tuple, list)) else value
 
