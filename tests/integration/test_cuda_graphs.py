@@ -14,6 +14,7 @@ from autopar.options import SearchOptions
 from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.launch import run_processes
+from autopar.runtime.module import ParallelModel
 from benchmarks.models.gpt import GPT, GPTConfig
 
 pytestmark = [
@@ -24,6 +25,7 @@ pytestmark = [
 CONFIG = GPTConfig(64, 2, 4, vocab_size=512, seq_len=64, dropout=0.1)
 ROWS, STEPS = 8, 20
 ACCUMULATED = (7, 8)  # steps after which gradients are kept
+ALIVE: list[ParallelModel] = []  # until the process ends
 
 
 def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
@@ -56,6 +58,7 @@ def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
     (executor,) = parallel._executors.values()
     captured = isinstance(executor.whole, CapturedProgram) and executor.whole.lends
     assert captured is graph
+    ALIVE.append(parallel)
     kept = [getattr(p, "to_local", lambda p=p: p)().detach().cpu() for p in parallel.parameters()]
     return [loss.detach().cpu() for loss in losses] + kept
 
