@@ -80,7 +80,7 @@ def transient_bytes(
     alive = {}
     for phase in Phase:
         lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
-        alive[phase] = lives.peak(outputs or {})
+        alive[phase], _ = lives.peak(outputs or {})
     if num_microbatches == 1:  # the gradients that backward makes are those that stand
         stand = 0.0
         for out in graph.outputs_of(OutputKind.GRADIENT):
@@ -90,6 +90,23 @@ def transient_bytes(
                 stand += weight(copies, out.target) * nbytes
         counted[Phase.BACKWARD] += stand
     return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
+
+
+def backward_peak(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    strategies: Mapping[str, Strategy],
+    inputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    *,
+    outputs: Mapping[str, Layout],
+    copies: Mapping[str, Copy],
+) -> int:
+    """When backward holds most: the number of its operator, from 1 on; 0 at its very beginning.
+    Arguments as of `transient_bytes`."""
+    phase = Phase.BACKWARD
+    lives = _Lives(graph, graph.metas(), dims, strategies, inputs, sizes, phase, copies)
+    return lives.peak(outputs)[1]
 
 
 class Alive(NamedTuple):
@@ -221,10 +238,11 @@ class _Lives:
             else:
                 self._other_phase(op)
 
-    def peak(self, outputs: Mapping[str, Layout]) -> float:
-        """Largest sum of sizes alive at one time, outputs kept to the end in their layouts."""
+    def peak(self, outputs: Mapping[str, Layout]) -> tuple[float, int]:
+        """Largest sum of sizes alive at one time, outputs kept to the end in their layouts; and
+        when."""
         leaves = self._end(outputs)
-        return self._largest([*self._spans(), *self._unwritten(leaves)])[0]
+        return self._largest([*self._spans(), *self._unwritten(leaves)])
 
     def at_peak(self, outputs: Mapping[str, Layout]) -> Iterator[Alive]:
         """The allocations alive at that time; last, under no name, what one operator needs."""
