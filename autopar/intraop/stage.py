@@ -31,7 +31,7 @@ from autopar.intraop.crowded import with_moment
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
-from autopar.intraop.memory_use import backward_peak, fetch_bytes, reduce_bytes, transient_bytes
+from autopar.intraop.memory_use import crowded_moment, fetch_bytes, reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import Solver, solve
@@ -44,6 +44,7 @@ from autopar.sharding.strategy import Strategy
 _MAX_ROUNDS = 8
 _LEAST_S = 0.05  # a solve gets at least so long
 _CLOSE = 0.02  # share of the budget between a limit that fits and one that does not: stop there
+_AS_FAST = 1e-9  # relative: as the fastest solution of all
 _GIB = 2.0**30
 
 
@@ -159,22 +160,26 @@ class StageProgram:
         return _with_true_bound(best, bound, limit)
 
     def _crowd(self, free: _Found) -> None:
-        """From now on the row is what the fastest solution holds when it holds most."""
+        """From now on the row is what the fastest solution holds when it holds most, if that is
+        more than what stands and is saved."""
         stage, sizes = free.stage, self._costs.mesh.axis_sizes
-        when = backward_peak(
+        count = self._context.num_microbatches
+        moment = crowded_moment(
             self._graph,
             self._built.dims,
             stage.strategies,
             stage.inputs,
             sizes,
             outputs=stage.outputs,
+            num_microbatches=count,
             copies=self._built.copies,
         )
-        count = self._context.num_microbatches
-        self._problem = with_moment(self._graph, self._built, when, sizes, count)
-        row = self._problem.bytes(free.choice)
-        rest = stage.prediction.peak_bytes - row
-        self._free = free._replace(rest_bytes=rest)
+        crowded = with_moment(self._graph, self._built, moment, sizes, count)
+        row = crowded.bytes(free.choice)
+        if row <= self._problem.bytes(free.choice):
+            return
+        self._problem = crowded
+        self._free = free._replace(rest_bytes=stage.prediction.peak_bytes - row)
         points = [Assignment(free.choice, stage.seconds, row)]
         self._earlier = replace(self._earlier, points=points)
 
@@ -224,7 +229,8 @@ class StageProgram:
                     best, best_limit = found.stage, limit
                 low = limit
                 limit += budget_bytes - prediction.peak_bytes
-                if prediction.peak_bytes >= (1 - _CLOSE) * budget_bytes:
+                as_fast = found.stage.seconds <= self._free.stage.seconds * (1 + _AS_FAST)
+                if as_fast or prediction.peak_bytes >= (1 - _CLOSE) * budget_bytes:
                     break
             else:
                 closest = min(closest, prediction, key=lambda p: p.peak_bytes)
