@@ -95,6 +95,9 @@ class ModelWorkload:
     def exact(self, num_microbatches: int) -> Folded:
         return self.family.exact(num_microbatches)
 
+    def expect(self, num_microbatches: int) -> None:
+        self.family.expect(num_microbatches)
+
 
 def microbatch_counts(example_batch: Any, options: SearchOptions) -> tuple[int, ...]:
     """The numbers of microbatches that a search may choose from: the pinned one, or every divisor

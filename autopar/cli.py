@@ -33,7 +33,7 @@ from autopar.arguments import (
     with_search,
 )
 from autopar.errors import AutoparError, RuntimeFailure
-from autopar.garbage import seldom_collected
+from autopar.garbage import not_collected_at_exit, seldom_collected
 from autopar.plan import ParallelPlan
 from autopar.questions import questions
 from autopar.report.output import show as _print
@@ -370,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not {"--verbose", "-v"} & set(given):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # here and in spawned processes
+    not_collected_at_exit()
     try:
         with seldom_collected():
             app(given, prog_name="autopar")

@@ -10,12 +10,13 @@ import pickle
 import select
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import IO, Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -129,38 +130,48 @@ class Ahead(Generic[Key, T]):
 
     def __init__(self, work: Callable[[Key], T]) -> None:
         self._work = work
-        self._waiting: list[Key] = []
-        self._running: dict[Key, Fork] = {}
+        self._begun: dict[Key, Fork] = {}
+        self._number = 0
+        self._turns: IO[bytes] | None = None
 
-    def expect(self, key: Key) -> None:
-        if key not in self._waiting and key not in self._running:
-            self._waiting.append(key)
-            self._go_on()
+    def expect(self, *keys: Key) -> None:
+        """In this order. Nothing where there is no other processor."""
+        others = num_processors() - 1
+        if others and self._turns is None:
+            self._turns = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
+        for key in keys if others else ():
+            if key not in self._begun:
+                self._begun[key] = start(partial(self._in_turn, key, self._number % others))
+                self._number += 1
 
     def taken(self, key: Key) -> T | None:
-        """The result, once. None for the caller to do the work: it was not begun, or failed."""
-        if key in self._waiting:
-            self._waiting.remove(key)
-        fork = self._running.get(key)
+        """The result, once. None for the caller to do the work: it was not expected, or failed."""
+        fork = self._begun.pop(key, None)
         if fork is None:
             return None
-        data, _ = fork.received()
-        self._running.pop(key).end(kill=True)
-        self._go_on()
+        try:
+            data, _ = fork.received()
+        finally:
+            fork.end(kill=True)
         failed, result = unpickled(data) if data else (True, None)
         return None if failed else result
 
     def close(self) -> None:
         """Ends the work that nobody has asked for."""
-        self._waiting.clear()
-        while self._running:
-            self._running.popitem()[1].end(kill=True)
+        while self._begun:
+            self._begun.popitem()[1].end(kill=True)
+        if self._turns is not None:
+            self._turns.close()
+            self._turns = None
 
-    def _go_on(self) -> None:
-        while self._waiting and len(self._running) < num_processors() - 1:
-            key = self._waiting.pop(0)
-            self._running[key] = start(partial(self._silently, key))
+    def _in_turn(self, key: Key, processor: int) -> T:
+        """In a fork: after those before it on its processor. A lock, which ends with its owner."""
+        import fcntl  # where there are forks
 
-    def _silently(self, key: Key) -> T:
+        assert self._turns is not None
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports
-        return self._work(key)
+        fcntl.lockf(self._turns, fcntl.LOCK_EX, 1, processor)
+        try:
+            return self._work(key)
+        finally:
+            fcntl.lockf(self._turns, fcntl.LOCK_UN, 1, processor)

@@ -221,8 +221,9 @@ class _Search:
             except NoFeasiblePlan as error:
                 self.failures.append(error)
             else:
-                least = min(s.candidate.step_s for s in self.solved)
-                self.clock.incumbent = f"best so far {least * 1e3:.2f} ms"
+                best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
+                self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
+                self.workload.expect(best.cut.num_microbatches)
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:

@@ -18,7 +18,7 @@ from autopar.graph.program import Graph
 from autopar.graph.repeat import whole_graph
 from autopar.intraop.build import Choice, Node, StageContext, StageProblem, build_problem
 from autopar.intraop.fold import fold_problem
-from autopar.intraop.stage import SolverOptions, StageSolution, solve_program
+from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
@@ -174,9 +174,8 @@ class Forced:
         try:
             if restriction is not None:
                 built = restricted(built, restriction(stage, view))
-            return solve_program(
-                stage.graph, built, costs, context, budget_bytes=budget, options=self.solver
-            )
+            program = StageProgram(stage.graph, built, costs, context)
+            return program.solved(budget_bytes=budget, options=self.solver)
         except NoFeasiblePlan:
             return None
 

@@ -65,20 +65,18 @@ class GraphFamily:
         part = microbatch_of(self._batch, num_microbatches)
         return capture_folded(self._model, part, *self._how)
 
-    def expect(self, num_microbatches: int) -> None:
-        """Another process begins to capture it, if a processor is free."""
-        if num_microbatches not in self._exact:
-            self._ahead.expect(num_microbatches)
+    def expect(self, *counts: int) -> None:
+        """`exact` will be asked for these: another process captures them, in this order, as soon as
+        a processor is free."""
+        self._ahead.expect(*(number for number in counts if number not in self._exact))
 
     def expect_all(self, counts: Sequence[int]) -> None:
         """`at` will be asked for all of these, in this order."""
         total, fewest = self._rows, self._fewest
         if total is None or fewest is None:
             return
-        if any(1 < number <= fewest for number in counts[1:]):
-            self.expect(fewest)
-        if total in counts[1:]:
-            self.expect(total)
+        between = any(1 < number <= fewest for number in counts[1:])
+        self.expect(*[fewest] * between, *[total] * (total in counts[1:]))
 
     def close(self) -> None:
         self._ahead.close()

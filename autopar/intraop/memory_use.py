@@ -67,6 +67,39 @@ def transient_bytes(
     output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes. copies:
     of values in folded layers.
     """
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs or {}, num_microbatches, copies)
+    return max(0.0, *(nbytes for nbytes, _ in found.values()))
+
+
+def crowded_moment(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    strategies: Mapping[str, Strategy],
+    inputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    *,
+    outputs: Mapping[str, Layout],
+    num_microbatches: int,
+    copies: Mapping[str, Copy],
+) -> tuple[Phase, int]:
+    """When transient bytes are most: the number of an operator of a phase, from 1 on; 0 at its very
+    beginning. Arguments as of `transient_bytes`."""
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs, num_microbatches, copies)
+    phase = max(found, key=lambda phase: found[phase][0])
+    return phase, found[phase][1]
+
+
+def _peaks(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    strategies: Mapping[str, Strategy],
+    inputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    outputs: Mapping[str, Layout],
+    num_microbatches: int,
+    copies: Mapping[str, Copy],
+) -> dict[Phase, tuple[float, int]]:
+    """Most transient bytes of each phase, and when."""
     metas = graph.metas()
     saved = sum(
         weight(copies, op.name)
@@ -77,19 +110,20 @@ def transient_bytes(
         if is_save(op)
     )
     counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
-    alive = {}
-    for phase in Phase:
-        lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
-        alive[phase] = lives.peak(outputs or {})
     if num_microbatches == 1:  # the gradients that backward makes are those that stand
         stand = 0.0
         for out in graph.outputs_of(OutputKind.GRADIENT):
-            layout = (outputs or {}).get(out.target)
+            layout = outputs.get(out.target)
             if layout is not None:
                 nbytes = local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
                 stand += weight(copies, out.target) * nbytes
         counted[Phase.BACKWARD] += stand
-    return max(0.0, *(alive[phase] - counted[phase] for phase in Phase))
+    found = {}
+    for phase in Phase:
+        lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
+        alive, when = lives.peak(outputs)
+        found[phase] = alive - counted[phase], when
+    return found
 
 
 class Alive(NamedTuple):
@@ -221,10 +255,11 @@ class _Lives:
             else:
                 self._other_phase(op)
 
-    def peak(self, outputs: Mapping[str, Layout]) -> float:
-        """Largest sum of sizes alive at one time, outputs kept to the end in their layouts."""
+    def peak(self, outputs: Mapping[str, Layout]) -> tuple[float, int]:
+        """Largest sum of sizes alive at one time, outputs kept to the end in their layouts; and
+        when."""
         leaves = self._end(outputs)
-        return self._largest([*self._spans(), *self._unwritten(leaves)])[0]
+        return self._largest([*self._spans(), *self._unwritten(leaves)])
 
     def at_peak(self, outputs: Mapping[str, Layout]) -> Iterator[Alive]:
         """The allocations alive at that time; last, under no name, what one operator needs."""

@@ -1,17 +1,19 @@
 """Solves one stage: the integer program under the budget, with transients, and what it predicts.
 
-The budget row counts what stands and what is saved; transients depend on the whole assignment. So
-the program is solved within a limit on its row, and what it finds is kept if row and transients
-together fit the budget. The limit starts at the budget, goes down by the transients of what did not
-fit, and is then bisected between what fits and what does not. Each round is a solve; one or two
-usually do.
+What the program knows of bytes is a row; transients depend on the whole assignment. So the program
+is first solved without a budget. If that does not fit, the row becomes what its solution holds at
+its most crowded moment (`intraop.crowded`), and the program is solved within a limit on it: the
+budget, less what the row left out where a solution did not fit, then bisected between what fits and
+what does not. Each round is a solve; one or two usually do.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes
@@ -25,11 +27,12 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
+from autopar.intraop.crowded import with_moment
 from autopar.intraop.fold import fold_problem
-from autopar.intraop.least_transient import least_transient_bytes
+from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
-from autopar.intraop.memory_use import fetch_bytes, reduce_bytes, transient_bytes
-from autopar.intraop.problem import IntraOpSolution, relative_gap
+from autopar.intraop.memory_use import crowded_moment, fetch_bytes, reduce_bytes, transient_bytes
+from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import Solver, solve
 from autopar.layout import Dims, Layout, coarsen
@@ -41,6 +44,7 @@ from autopar.sharding.strategy import Strategy
 _MAX_ROUNDS = 8
 _LEAST_S = 0.05  # a solve gets at least so long
 _CLOSE = 0.02  # share of the budget between a limit that fits and one that does not: stop there
+_AS_FAST = 1e-9  # relative: as the fastest solution of all
 _GIB = 2.0**30
 
 
@@ -75,6 +79,14 @@ class StageSolution:
         return relative_gap(self.seconds, self.bound)
 
 
+class _Found(NamedTuple):
+    """One solve. rest_bytes: of its peak, what the program's row does not count."""
+
+    stage: StageSolution
+    choice: tuple[int, ...]
+    rest_bytes: float
+
+
 def solve_stage(
     graph: Graph,
     table: RuleTable,
@@ -86,128 +98,174 @@ def solve_stage(
 ) -> StageSolution:
     """Raises NoFeasiblePlan where nothing fits the budget together with its transients, NotFoldable
     where the layers of a fold do not repeat."""
+    program = stage_program(graph, table, costs, context)
+    return program.solved(budget_bytes=budget_bytes, options=options)
+
+
+def stage_program(
+    graph: Graph, table: RuleTable, costs: MeshCosts, context: StageContext
+) -> StageProgram:
+    """Raises NotFoldable where the layers of a fold do not repeat."""
     built = build_problem(graph, table, costs, context)
     if context.folds:
         built = fold_problem(built, graph, context.folds)
-    return solve_program(graph, built, costs, context, budget_bytes=budget_bytes, options=options)
+    return StageProgram(graph, built, costs, context)
 
 
-def solve_program(
-    graph: Graph,
-    built: StageProblem,
-    costs: MeshCosts,
-    context: StageContext,
-    *,
-    budget_bytes: float | None,
-    options: SolverOptions = SolverOptions(),
-) -> StageSolution:
-    """The same of a program that is built already, and may have fewer choices."""
-    deadline = time.monotonic() + options.time_limit_s
-    earlier = Earlier()
+class StageProgram:
+    """The program of one stage, built or given with fewer choices, and what its solves have found
+    (a builder, local to them)."""
 
-    def solve_within(limit: float | None, fallback: bool, branching: bool = False) -> StageSolution:
+    def __init__(
+        self, graph: Graph, built: StageProblem, costs: MeshCosts, context: StageContext
+    ) -> None:
+        self._graph, self._built, self._costs, self._context = graph, built, costs, context
+        self._problem = built.problem
+        self._earlier = Earlier()
+        self._free: _Found | None = None
+        self._options = SolverOptions()
+        self._deadline = math.inf
+
+    def solved(
+        self, *, budget_bytes: float | None, options: SolverOptions = SolverOptions()
+    ) -> StageSolution:
+        """NoFeasiblePlan where nothing fits the budget together with its transients. The fastest
+        solution of all is solved for once, whatever the budgets."""
+        self._options, self._deadline = options, time.monotonic() + options.time_limit_s
+        if self._free is None:
+            self._free = self._within(None, fallback=options.fallback)
+            self._crowd(self._free)
+        free = self._free.stage
+        if budget_bytes is None or free.prediction.peak_bytes <= budget_bytes:
+            return free
+        best, limit = self._tight(budget_bytes)
+        target_gap = options.target_gap
+        if best.gap > target_gap and options.fallback and time.monotonic() <= self._deadline:
+            proven = self._within(limit, fallback=True).stage
+            fits = proven.prediction.peak_bytes <= budget_bytes
+            if fits and proven.seconds <= best.seconds:
+                best = proven
+            else:
+                notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
+                best = replace(best, notes=notes)
+        bound = max(free.bound, self._earlier.bound(budget_bytes)[0])
+        for row in (budget_bytes, limit) if is_small(self._problem) else ():
+            if relative_gap(best.seconds, bound) <= target_gap:
+                break
+            found = self._within(row, branching=True).stage
+            if row == budget_bytes:
+                bound = max(bound, found.bound)
+            if found.prediction.peak_bytes <= budget_bytes and found.seconds < best.seconds:
+                best = found
+        return _with_true_bound(best, bound, limit)
+
+    def _crowd(self, free: _Found) -> None:
+        """From now on the row is what the fastest solution holds when it holds most, if that is
+        more than what stands and is saved."""
+        stage, sizes = free.stage, self._costs.mesh.axis_sizes
+        count = self._context.num_microbatches
+        moment = crowded_moment(
+            self._graph,
+            self._built.dims,
+            stage.strategies,
+            stage.inputs,
+            sizes,
+            outputs=stage.outputs,
+            num_microbatches=count,
+            copies=self._built.copies,
+        )
+        crowded = with_moment(self._graph, self._built, moment, sizes, count)
+        row = crowded.bytes(free.choice)
+        if row <= self._problem.bytes(free.choice):
+            return
+        self._problem = crowded
+        self._free = free._replace(rest_bytes=stage.prediction.peak_bytes - row)
+        points = [Assignment(free.choice, stage.seconds, row)]
+        self._earlier = replace(self._earlier, points=points)
+
+    def _within(
+        self, limit: float | None, *, fallback: bool = False, branching: bool = False
+    ) -> _Found:
+        """Of least seconds with so many bytes in its row."""
         found = solve(
-            built.problem.with_budget(limit),
-            solver=options.solver,
-            time_limit_s=max(_LEAST_S, deadline - time.monotonic()),
-            target_gap=options.target_gap,
+            self._problem.with_budget(limit),
+            solver=self._options.solver,
+            time_limit_s=max(_LEAST_S, self._deadline - time.monotonic()),
+            target_gap=self._options.target_gap,
             fallback=fallback,
             branching=branching,
-            earlier=earlier,
+            earlier=self._earlier,
         )
-        return _read(graph, built, found, costs, context)
+        stage = _read(self._graph, self._built, found, self._costs, self._context)
+        return _Found(stage, found.choice, stage.prediction.peak_bytes - found.bytes)
 
-    solution = solve_within(None, options.fallback)
-    if budget_bytes is None or solution.prediction.peak_bytes <= budget_bytes:
-        return solution
-    best, limit = _solve_tight(solve_within, solution, budget_bytes, deadline)
-    if best.gap > options.target_gap and options.fallback and time.monotonic() <= deadline:
-        proven = solve_within(limit, True)
-        fits = proven.prediction.peak_bytes <= budget_bytes
-        if fits and proven.seconds <= best.seconds:
-            best = proven
-        else:
-            notes = tuple(dict.fromkeys((*best.notes, *proven.notes)))
-            best = replace(best, notes=notes)
-    unavoidable = least_transient_bytes(
-        graph, built, costs.mesh.axis_sizes, context.num_microbatches
-    )
-    widest = budget_bytes - unavoidable
-    bound = max(solution.bound, earlier.bound(widest)[0])
-    for row in (widest, limit) if is_small(built.problem) else ():
-        if relative_gap(best.seconds, bound) <= options.target_gap:
-            break
-        found = solve_within(row, False, branching=True)
-        if row == widest:
-            bound = max(bound, found.bound)
-        if found.prediction.peak_bytes <= budget_bytes and found.seconds < best.seconds:
-            best = found
-    return _with_true_bound(best, bound, limit)
+    def _tight(self, budget_bytes: float) -> tuple[StageSolution, float]:
+        """The fastest solution found whose peak fits, and the limit on its row."""
+        assert self._free is not None
+        best: StageSolution | None = None
+        best_limit = 0.0
+        closest = self._free.stage.prediction
+        # limits: one that fits or the least bytes, and one that is too much
+        low, high = least_bytes(self._problem).bytes, budget_bytes
+        if low > high:
+            raise _too_little(budget_bytes, closest, low)
+        limit = budget_bytes - self._free.rest_bytes
+        if not low < limit < high:
+            limit = high
+        for _ in range(_MAX_ROUNDS):
+            if best is not None and time.monotonic() > self._deadline:
+                break
+            try:
+                found = self._within(limit)
+            except NoFeasiblePlan as error:  # the least bytes clash
+                if error.least_bytes is None or not low < error.least_bytes < high:
+                    raise _too_little(budget_bytes, closest, error.least_bytes) from error
+                low = error.least_bytes
+                limit = low * (1 + 1e-6)
+                continue
+            prediction = found.stage.prediction
+            if prediction.peak_bytes <= budget_bytes:
+                if best is None or found.stage.seconds < best.seconds:
+                    best, best_limit = found.stage, limit
+                low = limit
+                limit += budget_bytes - prediction.peak_bytes
+                as_fast = found.stage.seconds <= self._free.stage.seconds * (1 + _AS_FAST)
+                if as_fast or prediction.peak_bytes >= (1 - _CLOSE) * budget_bytes:
+                    break
+            else:
+                closest = min(closest, prediction, key=lambda p: p.peak_bytes)
+                high = limit
+                limit = budget_bytes - found.rest_bytes
+            if high - low <= _CLOSE * budget_bytes:
+                if best is not None or high <= low * (1 + 1e-6):
+                    break
+                limit = low * (1 + 1e-6)  # the lightest assignment itself
+            elif not low < limit < high:
+                limit = (low + high) / 2
+        if best is None:
+            raise _too_little(budget_bytes, closest, None)
+        return best, best_limit
 
 
 def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSolution:
     """The bound of a budgeted solve holds within the limit on its row, which transients set. What
-    holds for the stage is the bound of the row within the budget less the transients that no
-    solution avoids."""
+    holds for the stage is the bound of the row within the budget."""
     notes = best.notes
     if best.gap < relative_gap(best.seconds, bound):
         notes += (
-            f"transients are outside of the program: within {limit / _GIB:.2f} GiB for what stands "
-            f"and is saved the gap is {best.gap:.2%}",
+            f"not all transients are in the program: within {limit / _GIB:.2f} GiB for what is the "
+            f"gap is {best.gap:.2%}",
         )
     return replace(best, bound=min(bound, best.seconds), tight=True, notes=notes)
-
-
-def _solve_tight(
-    solve_within: Callable[[float | None, bool], StageSolution],
-    free: StageSolution,
-    budget_bytes: float,
-    deadline: float,
-) -> tuple[StageSolution, float]:
-    """The fastest solution found whose peak fits, and the limit on its row. free: does not fit."""
-    best: StageSolution | None = None
-    best_limit = 0.0
-    closest = free.prediction
-    low, high = 0.0, budget_bytes  # limits: one that fits or the least bytes, one that is too much
-    limit = budget_bytes - free.prediction.transient_bytes
-    for _ in range(_MAX_ROUNDS):
-        if best is not None and time.monotonic() > deadline:
-            break
-        if not low < limit < high:
-            limit = (low + high) / 2
-        try:
-            found = solve_within(limit, False)
-        except NoFeasiblePlan as error:
-            least = error.least_bytes
-            if least is None or not low < least < high:
-                raise _too_little(budget_bytes, closest, least) from error
-            low, limit = least, least * (1 + 1e-6)  # the lightest assignment itself
-            continue
-        prediction = found.prediction
-        if prediction.peak_bytes <= budget_bytes:
-            if best is None or found.seconds < best.seconds:
-                best, best_limit = found, limit
-            low = limit
-            limit += budget_bytes - prediction.peak_bytes
-        else:
-            closest = min(closest, prediction, key=lambda p: p.peak_bytes)
-            high = limit
-            limit = budget_bytes - prediction.transient_bytes
-        if high - low <= _CLOSE * budget_bytes:
-            break
-        if best is not None and best.prediction.peak_bytes >= (1 - _CLOSE) * budget_bytes:
-            break
-    if best is None:
-        raise _too_little(budget_bytes, closest, None)
-    return best, best_limit
 
 
 def _too_little(
     budget_bytes: float, closest: StagePrediction, least: float | None
 ) -> NoFeasiblePlan:
-    stands = "" if least is None else f"what stands and is saved takes {least / _GIB:.2f} GiB; "
+    """least: bytes that every solution takes."""
+    needed = "" if least is None else f"at least {least / _GIB:.2f} GiB are needed; "
     return NoFeasiblePlan(
-        f"nothing fits the budget of {budget_bytes / _GIB:.2f} GiB per device: {stands}the closest "
+        f"nothing fits the budget of {budget_bytes / _GIB:.2f} GiB per device: {needed}the closest "
         f"found needs {closest.peak_bytes / _GIB:.2f} GiB, of it "
         f"{closest.transient_bytes / _GIB:.2f} GiB transient. Use more microbatches, allow remat, "
         "or add devices",

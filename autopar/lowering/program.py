@@ -91,16 +91,15 @@ class LocalProgram:
     outputs: Mapping[str, Port]
     constants: Mapping[str, torch.Tensor]
 
-    def last_uses(self) -> tuple[tuple[str, ...], ...]:
-        """Names whose last reader is each instruction, so that an executor frees them there."""
-        kept = {port.ref.name for port in self.outputs.values()}
-        seen: set[str] = set()
-        frees: list[tuple[str, ...]] = []
+    def last_uses(self) -> tuple[tuple[Ref, ...], ...]:
+        """Values whose last reader is each instruction, so that an executor frees them there; of
+        those that it makes, those that nothing reads are not among them."""
+        seen = {port.ref for port in self.outputs.values()}
+        frees: list[tuple[Ref, ...]] = []
         for instruction in reversed(self.body):
-            names = {ref.name for ref in reads_of(instruction)}
-            names.add(instruction.name)
-            frees.append(tuple(sorted(n for n in names - seen if n not in kept)))
-            seen |= names
+            refs = dict.fromkeys(reads_of(instruction))
+            frees.append(tuple(ref for ref in refs if ref not in seen))
+            seen.update(refs)
         return tuple(reversed(frees))
 
 

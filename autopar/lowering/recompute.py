@@ -19,7 +19,7 @@ by being fusion aware", MLSys 2023.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import networkx as nx
 import torch
@@ -155,36 +155,53 @@ def _minimum_cut(
     """The cheapest set of values from which the allowed operators can remake the targets."""
     if not targets:
         return set()
-    network = nx.DiGraph()
     needed = _needed(ops, targets, allowed)
-    values: set[Ref] = set()
+    numbers: dict[Ref, int] = {}
     for op in needed.values():
-        values.update(op.refs)
-        values.update(op.operands)
-    for ref in values:
+        for ref in (*op.operands, *op.refs):
+            numbers.setdefault(ref, len(numbers))
+    costs, sources = [], []
+    for ref, number in numbers.items():
         maker = made_by.get(ref)
         cost = 0.0 if maker is None else float(nbytes(ref))
-        if maker is not None and is_view(maker):
-            cost *= _VIEW_PENALTY
-        network.add_edge((ref, "in"), (ref, "out"), capacity=cost)
-        outside = maker is None or maker.name not in needed
-        if outside or (maker is not None and not allowed(maker)):
-            network.add_edge(_SOURCE, (ref, "in"))  # no capacity: infinite
-    for op in needed.values():
-        if allowed(op):
-            for ref in op.operands:
-                for result in op.refs:
-                    network.add_edge((ref, "out"), (result, "in"))
-    for ref in targets:
-        network.add_edge((ref, "out"), _SINK)
-    if _SOURCE not in network:
-        return set()
+        costs.append(cost * _VIEW_PENALTY if maker is not None and is_view(maker) else cost)
+        if maker is None or maker.name not in needed or not allowed(maker):
+            sources.append(number)
+    edges = [
+        (numbers[ref], numbers[result])
+        for op in needed.values()
+        if allowed(op)
+        for ref in op.operands
+        for result in op.refs
+    ]
+    sinks = sorted(numbers[ref] for ref in targets)
+    cut = _cut_network(tuple(costs), tuple(sources), tuple(edges), tuple(sinks))
+    return {ref for ref, number in numbers.items() if number in cut and ref in made_by}
+
+
+@lru_cache(maxsize=512)
+def _cut_network(
+    costs: tuple[float, ...],
+    sources: tuple[int, ...],
+    edges: tuple[tuple[int, int], ...],
+    sinks: tuple[int, ...],
+) -> frozenset[int]:
+    """The cheapest values that part sinks from sources. Equal layers ask for equal cuts."""
+    if not sources:
+        return frozenset()
+    network = nx.DiGraph()
+    for number, cost in enumerate(costs):
+        network.add_edge((number, "in"), (number, "out"), capacity=cost)
+    for number in sources:
+        network.add_edge(_SOURCE, (number, "in"))  # no capacity: infinite
+    for one, two in edges:
+        network.add_edge((one, "out"), (two, "in"))
+    for number in sinks:
+        network.add_edge((number, "out"), _SINK)
     _, (near, far) = nx.minimum_cut(network, _SOURCE, _SINK)
-    return {
-        ref
-        for ref in values
-        if made_by.get(ref) is not None and (ref, "in") in near and (ref, "out") in far
-    }
+    return frozenset(
+        number for number in range(len(costs)) if (number, "in") in near and (number, "out") in far
+    )
 
 
 def _needed(

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from autopar.graph.program import Ref
 from autopar.layout import Offset
-from autopar.lowering.program import Communicate, Exchange, LocalProgram
+from autopar.lowering.program import (
+    Communicate,
+    Exchange,
+    Instruction,
+    LocalProgram,
+    reads_of,
+)
 
 Shards = list[Tensor]
 
@@ -50,44 +56,50 @@ class InterpretedProgram:
     ) -> None:
         self._program = program
         self._last_uses = program.last_uses()
+        reads = {ref for instruction in program.body for ref in reads_of(instruction)}
+        self._wanted = reads | {port.ref for port in program.outputs.values()}
         self._coordinates = tuple(coordinates)
         self._collectives = collectives
         self._device = device
         self._constants = {name: t.to(device) for name, t in program.constants.items()}
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
-        values: dict[str, list[Any]] = {
-            port.ref.name: inputs.pop(key) for key, port in self._program.inputs.items()
+        values: dict[Ref, Shards] = {
+            port.ref: inputs.pop(key) for key, port in self._program.inputs.items()
         }
         inputs.clear()
         for name, tensor in self._constants.items():
-            values[name] = [tensor] * len(self._coordinates)
+            values[Ref(name)] = [tensor] * len(self._coordinates)
         for instruction, dead in zip(self._program.body, self._last_uses, strict=True):
-            if isinstance(instruction, Communicate):
-                values[instruction.name] = self._collectives.run(
-                    instruction.op,
-                    _read(values, instruction.operand),
-                    instruction.axis,
-                    instruction.reduce,
-                )
-            elif isinstance(instruction, Exchange):
-                values[instruction.name] = self._collectives.exchange(
-                    _read(values, instruction.rows),
-                    _read(values, instruction.sends),
-                    _read(values, instruction.receives),
-                    instruction.axis,
-                )
-            else:
-                values[instruction.name] = [
-                    instruction.target(
-                        *_bind(instruction.args, values, rank, coords),
-                        **_bind_kwargs(instruction.kwargs, values, rank, coords, self._device),
-                    )
-                    for rank, coords in enumerate(self._coordinates)
-                ]
-            for name in dead:
-                values.pop(name, None)
-        return {key: _read(values, port.ref) for key, port in self._program.outputs.items()}
+            values |= {
+                Ref(instruction.name, index): shards
+                for index, shards in enumerate(self._results(instruction, values))
+                if Ref(instruction.name, index) in self._wanted
+            }
+            for ref in dead:
+                del values[ref]
+        return {key: values[port.ref] for key, port in self._program.outputs.items()}
+
+    def _results(self, instruction: Instruction, values: Mapping[Ref, Shards]) -> list[Shards]:
+        """By number. Each is freed for itself: of a norm's backward two stay to the end."""
+        if isinstance(instruction, Communicate):
+            shards = values[instruction.operand]
+            run = self._collectives.run
+            return [run(instruction.op, shards, instruction.axis, instruction.reduce)]
+        if isinstance(instruction, Exchange):
+            rows, sends = values[instruction.rows], values[instruction.sends]
+            receives = values[instruction.receives]
+            return [self._collectives.exchange(rows, sends, receives, instruction.axis)]
+        made = [
+            instruction.target(
+                *_bind(instruction.args, values, rank, coords),
+                **_bind_kwargs(instruction.kwargs, values, rank, coords, self._device),
+            )
+            for rank, coords in enumerate(self._coordinates)
+        ]
+        if isinstance(made[0], (tuple, list)):
+            return [list(shards) for shards in zip(*made, strict=True)]
+        return [made]
 
 
 def interpreter(
@@ -118,15 +130,10 @@ def run_program(
     return player(dict(inputs))
 
 
-def _read(values: Mapping[str, list[Any]], ref: Ref) -> Shards:
-    return [v[ref.index] if isinstance(v, (tuple, list)) else v for v in values[ref.name]]
-
-
-def _bind(tree: Any, values: Mapping[str, list[Any]], rank: int, coords: tuple[int, ...]) -> Any:
+def _bind(tree: Any, values: Mapping[Ref, Shards], rank: int, coords: tuple[int, ...]) -> Any:
     """The arguments of one rank."""
     if isinstance(tree, Ref):
-        value = values[tree.name][rank]
-        return value[tree.index] if isinstance(value, (tuple, list)) else value
+        return values[tree][rank]
     if isinstance(tree, Offset):
         return tree.at(coords)
     if isinstance(tree, (tuple, list)):
@@ -136,7 +143,7 @@ def _bind(tree: Any, values: Mapping[str, list[Any]], rank: int, coords: tuple[i
 
 def _bind_kwargs(
     kwargs: Mapping[str, Any],
-    values: Mapping[str, list[Any]],
+    values: Mapping[Ref, Shards],
     rank: int,
     coords: tuple[int, ...],
     device: torch.device,

@@ -36,7 +36,7 @@ from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
 from autopar.search.schedules import best_schedule
 from autopar.search.space import Space
-from autopar.search.stages import StageSolver
+from autopar.search.stages import StageSolver, ToldStage
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
 from autopar.simulate import Transfer
@@ -321,11 +321,18 @@ class ExactSolver:
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
             prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
+            contexts = []
+            for written_index in range(len(prepared)):
+                owned = frozenset(o for o, holder in owners.items() if holder == written_index)
+                index = window.stage_of.index(written_index)
+                contexts.append(self._context(cut, index, owned, window.folds(written_index)))
+            if cut.num_workers is None:
+                self._ahead(prepared, cut, window, contexts, proven)
             written = []
             for index, stage in enumerate(prepared):
-                owned = frozenset(o for o, holder in owners.items() if holder == index)
+                views = cut.views[window.stage_of.index(index)]
                 try:
-                    written.append(self._solve_stage(stage, cut, window, index, owned, proven))
+                    written.append(self._solve_stage(stage, cut, views, contexts[index], proven))
                 except NoFeasiblePlan as error:
                     alike = window.stands_for(index)
                     reason = NoFeasiblePlan(
@@ -342,22 +349,35 @@ class ExactSolver:
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
+    def _ahead(
+        self,
+        prepared: Sequence[PreparedStage],
+        cut: Cut,
+        window: Window,
+        contexts: Sequence[StageContext],
+        proven: bool,
+    ) -> None:
+        """All written stages on all their views, several at a time."""
+        told = [
+            ToldStage(stage, view, contexts[index], self._budget(cut, view), proven)
+            for index, stage in enumerate(prepared)
+            for _, view in cut.views[window.stage_of.index(index)]
+        ]
+        self.stages.ahead(told)
+
     def _solve_stage(
         self,
         stage: PreparedStage,
         cut: Cut,
-        window: Window,
-        written: int,
-        owned: frozenset[str],
+        views: Sequence[tuple[float, LogicalMesh]],
+        context: StageContext,
         proven: bool,
     ) -> StageSolution:
         """A written stage, on the best of the views that the tables put first."""
-        index = window.stage_of.index(written)
-        context = self._context(cut, index, owned, window.folds(written))
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
-        for least, view in cut.views[index]:
+        for least, view in views:
             if best is not None and best.seconds <= _CLOSE * least:
                 break
             try:

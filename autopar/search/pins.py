@@ -66,6 +66,9 @@ class _Written:
     def exact(self, num_microbatches: int) -> Folded:
         return self._graph(num_microbatches, exact=True)
 
+    def expect(self, num_microbatches: int) -> None:
+        self.workload.expect(num_microbatches)
+
     def _graph(self, count: int, *, exact: bool) -> Folded:
         if (count, exact) not in self.known:
             folded = self.workload.exact(count) if exact else self.workload.at(count)

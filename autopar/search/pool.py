@@ -6,8 +6,9 @@ the order of the items, so that a search does not depend on how many processors 
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -16,26 +17,39 @@ from autopar.forks import Fork, num_processors, outcome, start, unpickled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_WIDTH = 4  # bytes of a number; a pipe holds 16,384 of them
 
 
 def each(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int | None = None,
+    sizes: Sequence[float] | None = None,
 ) -> list[Result]:
-    """[work(item) for item in items], several at a time; results and errors must pickle. The first
-    item is done here. An error is raised as it would be without forks: that of the first item that
-    has one; Ctrl-C ends all of them."""
+    """[work(item) for item in items], several at a time; results and errors must pickle. An error
+    is raised as it would be without forks: that of the first item that has one; Ctrl-C ends all of
+    them. sizes: what items may take, in any unit: the largest are begun first."""
     limit = min(num_processors() if workers is None else workers, len(items))
     if limit <= 1:
         return [work(item) for item in items]
-    shares = [range(w, len(items), limit) for w in range(limit)]
-    forks = [_start(work, [items[i] for i in share]) for share in shares[1:]]
-    answers: dict[int, tuple[bool, Result | Exception]] = {}
+    sizes = [1.0] * len(items) if sizes is None else sizes
+    order = sorted(range(len(items)), key=lambda i: (-sizes[i], i))
+    turns = _Turns(order)
+
+    def one_after_the_other() -> dict[int, tuple[bool, Result | Exception]]:
+        return {i: outcome(partial(work, items[i])) for i in turns}
+
+    def in_fork() -> dict[int, tuple[bool, Result | Exception]]:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports
+        return one_after_the_other()
+
+    forks = [start(in_fork) for _ in range(limit - 1)]
     try:
-        for i in shares[0]:
-            answers[i] = outcome(partial(work, items[i]))
-        for share, fork in zip(shares[1:], forks, strict=True):
-            answers.update(zip(share, _received(fork), strict=True))
+        answers = one_after_the_other()
+        for fork in forks:
+            answers.update(_received(fork))
     finally:
+        turns.close()
         for fork in forks:
             fork.end(kill=True)
     results = []
@@ -48,20 +62,28 @@ def each(
     return results  # type: ignore[return-value]
 
 
-def _start(work: Callable[[Item], Result], items: Sequence[Item]) -> Fork:
-    def all_of_them() -> list[tuple[bool, Result | Exception]]:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports
-        return [outcome(partial(work, item)) for item in items]
+class _Turns:
+    """Numbers that this process and its forks take, each of them once."""
 
-    return start(all_of_them)
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._reader, writer = os.pipe()
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(b"".join(number.to_bytes(_WIDTH, "little") for number in numbers))
+
+    def __iter__(self) -> Iterator[int]:
+        while taken := os.read(self._reader, _WIDTH):
+            yield int.from_bytes(taken, "little")
+
+    def close(self) -> None:
+        os.close(self._reader)
 
 
-def _received(fork: Fork) -> list[tuple[bool, Result | Exception]]:
+def _received(fork: Fork) -> dict[int, tuple[bool, Result | Exception]]:
     data, _ = fork.received()
     if not data:
         raise InternalError("a worker of the search ended without an answer")
     failed, answers = unpickled(data)
     if failed:
         raise answers
-    found: list[tuple[bool, Result | Exception]] = answers
+    found: dict[int, tuple[bool, Result | Exception]] = answers
     return found

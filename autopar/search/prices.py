@@ -77,12 +77,14 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A step under one policy."""
+    """A step under one policy, of one class of layers. size: operators."""
 
     view: LogicalMesh
     count: int
     level: Level
     policy: Remat
+    kind: int
+    size: int
 
 
 @dataclass(slots=True)
@@ -141,18 +143,26 @@ class Prices:
         with its fastest solutions. smallest, largest: numbers of microbatches that anchor the
         scaled ones."""
         steps = [self._next(view, count, smallest, largest, fits) for view, fits in views.items()]
-        jobs = [_Job(s.view, s.count, s.level, p) for s in steps for p in s.policies]
-        size = 0
-        for job in jobs:  # what all forks share is made here
-            prepared = self._program(job.count).prepared(job.policy)
-            size += sum(len(stage.graph.operators) for stage in prepared)
-            self._mesh_costs(job.view)
-        found = each(self._run, jobs, None if size >= _WORTH_A_FORK else 1)
-        answers = dict(zip(jobs, found, strict=True))
+        jobs = [job for step in steps for job in self._jobs(step)]
+        worth = sum(job.size for job in jobs) >= _WORTH_A_FORK
+        answers = each(self._run, jobs, None if worth else 1, [job.size for job in jobs])
+        points = iter(answers)
         for step in steps:
-            points = [answers[_Job(step.view, step.count, step.level, p)] for p in step.policies]
-            self.refused = next((r for _, r in points if r is not None), self.refused)
-            self._keep(step, [frontiers for frontiers, _ in points])
+            kinds = range(len(self._program(step.count).classes))
+            per_policy = [[next(points) for _ in kinds] for _ in step.policies]
+            refused = (r for found in per_policy for _, r in found if r is not None)
+            self.refused = next(refused, self.refused)
+            self._keep(step, [tuple(frontier for frontier, _ in found) for found in per_policy])
+
+    def _jobs(self, step: _Step) -> list[_Job]:
+        """By policy, then by class. What all forks share is made here."""
+        program = self._program(step.count)
+        self._mesh_costs(step.view)
+        return [
+            _Job(step.view, step.count, step.level, policy, kind, len(stage.graph.operators))
+            for policy in step.policies
+            for kind, stage in enumerate(program.prepared(policy))
+        ]
 
     def _next(
         self, view: LogicalMesh, count: int, smallest: int, largest: int, fits: bool
@@ -254,33 +264,27 @@ class Prices:
 
     # ---- solving
 
-    def _run(self, job: _Job) -> tuple[tuple[Frontier, ...], OptionError | None]:
-        """The points of each class, and a pin that the view cannot honour."""
+    def _run(self, job: _Job) -> tuple[Frontier, OptionError | None]:
+        """The points of a class, and a pin that the view cannot honour."""
         program, costs = self._program(job.count), self._mesh_costs(job.view)
-        refused: OptionError | None = None
-        found = []
-        for kind, stage in zip(program.classes, program.prepared(job.policy), strict=True):
-            context = StageContext(
-                job.count, owned=kind.owned, pins=program.pins, offload=self._offload
+        owned, stage = program.classes[job.kind].owned, program.prepared(job.policy)[job.kind]
+        context = StageContext(job.count, owned=owned, pins=program.pins, offload=self._offload)
+        try:
+            points = layer_points(
+                stage.graph,
+                stage.table,
+                costs,
+                context,
+                remat=job.policy,
+                prices=PRICES if job.level is Level.FULL else PRICES[:1],
+                deadline=self._clock.deadline,
+                alone=self._alone,
             )
-            try:
-                points = layer_points(
-                    stage.graph,
-                    stage.table,
-                    costs,
-                    context,
-                    remat=job.policy,
-                    prices=PRICES if job.level is Level.FULL else PRICES[:1],
-                    deadline=self._clock.deadline,
-                    alone=self._alone,
-                )
-                if job.level is Level.SCALED:
-                    points = (_fewest_bytes(points[0], stage, costs, context),)
-            except OptionError as error:
-                refused = error
-                points = (Point(_REFUSED_S, 0.0, 0.0, 0.0, job.policy),)
-            found.append(points)
-        return tuple(found), refused
+            if job.level is Level.SCALED:
+                points = (_fewest_bytes(points[0], stage, costs, context),)
+        except OptionError as error:
+            return (Point(_REFUSED_S, 0.0, 0.0, 0.0, job.policy),), error
+        return points, None
 
 
 def _fewest_bytes(

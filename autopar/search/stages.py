@@ -7,31 +7,44 @@ solution that fits is the best there is, for any budget and any number of microb
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from autopar.errors import NoFeasiblePlan
+from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.intraop.build import StageContext
-from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution, stage_program
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
 from autopar.search.clock import Clock
+from autopar.search.pool import each
 from autopar.search.unfold import renamed, same_structure
 
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
+_WORTH_A_FORK = 1200  # operators
 _STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the others get some
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Known:
-    """A solved stage graph; solution: None where nothing fits."""
+    """A stage graph and its solution, or why nothing fits."""
 
     graph: Graph
-    solution: StageSolution | None
-    reason: NoFeasiblePlan | None = None
+    answer: StageSolution | NoFeasiblePlan
+
+
+class ToldStage(NamedTuple):
+    """A stage to be solved on a view within a budget."""
+
+    stage: PreparedStage
+    view: LogicalMesh
+    context: StageContext
+    budget: float
+    proven: bool
 
 
 class StageSolver:
@@ -47,6 +60,36 @@ class StageSolver:
         self._options, self._mesh_costs, self._clock = options, mesh_costs, clock
         self._target_gap = target_gap
         self._known: dict[object, _Known] = {}
+        self._open: tuple[object, StageProgram] | None = None  # the last one
+
+    def ahead(self, told: Sequence[ToldStage]) -> None:
+        """Solves stages within their budgets, several at a time. It ends where one fits on none of
+        its views; what is not solved then is once it is asked for."""
+        if sum(len(one.stage.graph.operators) for one in told) < _WORTH_A_FORK:
+            return
+        numbers: dict[int, list[int]] = {}
+        for i, one in enumerate(told):
+            numbers.setdefault(id(one.stage), []).append(i)
+        stages = list(numbers.values())
+        with mmap.mmap(-1, len(told)) as failed:  # all forks see it
+
+            def solved(number: int) -> dict[object, StageSolution | NoFeasiblePlan]:
+                one, before = told[number], set(self._known)
+                if any(all(failed[i] for i in views) for views in stages):
+                    return {}
+                try:
+                    self.within(one.stage, one.view, one.context, one.budget, proven=one.proven)
+                except NoFeasiblePlan:
+                    failed[number] = 1
+                except OptionError:  # whoever asks for it is told
+                    pass
+                new = {key: self._known[key] for key in self._known.keys() - before}
+                return {key: known.answer for key, known in new.items()}
+
+            answers = each(solved, range(len(told)))
+        for one, answer in zip(told, answers, strict=True):
+            for key, found in answer.items():
+                self._known.setdefault(key, _Known(one.stage.graph, found))
 
     def free(
         self,
@@ -85,7 +128,7 @@ class StageSolver:
                 found = self._solved(stage, view, context, budget, proven, target_gap)
                 self._known[key] = _Known(stage.graph, found)
             except NoFeasiblePlan as error:
-                self._known[key] = _Known(stage.graph, None, error)
+                self._known[key] = _Known(stage.graph, error)
         return _taken(self._known[key], stage, context)
 
     def _solved(
@@ -99,14 +142,20 @@ class StageSolver:
     ) -> StageSolution:
         limit_s = self._clock.left_s * (_PROOF_SHARE if proven else _STAGE_SHARE)
         gap = target_gap or (self._options.target_gap if proven else self._target_gap)
-        return solve_stage(
-            stage.graph,
-            stage.table,
-            self._mesh_costs(view),
-            context,
-            budget_bytes=budget,
-            options=SolverOptions(self._options.solver, limit_s, gap, proven),
+        options = SolverOptions(self._options.solver, limit_s, gap, proven)
+        return self._program(stage, view, context, proven).solved(
+            budget_bytes=budget, options=options
         )
+
+    def _program(
+        self, stage: PreparedStage, view: LogicalMesh, context: StageContext, proven: bool
+    ) -> StageProgram:
+        """That of the last solve, where it is the same stage under another budget."""
+        key = id(stage), view, context, proven
+        if self._open is None or self._open[0] != key:
+            costs = self._mesh_costs(view)
+            self._open = key, stage_program(stage.graph, stage.table, costs, context)
+        return self._open[1]
 
 
 def _key(
@@ -127,8 +176,8 @@ def _key(
 
 def _taken(known: _Known, stage: PreparedStage, context: StageContext) -> StageSolution:
     """What is known, in the names of a stage with so many microbatches in flight."""
-    if known.solution is None:
-        assert known.reason is not None
-        raise known.reason
-    prediction = replace(known.solution.prediction, in_flight=context.in_flight)
-    return replace(renamed(known.solution, known.graph, stage.graph), prediction=prediction)
+    found = known.answer
+    if isinstance(found, NoFeasiblePlan):
+        raise found
+    prediction = replace(found.prediction, in_flight=context.in_flight)
+    return replace(renamed(found, known.graph, stage.graph), prediction=prediction)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from autopar.errors import InternalError
 from autopar.graph.program import Graph, Operator, Ref, map_refs
@@ -103,6 +104,7 @@ def translation(
     return names
 
 
+@lru_cache(maxsize=32)
 def same_structure(graph: Graph) -> str:
     """A text that equal stage graphs share whatever their names: what one stage's solution must
     know of another's before it is taken over."""

@@ -23,6 +23,10 @@ class Workload(Protocol):
         """The graph that was really captured, to plan and run."""
         ...
 
+    def expect(self, num_microbatches: int) -> None:
+        """`exact` will be asked for it, so that it may be captured meanwhile."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneGraph:
@@ -39,6 +43,9 @@ class OneGraph:
         return self.folded
 
     exact = at
+
+    def expect(self, num_microbatches: int) -> None:
+        """It is there."""
 
 
 def one_graph(graph: Graph, num_microbatches: int) -> OneGraph:

@@ -10,7 +10,11 @@ from autopar.garbage import seldom_collected
 def test_the_threshold_is_put_back_and_never_lowered() -> None:
     before = gc.get_threshold()
     try:
-        for given, inside in (((700, 10, 10), 50_000), ((0, 10, 10), 0), ((90_000, 5, 5), 90_000)):
+        for given, inside in (
+            ((700, 10, 10), 500_000),
+            ((0, 10, 10), 0),
+            ((900_000, 5, 5), 900_000),
+        ):
             gc.set_threshold(*given)
             with seldom_collected():
                 assert gc.get_threshold() == (inside, *given[1:])
