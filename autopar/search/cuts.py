@@ -31,6 +31,7 @@ from autopar.schedule import in_flight_count
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices, StagePrices
 from autopar.search.program import Program
+from autopar.search.schedules import Expected, expected_seconds, rough_seconds
 from autopar.search.space import Space
 from autopar.search.uniform import focus
 
@@ -53,7 +54,7 @@ class _Found:
     optimal while nothing on their paths has been priced higher since."""
 
     by_stages: dict[int, InterOpSolution]
-    steps: Mapping[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
+    steps: dict[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
     done: set[int] = field(default_factory=set)
 
     @property
@@ -82,6 +83,7 @@ class _Tables:
         self.problem: InterOpProblem | None = None
         self.version = 0
         self._once: dict[tuple[int, int, int], float] = {}
+        self._played: dict[tuple[StageChoice, ...], float] = {}
 
     def refresh(self) -> InterOpProblem:
         """The inter-op program at the levels that the views have reached by now."""
@@ -117,6 +119,7 @@ class _Tables:
             transfer_seconds=search.transfers(self.count),
             in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
             max_stages=self.stage_limit,
+            bubble=search.space.bubble,
         )
         return self.problem
 
@@ -131,13 +134,27 @@ class _Tables:
         return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
 
     def step_seconds(self, stages: Sequence[StageChoice]) -> float:
-        """Of a cut, once-per-step work counted where it is waited for: before the first stage
-        begins and after it has ended, or where it makes a stage the slowest. The inter-op program,
-        which knows the sum of both only, counts it in every stage that a microbatch passes."""
-        once = [self._once_seconds(stage) for stage in stages]
-        each = [stage.seconds - o for stage, o in zip(stages, once, strict=True)]
-        pipeline = sum(each) + (self.count - 1) * max(each) + self.count * once[0]
-        return max(pipeline, self.count * max(stage.seconds for stage in stages))
+        """Of a cut, as its schedule was played, or roughly."""
+        known = self._played.get(tuple(stages))
+        if known is not None:
+            return known
+        expected = list(map(self._expected, stages))
+        return rough_seconds(expected, self.count, self._search.space.bubble)
+
+    def played(self, stages: Sequence[StageChoice]) -> bool:
+        return tuple(stages) in self._played
+
+    def play(self, stages: Sequence[StageChoice]) -> None:
+        """From now on the cut's step is that of its schedule, played."""
+        expected = list(map(self._expected, stages))
+        seconds = expected_seconds(self._search.space, expected, self.count)
+        self._played[tuple(stages)] = seconds
+
+    def _expected(self, stage: StageChoice) -> Expected:
+        received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
+        once_s = self._once_seconds(stage)
+        seconds = max(0.0, stage.seconds - received_s - once_s)
+        return Expected(seconds, received_s, self.count * once_s)
 
     def _once_seconds(self, stage: StageChoice) -> float:
         """Of a microbatch, on the stage's best view."""
@@ -218,6 +235,7 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
+        self._transfers: dict[int, FloatArray] = {}
         self._best = math.inf
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
@@ -261,7 +279,12 @@ class CutSearch:
                 continue
             ranked = [tables.ranked_views(stage) for stage in best.stages]
             inexact = {r[0].view: r[0].fits for r in ranked if not r[0].exact}
-            if not inexact:
+            if not inexact and not tables.played(best.stages):
+                tables.play(best.stages)
+                steps = self._found[count].steps
+                steps[len(best.stages)] = tables.step_seconds(best.stages)
+                self._push(count)
+            elif not inexact:
                 self._best = min(self._best, step_s)
                 yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
@@ -272,6 +295,11 @@ class CutSearch:
 
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
+        if count not in self._transfers:
+            self._transfers[count] = self._received(count)
+        return self._transfers[count]
+
+    def _received(self, count: int) -> FloatArray:
         scale = self.reference.num_microbatches / count
         out = np.zeros((self.num_layers, len(self.space.submeshes)))
         for m, submesh in enumerate(self.space.submeshes):

@@ -2,10 +2,10 @@
 
 Equal stages on equal submeshes have a closed form: with S stages, each an S-th of all layers,
 
-    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer - o)
-                    + B o
+    step(B, view) = about (B - 1 + S) (t(view, layers / S, in flight of the first stage) - o) + B o
 
-where o is the share of t that comes once per step: stages wait for it together.
+where o is the share of t that comes once per step: stages wait for it together (`rough_seconds`
+says more).
 
 A submesh of r small ones can at least do what r replicas of the small one do, each with an r-th of
 the rows, whose gradients are summed over the replicas once per step:
@@ -38,6 +38,7 @@ from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
+from autopar.search.schedules import Expected, rough_seconds
 from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
@@ -225,9 +226,8 @@ class _Uniform:
 
     def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
         """The first pipeline that is exact says what memory adds to an estimate."""
-        free = self._seconds(pipeline, math.inf) + self._transfer(pipeline)
-        passes = pipeline.num_microbatches - 1 + pipeline.num_stages
-        self._memory = max(1.0, seconds / (passes * free))
+        free = self._seconds(pipeline, math.inf)
+        self._memory = max(1.0, seconds / self._step_s(pipeline, free, 0.0))
 
     def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
         """Of one of its stages, by the prices of its view."""
@@ -240,11 +240,18 @@ class _Uniform:
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         """(seconds, exact, whether the fastest solutions fit)."""
-        stages, count = pipeline.num_stages, pipeline.num_microbatches
         seconds, exact, fits = self._stage(pipeline)
-        once_s = self._once(pipeline)
-        passes_s = (count - 1 + stages) * (seconds + self._transfer(pipeline) - once_s)
-        return (passes_s + count * once_s) * self._trust(pipeline, exact, fits), exact, fits
+        if math.isinf(seconds):
+            return seconds, exact, fits
+        step_s = self._step_s(pipeline, seconds, self._once(pipeline))
+        return step_s * self._trust(pipeline, exact, fits), exact, fits
+
+    def _step_s(self, pipeline: _Pipeline, seconds: float, once_s: float) -> float:
+        """Of equal stages of so many seconds per microbatch, of which a share comes once."""
+        count, receive_s = pipeline.num_microbatches, self._transfer(pipeline)
+        first = Expected(max(0.0, seconds - once_s), 0.0, count * once_s)
+        others = [first._replace(receive_s=receive_s)] * (pipeline.num_stages - 1)
+        return rough_seconds([first, *others], count, self._space.bubble)
 
     def _once(self, pipeline: _Pipeline) -> float:
         """The share of a stage's seconds that comes once per step."""
@@ -301,7 +308,8 @@ class _Uniform:
             for view in self._space.views[submesh]:
                 if self._prices.known(view, count):
                     points = [f[0] for f in self._prices.frontiers(view, count)]
-                    standing = float(share[0] @ [p.standing_bytes for p in points])
+                    pairs = zip(share[0].tolist(), points, strict=True)
+                    standing = math.fsum(n * p.standing_bytes for n, p in pairs)
                     budget = self._space.budget_of(view) + standing * (1 - 1 / replicas)
                     found = self._prices.stage_seconds(view, count, share, in_flight, budget)
                     least = min(least, float(found.seconds[0]) * shared)
