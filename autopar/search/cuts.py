@@ -13,9 +13,10 @@ runs for each number of microbatches, the most promising first.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from autopar.estimate import MeshCosts
 from autopar.interop import dp
 from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
-from autopar.schedule import in_flight_count
+from autopar.schedule import ScheduleKind, in_flight_count
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices, StagePrices
 from autopar.search.program import Program
@@ -39,6 +40,7 @@ FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
+_WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
@@ -138,17 +140,62 @@ class _Tables:
         known = self._played.get(tuple(stages))
         if known is not None:
             return known
-        expected = list(map(self._expected, stages))
-        return rough_seconds(expected, self.count, self._search.space.bubble)
+        bubble = self._search.space.bubble if self._has_room(stages) else 1.0
+        return rough_seconds(list(map(self._expected, stages)), self.count, bubble)
+
+    def moved(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
+        """The cut with layers moved from stage to stage while its step gets shorter: the inter-op
+        program holds transfers against the slowest stage, which it need not wait for."""
+        best, best_s = tuple(stages), self.step_seconds(stages)
+        while True:
+            moves = [self._with_sizes(best, sizes) for sizes in _moves(best)]
+            steps = [self.step_seconds(trial) if trial else math.inf for trial in moves]
+            least = min(steps, default=math.inf)
+            if least >= best_s * _WORTH_MOVING:
+                return best
+            best, best_s = moves[steps.index(least)], least
+
+    def _with_sizes(
+        self, stages: Sequence[StageChoice], sizes: Sequence[int]
+    ) -> tuple[StageChoice, ...]:
+        """The stages with so many layers each; none where some stage does not fit."""
+        assert self.problem is not None
+        found, first = [], 0
+        for stage, size in zip(stages, sizes, strict=True):
+            last = first + size - 1
+            row = self.problem.stage_seconds[stage.in_flight - 1]
+            seconds = float(row[first, last, stage.submesh])
+            seconds += float(self.problem.transfer_seconds[first, stage.submesh])
+            if math.isinf(seconds):
+                return ()
+            found.append(StageChoice(first, last, stage.submesh, stage.in_flight, seconds))
+            first = last + 1
+        return tuple(found)
 
     def played(self, stages: Sequence[StageChoice]) -> bool:
         return tuple(stages) in self._played
 
     def play(self, stages: Sequence[StageChoice]) -> None:
         """From now on the cut's step is that of its schedule, played."""
+        space, count = self._search.space, self.count
+        kinds = [space.table_schedule]
+        if ScheduleKind.ZB_H1 in space.schedules and self._has_room(stages):
+            kinds.append(ScheduleKind.ZB_H1)
         expected = list(map(self._expected, stages))
-        seconds = expected_seconds(self._search.space, expected, self.count)
-        self._played[tuple(stages)] = seconds
+        seconds = (expected_seconds(expected, count, kind) for kind in dict.fromkeys(kinds))
+        self._played[tuple(stages)] = min(seconds)
+
+    def _has_room(self, stages: Sequence[StageChoice]) -> bool:
+        """Whether as many microbatches as the first stage holds slow none down: under ZB-H1 they
+        all hold about so many, as what waits for its W counts."""
+        assert self.problem is not None
+        row = self.problem.stage_seconds[self.problem.in_flight[len(stages) - 1] - 1]
+        transfer = self.problem.transfer_seconds
+        return all(
+            row[s.first_layer, s.last_layer, s.submesh] + transfer[s.first_layer, s.submesh]
+            <= _CLOSE * s.seconds
+            for s in stages
+        )
 
     def _expected(self, stage: StageChoice) -> Expected:
         received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
@@ -376,7 +423,9 @@ class CutSearch:
         except NoFeasiblePlan as error:
             self.failures.append(error)
             by_stages = {}
-        steps = {s: self.tables(count).step_seconds(f.stages) for s, f in by_stages.items()}
+        tables = self.tables(count)
+        by_stages = {s: replace(f, stages=tables.moved(f.stages)) for s, f in by_stages.items()}
+        steps = {s: tables.step_seconds(f.stages) for s, f in by_stages.items()}
         most = self.margin * min(steps.values(), default=math.inf)
         found.by_stages = {s: f for s, f in by_stages.items() if steps[s] <= most}
         found.steps = steps
@@ -405,6 +454,18 @@ class CutSearch:
             num_microbatches=count,
             schedule=self.space.table_schedule,
         )
+
+
+def _moves(stages: Sequence[StageChoice]) -> Iterator[list[int]]:
+    """Numbers of layers: one moved to a neighbour, or from the slowest stage to any other."""
+    sizes = [stage.last_layer - stage.first_layer + 1 for stage in stages]
+    slowest = max(range(len(stages)), key=lambda i: stages[i].seconds)
+    for source, target in itertools.permutations(range(len(stages)), 2):
+        if sizes[source] > 1 and (source == slowest or abs(source - target) == 1):
+            moved = list(sizes)
+            moved[source] -= 1
+            moved[target] += 1
+            yield moved
 
 
 def _still_holds(found: InterOpSolution, problem: InterOpProblem) -> bool:
