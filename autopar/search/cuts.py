@@ -40,6 +40,7 @@ FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
+_MOVES_GAIN = 1.1  # at most, about: cuts further away are left as they are
 _WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
@@ -85,6 +86,7 @@ class _Tables:
         self.problem: InterOpProblem | None = None
         self.version = 0
         self._once: dict[tuple[int, int, int], float] = {}
+        self._known: dict[StageChoice, Expected] = {}
         self._played: dict[tuple[StageChoice, ...], float] = {}
 
     def refresh(self) -> InterOpProblem:
@@ -104,6 +106,7 @@ class _Tables:
             return self.problem
         self.version += 1
         self._once.clear()
+        self._known.clear()
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
         first, last = np.triu_indices(layers)
@@ -198,10 +201,12 @@ class _Tables:
         )
 
     def _expected(self, stage: StageChoice) -> Expected:
-        received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
-        once_s = self._once_seconds(stage)
-        seconds = max(0.0, stage.seconds - received_s - once_s)
-        return Expected(seconds, received_s, self.count * once_s)
+        if stage not in self._known:
+            received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
+            once_s = self._once_seconds(stage)
+            seconds = max(0.0, stage.seconds - received_s - once_s)
+            self._known[stage] = Expected(seconds, received_s, self.count * once_s)
+        return self._known[stage]
 
     def _once_seconds(self, stage: StageChoice) -> float:
         """Of a microbatch, on the stage's best view."""
@@ -424,11 +429,16 @@ class CutSearch:
             self.failures.append(error)
             by_stages = {}
         tables = self.tables(count)
-        by_stages = {s: replace(f, stages=tables.moved(f.stages)) for s, f in by_stages.items()}
         steps = {s: tables.step_seconds(f.stages) for s, f in by_stages.items()}
-        most = self.margin * min(steps.values(), default=math.inf)
-        found.by_stages = {s: f for s, f in by_stages.items() if steps[s] <= most}
-        found.steps = steps
+        near = self.margin * _MOVES_GAIN * min(steps.values(), default=math.inf)
+        found.by_stages = {
+            s: replace(f, stages=tables.moved(f.stages))
+            for s, f in by_stages.items()
+            if steps[s] <= near
+        }
+        found.steps = {s: tables.step_seconds(f.stages) for s, f in found.by_stages.items()}
+        most = self.margin * min(found.steps.values(), default=math.inf)
+        found.by_stages = {s: f for s, f in found.by_stages.items() if found.steps[s] <= most}
         self._push(count)
 
     def _cut(
