@@ -82,31 +82,33 @@ def expected_seconds(
 def rough_seconds(stages: Sequence[Expected], num_microbatches: int, bubble: float) -> float:
     """About the same, and seldom more, in O(stages).
 
-    Stage s has f_s microbatches in flight; t_s forward and backward of one, c_s its transfers, w
-    the share of t_s that need not be waited for. A microbatch comes back to stage s after it has
-    passed all that follow, and then the next one may enter:
+    Stage s has f_s of the B microbatches in flight; t_s forward and backward of one, c_s its
+    transfers, w the share of t_s that need not be waited for. Once all f_s are on their way, the
+    next one enters when one has passed all stages that follow, and come back:
 
-        pace = max over s of  max(t_s, (t_s + sum over r > s of (1 - w) t_r + c_r) / f_s)
-        step = sum of t_s + c_s + (B - 1) pace - what w saves while the pipeline fills and drains
+        round_s = t_s + sum over r > s of (1 - w) t_r + c_r
+        late = max over s of  (B - f_s) max(0, round_s / f_s - max t)
+        step = sum of t_s + c_s + (B - 1) max t + late
+               - what w saves while the pipeline fills and drains
 
     Once-per-step work is waited for where the pipeline has not come so far, or is no longer there;
     or where it makes a stage the slowest.
     """
     share, last = (1 - bubble) / 2, len(stages) - 1
-    pace = back = late_s = 0.0  # back: until a microbatch is back from the stages behind
+    most = max(stage.seconds for stage in stages)
+    back = late_s = once_s = 0.0  # back: until a microbatch is back from the stages behind
     for index in range(last, -1, -1):
         seconds, receive_s, _ = stages[index]
         flight = min(num_microbatches, last - index + 1)
-        pace = max(pace, seconds, (seconds + back) / flight)
+        late_s = max(late_s, (num_microbatches - flight) * ((seconds + back) / flight - most))
         back += (1 - share) * seconds + receive_s
     start = 0.0  # until a microbatch has come to a stage, and back from there
-    for seconds, receive_s, once_s in stages:
-        late_s = max(late_s, once_s - start)
-        start += seconds + receive_s
-    each = [stage.seconds for stage in stages]
+    for stage in stages:
+        once_s = max(once_s, stage.once_s - start)
+        start += stage.seconds + stage.receive_s
     filled = 1 + min(1.0, (num_microbatches - 1) / max(last, 1))
-    saved = share * (fsum(each) - max(each)) * filled
-    pipeline = start + (num_microbatches - 1) * pace - saved + late_s
+    saved = share * (fsum(stage.seconds for stage in stages) - most) * filled
+    pipeline = start + (num_microbatches - 1) * most + late_s - saved + once_s
     return max(pipeline, max(num_microbatches * s.seconds + s.once_s for s in stages))
 
 
