@@ -124,7 +124,7 @@ class _Tables:
             transfer_seconds=search.transfers(self.count),
             in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
             max_stages=self.stage_limit,
-            bubble=search.space.bubble,
+            bubble=search.space.bubble if self.count > 1 and layers > FEW_LAYERS else 1.0,
         )
         return self.problem
 
@@ -148,15 +148,17 @@ class _Tables:
 
     def moved(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
         """The cut with layers moved from stage to stage while its step gets shorter: the inter-op
-        program holds transfers against the slowest stage, which it need not wait for."""
+        program holds transfers against the slowest stage, which it need not wait for. Of few
+        layers the step is known too little for that."""
         best, best_s = tuple(stages), self.step_seconds(stages)
-        while True:
+        while self._search.num_layers > FEW_LAYERS:
             moves = [self._with_sizes(best, sizes) for sizes in _moves(best)]
             steps = [self.step_seconds(trial) if trial else math.inf for trial in moves]
             least = min(steps, default=math.inf)
             if least >= best_s * _WORTH_MOVING:
                 return best
             best, best_s = moves[steps.index(least)], least
+        return best
 
     def _with_sizes(
         self, stages: Sequence[StageChoice], sizes: Sequence[int]
