@@ -68,7 +68,7 @@ class Candidate:
     def bubble(self) -> float:
         """Share of the step in which workers are idle."""
         count = self.cut.num_microbatches
-        busy_s = sum(
+        busy_s = math.fsum(
             count * (p.forward_s + p.backward_s) + p.step_s
             for p in (stage.prediction for stage in self.stages)
         )

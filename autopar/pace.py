@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def _step(
     worker = np.arange(workers)
     split = kind.splits_backward
     seconds = np.array([[cost.seconds(k, split=split) for cost in costs] for k in _KINDS])
-    ready_s = np.array([sum(c.gather_s for c in costs[w::workers]) for w in range(workers)])
+    ready_s = np.array([fsum(c.gather_s for c in costs[w::workers]) for w in range(workers)])
     links = _Links(transfers, stages)
     # Ends by kind, stage + 1 and microbatch; inf until played. What has no prerequisite there
     # waits for the stages 0 and S + 1, which have ended.
@@ -102,7 +103,7 @@ def _step(
         end[what[kept], stage[kept] + 1, number[kept]] = free[active][kept]
         links.send(what, stage, number, free[active], arrived)
         position[active] += 1
-    after = [sum(c.step_s for c in costs[w::workers]) for w in range(workers)]
+    after = [fsum(c.step_s for c in costs[w::workers]) for w in range(workers)]
     return float((free + after).max())
 
 

@@ -385,7 +385,7 @@ class _Search:
 def _step(stages: tuple[StageSolution, ...], num_microbatches: int, *, bound: bool) -> float:
     """sum t_i + (B - 1) max t_i, of what was found or of what was proved."""
     seconds = [s.bound if bound else s.seconds for s in stages]
-    return sum(seconds) + (num_microbatches - 1) * max(seconds)
+    return math.fsum(seconds) + (num_microbatches - 1) * max(seconds)
 
 
 def _check_pins(folded: Folded, cluster: Cluster, options: SearchOptions) -> None:

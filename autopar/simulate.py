@@ -204,7 +204,7 @@ def simulate(
     busy = [0.0] * len(costs)
     for event in compute:
         busy[event.stage] += event.end_s - event.start_s
-    idle = 1 - sum(busy) / (schedule.num_workers * step_s) if step_s > 0 else 0.0
+    idle = 1 - math.fsum(busy) / (schedule.num_workers * step_s) if step_s > 0 else 0.0
     return Timeline(
         events=tuple(sorted(play.events, key=lambda e: (e.start_s, e.stage, e.stream, e.end_s))),
         num_workers=schedule.num_workers,

@@ -32,7 +32,8 @@ Result = TypeVar("Result")
 class _Running:
     number: int
     fork: Fork
-    until: float  # of time.monotonic()
+    started: float  # of time.monotonic(), as is until
+    until: float
     processors: frozenset[int]
 
 
@@ -42,25 +43,27 @@ def each(
     *,
     jobs: int = 1,
     limit_s: float = 3600.0,
-    starts_for_s: float = float("inf"),
+    ends_after_s: float = float("inf"),
 ) -> Iterator[tuple[int, Result | str]]:
     """(number of the item, work(item)) as they end, or a text that says why there is no result.
 
-    limit_s: of one item, which is killed then. starts_for_s: no item starts later. What `work`
-    needs should be imported before, as every fork would import it again.
+    limit_s: of one item, which is killed then. ends_after_s: no item starts later, and those that
+    run then are killed. What `work` needs should be imported before, as every fork would import it
+    again.
     """
     allowed = sorted(os.sched_getaffinity(0))
     free = [frozenset(allowed[k::jobs] or allowed) for k in range(jobs)]
     waiting = list(range(len(items)))
     running: dict[int, _Running] = {}
-    last_start = time.monotonic() + starts_for_s
+    end = time.monotonic() + ends_after_s
     try:
-        while running or (waiting and time.monotonic() < last_start):
-            while free and waiting and time.monotonic() < last_start:
+        while running or (waiting and time.monotonic() < end):
+            while free and waiting and time.monotonic() < end:
                 number, processors = waiting.pop(0), free.pop(0)
                 fork = start(partial(_on, processors, partial(work, items[number])))
-                until = time.monotonic() + limit_s
-                running[fork.reader] = _Running(number, fork, until, processors)
+                started = time.monotonic()
+                until = min(started + limit_s, end)
+                running[fork.reader] = _Running(number, fork, started, until, processors)
             first = min(job.until for job in running.values())
             left = max(0.0, first - time.monotonic())
             ready, _, _ = select.select(list(running), [], [], left)
@@ -68,7 +71,7 @@ def each(
             for reader in ready or late:
                 job = running.pop(reader)
                 free.append(job.processors)
-                yield job.number, _answer(job, limit_s, ended=reader in ready)
+                yield job.number, _answer(job, ended=reader in ready)
     finally:
         for job in running.values():
             job.fork.end(kill=True)
@@ -79,11 +82,11 @@ def _on(processors: frozenset[int], work: Callable[[], Result]) -> Result:
     return work()
 
 
-def _answer(job: _Running, limit_s: float, *, ended: bool) -> Any:
+def _answer(job: _Running, *, ended: bool) -> Any:
     data = job.fork.received()[0] if ended else b""
     job.fork.end(kill=not ended)
     if not ended:
-        return f"no result within {limit_s:g} s"
+        return f"no result within {job.until - job.started:.0f} s"
     if not data:
         return "the process ended without a result"
     failed, result = unpickled(data)
@@ -95,7 +98,9 @@ def _answer(job: _Running, limit_s: float, *, ended: bool) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser, *, minutes: float, limit_s: float) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases side by side")
-    parser.add_argument("--minutes", type=float, default=minutes, help="no case starts after that")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="then it ends with what it has"
+    )
     parser.add_argument("--limit", type=float, default=limit_s, help="seconds of one case at most")
     parser.add_argument("--write", action="store_true", help="to benchmarks/results")
 
@@ -127,7 +132,7 @@ def compared(
     found: dict[int, Result | str] = {}
     minutes_s = 60 * args.minutes
     for number, result in each(
-        work, items, jobs=args.jobs, limit_s=args.limit, starts_for_s=minutes_s
+        work, items, jobs=args.jobs, limit_s=args.limit, ends_after_s=minutes_s
     ):
         found[number] = result
         print(f"{items[number]}: {result}" if isinstance(result, str) else line(result), flush=True)

@@ -3,8 +3,9 @@
 For one bound t on the stages' seconds a dynamic program (``program``) gives, for every number of
 stages s at once,
    S_s(t) = the least sum of s stages, none above t
-   T_s*   = min over candidates t of  S_s(t) + (B - 1) t         (Alpa, OSDI'22, section 5.2)
-S_s is non-increasing, so among the candidates a < t < b no step is below S_s(b) + (B - 1) next(a):
+   T_s*   = min over candidates t of  S_s(t) + fill t            (Alpa, OSDI'22, section 5.2)
+   fill   = B - 1, and more under schedules with smaller bubbles: T* = bubble min_s T_s*
+S_s is non-increasing, so among the candidates a < t < b no step is below S_s(b) + fill next(a):
 intervals are taken best bound first, trimmed for each s by what it can still gain, and halved. A
 probe at t gives a solution whose own maximum tau <= t, and S_s(tau) = S_s(t): the candidates in
 [tau, t] need no more probes. All s share the probes, as their best t are close to each other:
@@ -38,10 +39,10 @@ from autopar.interop.problem import (
 from autopar.interop.program import Program, run_program
 from autopar.interop.tables import CostTables, IntArray
 
-# The least t with enough devices is bracketed this closely, so many bounds at a time, before the
+# The least t with enough devices is bracketed this closely, many bounds at a time, before the
 # first program; then t grows by so much until some number of stages is feasible.
 _BRACKET = 1.01
-_TRIED = 32
+_HALVINGS = 5  # of the ratio of two bounds: 32 steps from one to the other
 
 
 def solve(problem: InterOpProblem, *, relative_gap: float = 0.0) -> InterOpSolution:
@@ -68,10 +69,12 @@ def solve_each_count(
     return {
         num_stages: InterOpSolution(
             stages=found.stages,
-            seconds=found.step_s,
+            seconds=problem.bubble * found.step_s,
             t_max=found.t_max,
             stats=SolveStats(
-                len(search.candidates), search.num_programs, found.step_s / search.slack
+                len(search.candidates),
+                search.num_programs,
+                problem.bubble * found.step_s / search.slack,
             ),
         )
         for num_stages, found in sorted(search.best.items())
@@ -110,7 +113,7 @@ class _Search:
     best: dict[int, _Found] = field(default_factory=dict)
     num_programs: int = 0
     candidates: FloatArray = field(default_factory=lambda: np.empty(0))
-    fill: FloatArray = field(default_factory=lambda: np.empty(0))  # (B - 1) t of each candidate t
+    fill: FloatArray = field(default_factory=lambda: np.empty(0))  # fill t of each candidate t
     heap: list[tuple[float, int, int, IntArray, FloatArray]] = field(default_factory=list)
     _order: count[int] = field(default_factory=count)
 
@@ -159,7 +162,7 @@ class _Search:
                 return False
             t, growth = t * growth, growth * growth
             t = t if t < ceiling else math.inf
-        fill = problem.num_microbatches - 1
+        fill = problem.fill
         top = (self.within * self.best_s / self.slack - least_sum_s) / fill if fill else math.inf
         self.candidates = tables.candidates(infeasible, top)
         if not fill:  # S alone counts
@@ -230,7 +233,7 @@ class _Search:
         stages = program.stages(num_stages)
         slowest = max(stage.seconds for stage in stages)
         sum_s = float(program.sums[num_stages])
-        fill = self.tables.problem.num_microbatches - 1
+        fill = self.tables.problem.fill
         return _Found(stages, sum_s, slowest, sum_s + fill * slowest)
 
 
@@ -242,8 +245,12 @@ def _bracket(tables: CostTables, low: float, high: float) -> tuple[float, float]
     if low <= 0:  # stages for nothing: no ratio is small
         return -math.inf, high
     while high > low * _BRACKET:
-        tried = np.geomspace(low, high, _TRIED)
+        step = high / low  # by square roots, which are the same everywhere; powers are not
+        for _ in range(_HALVINGS):
+            step = math.sqrt(step)
+        tried = low * np.cumprod([1.0, *[step] * (2**_HALVINGS - 1)], dtype=np.float64)
+        tried = np.append(tried, high)
         enough = tables.fewest_devices(tried) <= devices
-        first = max(1, int(enough[:-1].argmax()) if enough[:-1].any() else _TRIED - 1)
+        first = max(1, int(enough[:-1].argmax()) if enough[:-1].any() else len(tried) - 1)
         low, high = float(tried[first - 1]), float(tried[first])
     return low, high

@@ -36,8 +36,10 @@ class StageRows(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InterOpProblem:
-    """T* = min over stages of  sum_i t_i + (B - 1) max_i t_i         (Alpa, OSDI'22, eq. 2 and 3)
+    """T* = min over stages of  b sum_i t_i + (B - b) max_i t_i
 
+       b = bubble: what a schedule leaves of the time in which the pipeline fills and drains; with
+       b = 1, as in 1F1B, this is Alpa's (OSDI'22, eq. 2 and 3)
        t_i = stage_seconds[f-1][first, last, m] + transfer_seconds[first, m]
        f = in_flight[s-1]   when stage i is the s-th from the end
        the stages are consecutive, not empty, hold all K layers, and use exactly the D_g devices of
@@ -62,6 +64,7 @@ class InterOpProblem:
     submesh_groups: tuple[int, ...] = ()  # [M], 0 unless given
     min_stages: int = 1
     max_stages: int | None = None
+    bubble: float = 1.0  # b, in (0, 1]
 
     def __post_init__(self) -> None:
         for name, values in (
@@ -90,6 +93,8 @@ class InterOpProblem:
             raise OptionError(
                 f"need 1 <= min_stages <= max_stages: got {self.min_stages} and {self.max_stages}"
             )
+        if not 0 < self.bubble <= 1:
+            raise InternalError(f"bubble is in (0, 1]: got {self.bubble}")
         shape = (self.num_layers, len(self.submesh_devices))
         transfers = _checked(self.transfer_seconds, shape, "transfer_seconds")
         if transfers[0].any():
@@ -116,6 +121,11 @@ class InterOpProblem:
             most += devices // min((n for g, n in sizes if g == group), default=devices + 1)
         limit = min(self.num_layers, most)
         return limit if self.max_stages is None else min(limit, self.max_stages)
+
+    @property
+    def fill(self) -> float:
+        """(B - b) / b: how often the slowest stage counts for each time that all of them do."""
+        return self.num_microbatches / self.bubble - 1
 
     def with_stages(self, num_stages: int) -> InterOpProblem:
         """The same problem with the number of stages pinned."""
@@ -144,7 +154,7 @@ class SolveStats:
 
 @dataclass(frozen=True, slots=True)
 class InterOpSolution:
-    """Stages from first to last; seconds = sum t_i + (B - 1) t_max."""
+    """Stages from first to last; seconds = b sum t_i + (B - b) t_max."""
 
     stages: tuple[StageChoice, ...]
     seconds: float

@@ -125,7 +125,7 @@ def layer_points(
         point = _point(graph, built, found.choice, costs, context, remat)
         if alone:
             nbytes = zip(problem.node_bytes, found.choice, strict=True)
-            bound = found.bound - rate * sum(float(m[i]) for m, i in nbytes)
+            bound = found.bound - rate * math.fsum(float(m[i]) for m, i in nbytes)
             point = replace(point, seconds=max(0.0, min(point.seconds, bound)))
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
@@ -227,7 +227,7 @@ def _point(
 
 def _receive_seconds(built: StageProblem, choice: tuple[int, ...]) -> float:
     """What the layer alone pays for values that in a stage its neighbour has."""
-    return sum(
+    return math.fsum(
         float(built.problem.node_seconds[i][choice[i]])
         for i, node in enumerate(built.nodes)
         if node.kind == "input" and node.name in built.received
@@ -300,7 +300,7 @@ def once_seconds(
     assert mixture is not None
     pairs = zip(mixture.fast, mixture.small, strict=True)
     share = mixture.share
-    return sum(
+    return math.fsum(
         float(n) * ((1 - share) * fast.once_s + share * small.once_s)
         for n, (fast, small) in zip(counts, pairs, strict=True)
     )
@@ -376,7 +376,16 @@ def _sums(
     most = np.zeros((len(steps), counts.shape[0]))
     for kind in range(counts.shape[1]):
         np.maximum(most, transient[:, kind, None] * present[None, :, kind], out=most)
-    return seconds @ counts.T, nbytes @ counts.T + most
+    return layer_sums(seconds, counts), layer_sums(nbytes, counts) + most
+
+
+def layer_sums(each: FloatArray, counts: IntArray | FloatArray) -> FloatArray:
+    """[P, U]: each[P, classes] as often as counts[U, classes] says, one class after the other: a
+    product of matrices sums in an order that depends on the processor."""
+    sums = np.zeros((each.shape[0], counts.shape[0]))
+    for of_class, number in zip(each.T, counts.T, strict=True):
+        sums += of_class[:, None] * number[None]
+    return sums
 
 
 def boundary_bytes(graph: Graph) -> FloatArray:

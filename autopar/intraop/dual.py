@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 
@@ -152,8 +153,8 @@ def _forbidden_seconds(graph: Graph) -> float:
     Whatever uses one such pair costs more than the greedy assignment. Without a finite greedy one:
     the sum of all ranges. Small on purpose: the larger it is, the slower messages settle.
     """
-    lower = sum(float(c_v.min()) for c_v in graph.unary.values())
-    ranges = sum(float(np.ptp(c_v)) for c_v in graph.unary.values())
+    lower = fsum(float(c_v.min()) for c_v in graph.unary.values())
+    ranges = fsum(float(np.ptp(c_v)) for c_v in graph.unary.values())
     spans: dict[int, tuple[float, float]] = {}
     forbidden = False
     for v, neighbours in graph.adj.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 
@@ -175,7 +176,7 @@ def _objective_unit(problem: IntraOpProblem) -> float:
     """Seconds per unit of the scaled objective: the sum of all minima becomes about
     _OBJECTIVE_SIZE.
     """
-    least = sum(abs(float(c_v.min())) for c_v in problem.node_seconds)
+    least = fsum(abs(float(c_v.min())) for c_v in problem.node_seconds)
     peak = max((float(c_v[np.isfinite(c_v)].max()) for c_v in problem.node_seconds), default=0.0)
     low: dict[int, float] = {}
     for r_uv in problem.edge_seconds:

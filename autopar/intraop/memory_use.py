@@ -29,6 +29,7 @@ values).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import fsum
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def _peaks(
 ) -> dict[Phase, tuple[float, int]]:
     """Most transient bytes of each phase, and when."""
     metas = graph.metas()
-    saved = sum(
+    saved = fsum(
         weight(copies, op.name)
         * local_bytes(
             metas[Ref(op.name)], dims[Ref(op.name)], strategies[op.name].results[0], sizes
@@ -364,7 +365,7 @@ class _Lives:
         self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
         if strategy.fills:  # copies with their padding filled
             filled = {fill.operand for fill in strategy.fills}
-            self._at_once(sum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
+            self._at_once(fsum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
         if is_save(op):
             self._kept[read[0]] = op.name
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from math import fsum
 from types import MappingProxyType
 
 import numpy as np
@@ -109,13 +110,13 @@ class IntraOpProblem:
 
     def seconds(self, choice: tuple[int, ...]) -> float:
         """The objective of one assignment, inf where it uses something forbidden."""
-        nodes = sum(float(c_v[s]) for c_v, s in zip(self.node_seconds, choice, strict=True))
+        nodes = fsum(float(c_v[s]) for c_v, s in zip(self.node_seconds, choice, strict=True))
         pairs = zip(self.edges, self.edge_seconds, strict=True)
-        return nodes + sum(float(r_uv[choice[u], choice[v]]) for (u, v), r_uv in pairs)
+        return nodes + fsum(float(r_uv[choice[u], choice[v]]) for (u, v), r_uv in pairs)
 
     def bytes(self, choice: tuple[int, ...]) -> float:
         """The left side of the budget row."""
-        return sum(float(m_v[s]) for m_v, s in zip(self.node_bytes, choice, strict=True))
+        return fsum(float(m_v[s]) for m_v, s in zip(self.node_bytes, choice, strict=True))
 
     def fits(self, num_bytes: float) -> bool:
         """Whether so many bytes are within the budget, up to BYTES_TOLERANCE."""

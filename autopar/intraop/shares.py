@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import NamedTuple
 
 from autopar.estimate import MeshCosts, local_bytes, local_numel
@@ -95,7 +96,7 @@ def parameters_at_rest(
 
 def optimizer_seconds(kept: Sequence[AtRest], costs: MeshCosts) -> float:
     """Per step, wherever each is updated."""
-    return sum(
+    return fsum(
         costs.host_optimizer_seconds(p.numel) if p.host else costs.optimizer_seconds(p.numel)
         for p in kept
         if p.numel
@@ -104,17 +105,16 @@ def optimizer_seconds(kept: Sequence[AtRest], costs: MeshCosts) -> float:
 
 def gradient_copy_seconds(kept: Sequence[AtRest], costs: MeshCosts) -> float:
     """Per step, of gradients to the host, in the type at rest."""
-    return sum(costs.host_copy_seconds(p.nbytes) for p in kept if p.host and p.numel)
+    return fsum(costs.host_copy_seconds(p.nbytes) for p in kept if p.host and p.numel)
 
 
 def _weight_seconds(built: StageProblem, choice: Sequence[int], weights: frozenset[str]) -> float:
     inside = [node.kind == "operator" and node.name in weights for node in built.nodes]
     problem = built.problem
-    total = sum(
-        float(costs[pick])
-        for costs, pick, ours in zip(problem.node_seconds, choice, inside, strict=True)
-        if ours
-    )
+    total = 0.0  # added up as `StageProblem.part_seconds` does
+    for costs, pick, ours in zip(problem.node_seconds, choice, inside, strict=True):
+        if ours:
+            total += float(costs[pick])
     edges = zip(problem.edges, problem.edge_seconds, built.edge_parts, strict=True)
     for (u, v), matrix, part in edges:
         gives = inside[u] and built.nodes[v].kind == "output"
@@ -127,7 +127,7 @@ def _reduce_seconds(built: StageProblem, choice: Sequence[int]) -> float:
     """Per microbatch, as the objective has it."""
     problem = built.problem
     edges = zip(problem.edges, problem.edge_seconds, built.edge_parts, strict=True)
-    return sum(
+    return fsum(
         float(matrix[choice[u], choice[v]])
         for (u, v), matrix, part in edges
         if part is Part.STEP and built.nodes[v].kind == "output"
@@ -161,7 +161,7 @@ def _weight_bytes(
         return ref
 
     allocations = {memory(ref) for ref in held_values(graph, weights)}
-    return sum(
+    return fsum(
         weight(built.copies, ref.name)
         * local_bytes(metas[ref], built.dims[ref], layout(ref), sizes)
         for ref in allocations

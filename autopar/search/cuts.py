@@ -13,9 +13,10 @@ runs for each number of microbatches, the most promising first.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,11 @@ from autopar.estimate import MeshCosts
 from autopar.interop import dp
 from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
-from autopar.schedule import in_flight_count
+from autopar.schedule import ScheduleKind, in_flight_count
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices, StagePrices
 from autopar.search.program import Program
+from autopar.search.schedules import Expected, expected_seconds, rough_seconds
 from autopar.search.space import Space
 from autopar.search.uniform import focus
 
@@ -38,6 +40,8 @@ FloatArray = NDArray[np.float64]
 
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
+_MOVES_GAIN = 1.1  # at most, about: cuts further away are left as they are
+_WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
@@ -53,7 +57,7 @@ class _Found:
     optimal while nothing on their paths has been priced higher since."""
 
     by_stages: dict[int, InterOpSolution]
-    steps: Mapping[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
+    steps: dict[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
     done: set[int] = field(default_factory=set)
 
     @property
@@ -82,6 +86,8 @@ class _Tables:
         self.problem: InterOpProblem | None = None
         self.version = 0
         self._once: dict[tuple[int, int, int], float] = {}
+        self._known: dict[StageChoice, Expected] = {}
+        self._played: dict[tuple[StageChoice, ...], float] = {}
 
     def refresh(self) -> InterOpProblem:
         """The inter-op program at the levels that the views have reached by now."""
@@ -100,6 +106,7 @@ class _Tables:
             return self.problem
         self.version += 1
         self._once.clear()
+        self._known.clear()
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
         first, last = np.triu_indices(layers)
@@ -117,6 +124,7 @@ class _Tables:
             transfer_seconds=search.transfers(self.count),
             in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
             max_stages=self.stage_limit,
+            bubble=search.space.bubble if self.count > 1 and layers > FEW_LAYERS else 1.0,
         )
         return self.problem
 
@@ -131,13 +139,76 @@ class _Tables:
         return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
 
     def step_seconds(self, stages: Sequence[StageChoice]) -> float:
-        """Of a cut, once-per-step work counted where it is waited for: before the first stage
-        begins and after it has ended, or where it makes a stage the slowest. The inter-op program,
-        which knows the sum of both only, counts it in every stage that a microbatch passes."""
-        once = [self._once_seconds(stage) for stage in stages]
-        each = [stage.seconds - o for stage, o in zip(stages, once, strict=True)]
-        pipeline = sum(each) + (self.count - 1) * max(each) + self.count * once[0]
-        return max(pipeline, self.count * max(stage.seconds for stage in stages))
+        """Of a cut, as its schedule was played, or roughly."""
+        known = self._played.get(tuple(stages))
+        if known is not None:
+            return known
+        bubble = self._search.space.bubble if self._has_room(stages) else 1.0
+        return rough_seconds(list(map(self._expected, stages)), self.count, bubble)
+
+    def moved(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
+        """The cut with layers moved from stage to stage while its step gets shorter: the inter-op
+        program holds transfers against the slowest stage, which it need not wait for. Of few
+        layers the step is known too little for that."""
+        best, best_s = tuple(stages), self.step_seconds(stages)
+        while self._search.num_layers > FEW_LAYERS:
+            moves = [self._with_sizes(best, sizes) for sizes in _moves(best)]
+            steps = [self.step_seconds(trial) if trial else math.inf for trial in moves]
+            least = min(steps, default=math.inf)
+            if least >= best_s * _WORTH_MOVING:
+                return best
+            best, best_s = moves[steps.index(least)], least
+        return best
+
+    def _with_sizes(
+        self, stages: Sequence[StageChoice], sizes: Sequence[int]
+    ) -> tuple[StageChoice, ...]:
+        """The stages with so many layers each; none where some stage does not fit."""
+        assert self.problem is not None
+        found, first = [], 0
+        for stage, size in zip(stages, sizes, strict=True):
+            last = first + size - 1
+            row = self.problem.stage_seconds[stage.in_flight - 1]
+            seconds = float(row[first, last, stage.submesh])
+            seconds += float(self.problem.transfer_seconds[first, stage.submesh])
+            if math.isinf(seconds):
+                return ()
+            found.append(StageChoice(first, last, stage.submesh, stage.in_flight, seconds))
+            first = last + 1
+        return tuple(found)
+
+    def played(self, stages: Sequence[StageChoice]) -> bool:
+        return tuple(stages) in self._played
+
+    def play(self, stages: Sequence[StageChoice]) -> None:
+        """From now on the cut's step is that of its schedule, played."""
+        space, count = self._search.space, self.count
+        kinds = [space.table_schedule]
+        if ScheduleKind.ZB_H1 in space.schedules and self._has_room(stages):
+            kinds.append(ScheduleKind.ZB_H1)
+        expected = list(map(self._expected, stages))
+        seconds = (expected_seconds(expected, count, kind) for kind in dict.fromkeys(kinds))
+        self._played[tuple(stages)] = min(seconds)
+
+    def _has_room(self, stages: Sequence[StageChoice]) -> bool:
+        """Whether as many microbatches as the first stage holds slow none down: under ZB-H1 they
+        all hold about so many, as what waits for its W counts."""
+        assert self.problem is not None
+        row = self.problem.stage_seconds[self.problem.in_flight[len(stages) - 1] - 1]
+        transfer = self.problem.transfer_seconds
+        return all(
+            row[s.first_layer, s.last_layer, s.submesh] + transfer[s.first_layer, s.submesh]
+            <= _CLOSE * s.seconds
+            for s in stages
+        )
+
+    def _expected(self, stage: StageChoice) -> Expected:
+        if stage not in self._known:
+            received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
+            once_s = self._once_seconds(stage)
+            seconds = max(0.0, stage.seconds - received_s - once_s)
+            self._known[stage] = Expected(seconds, received_s, self.count * once_s)
+        return self._known[stage]
 
     def _once_seconds(self, stage: StageChoice) -> float:
         """Of a microbatch, on the stage's best view."""
@@ -218,6 +289,7 @@ class CutSearch:
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
+        self._transfers: dict[int, FloatArray] = {}
         self._best = math.inf
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
@@ -261,7 +333,12 @@ class CutSearch:
                 continue
             ranked = [tables.ranked_views(stage) for stage in best.stages]
             inexact = {r[0].view: r[0].fits for r in ranked if not r[0].exact}
-            if not inexact:
+            if not inexact and not tables.played(best.stages):
+                tables.play(best.stages)
+                steps = self._found[count].steps
+                steps[len(best.stages)] = tables.step_seconds(best.stages)
+                self._push(count)
+            elif not inexact:
                 self._best = min(self._best, step_s)
                 yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
@@ -272,6 +349,11 @@ class CutSearch:
 
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
+        if count not in self._transfers:
+            self._transfers[count] = self._received(count)
+        return self._transfers[count]
+
+    def _received(self, count: int) -> FloatArray:
         scale = self.reference.num_microbatches / count
         out = np.zeros((self.num_layers, len(self.space.submeshes)))
         for m, submesh in enumerate(self.space.submeshes):
@@ -348,10 +430,17 @@ class CutSearch:
         except NoFeasiblePlan as error:
             self.failures.append(error)
             by_stages = {}
-        steps = {s: self.tables(count).step_seconds(f.stages) for s, f in by_stages.items()}
-        most = self.margin * min(steps.values(), default=math.inf)
-        found.by_stages = {s: f for s, f in by_stages.items() if steps[s] <= most}
-        found.steps = steps
+        tables = self.tables(count)
+        steps = {s: tables.step_seconds(f.stages) for s, f in by_stages.items()}
+        near = self.margin * _MOVES_GAIN * min(steps.values(), default=math.inf)
+        found.by_stages = {
+            s: replace(f, stages=tables.moved(f.stages))
+            for s, f in by_stages.items()
+            if steps[s] <= near
+        }
+        found.steps = {s: tables.step_seconds(f.stages) for s, f in found.by_stages.items()}
+        most = self.margin * min(found.steps.values(), default=math.inf)
+        found.by_stages = {s: f for s, f in found.by_stages.items() if found.steps[s] <= most}
         self._push(count)
 
     def _cut(
@@ -377,6 +466,18 @@ class CutSearch:
             num_microbatches=count,
             schedule=self.space.table_schedule,
         )
+
+
+def _moves(stages: Sequence[StageChoice]) -> Iterator[list[int]]:
+    """Numbers of layers: one moved to a neighbour, or from the slowest stage to any other."""
+    sizes = [stage.last_layer - stage.first_layer + 1 for stage in stages]
+    slowest = max(range(len(stages)), key=lambda i: stages[i].seconds)
+    for source, target in itertools.permutations(range(len(stages)), 2):
+        if sizes[source] > 1 and (source == slowest or abs(source - target) == 1):
+            moved = list(sizes)
+            moved[source] -= 1
+            moved[target] += 1
+            yield moved
 
 
 def _still_holds(found: InterOpSolution, problem: InterOpProblem) -> bool:

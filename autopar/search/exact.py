@@ -46,7 +46,6 @@ _MORE = 0.25  # of the layers of a stage: how many more recompute where it did n
 _ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
-_SMALL_GRAPH = 1500  # operators
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
@@ -65,7 +64,7 @@ class SolvedCut:
 
 
 class _StageTooLarge(Exception):
-    """A stage, and those equal to it, that does not fit as its layers recompute now."""
+    """Stages that do not fit as their layers recompute now. reason: of the first."""
 
     def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
         super().__init__(str(reason))
@@ -180,28 +179,27 @@ class ExactSolver:
         self, program: Program, cut: Cut, extra: list[float], solved: SolvedCut, proven: bool
     ) -> SolvedCut:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
-        more than a whole stage. One attempt for large graphs, more for small ones."""
-        small = len(solved.window.graph.operators) <= _SMALL_GRAPH
-        for less in _LESS if small else _LESS[-1:]:
-            window = solved.window
-            stages = [
-                index
-                for index, written in enumerate(window.stage_of)
-                if any(p.remat is not self.space.policies[0] for p in window.pieces[written])
-            ]
-            if not stages:
+        more than a whole stage. Each stage goes as far as it can, all of them at a time."""
+        open_ = {
+            index
+            for index, written in enumerate(solved.window.stage_of)
+            if any(p.remat is not self.space.policies[0] for p in solved.window.pieces[written])
+        }
+        fewer = list(extra)
+        for less in (*_LESS, 0.0):
+            if not open_ or self.clock.late:
                 break
-            fewer = [e - less if i in stages else e for i, e in enumerate(extra)]
-            for _ in stages:
-                try:
-                    found = self._attempt(program, cut, fewer, proven)
-                except _StageTooLarge as error:
-                    for stage in error.stages:
-                        fewer[stage] = extra[stage]
-                    continue
-                if found.candidate.step_s < solved.candidate.step_s:
-                    solved, extra = found, fewer
-                break
+            trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
+            try:
+                found = self._attempt(program, cut, trial, proven)
+            except _StageTooLarge as error:
+                taken = open_ - set(error.stages)
+                fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
+                open_ -= taken
+                continue
+            if found.candidate.step_s < solved.candidate.step_s:
+                solved = found
+            break
         return solved
 
     def _attempt(
@@ -329,17 +327,23 @@ class ExactSolver:
             if cut.num_workers is None:
                 self._ahead(prepared, cut, window, contexts, proven)
             written = []
+            too_large: list[int] = []
+            reason: NoFeasiblePlan | None = None
             for index, stage in enumerate(prepared):
                 views = cut.views[window.stage_of.index(index)]
                 try:
                     written.append(self._solve_stage(stage, cut, views, contexts[index], proven))
                 except NoFeasiblePlan as error:
                     alike = window.stands_for(index)
-                    reason = NoFeasiblePlan(
+                    too_large += alike
+                    reason = reason or NoFeasiblePlan(
                         f"stage {alike[0]} of {cut.num_stages}: {error}",
                         least_bytes=error.least_bytes,
                     )
-                    raise _StageTooLarge(alike, reason) from None
+                    if self.clock.late:
+                        break
+            if reason is not None:
+                raise _StageTooLarge(tuple(too_large), reason)
             stages = tuple(
                 _with_flight(written[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)

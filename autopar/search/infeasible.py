@@ -7,6 +7,8 @@ layer. Views are priced in full as its path goes, as in the search itself.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from autopar.errors import NoFeasiblePlan
 from autopar.graph.program import InputKind
 from autopar.interop import dp
 from autopar.interop.problem import InterOpProblem, InterOpSolution
-from autopar.intraop.compose import Frontier, smallest_points
+from autopar.intraop.compose import Frontier, layer_sums, smallest_points
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
 from autopar.search.cuts import CutSearch
@@ -89,7 +91,7 @@ def _least(
                 nbytes = nbytes if known else np.zeros(len(points))
                 spikes = np.zeros(len(points))
             most = ((search.counts > 0) * spikes).max(axis=1)
-            rows.append(search.counts @ nbytes + most)
+            rows.append(layer_sums(nbytes[None], search.counts)[0] + most)
         need[view] = np.stack(rows)
     layers, submeshes = problem.transfer_seconds.shape
     table = np.full((len(flights), layers, layers, submeshes), np.inf)
@@ -118,6 +120,10 @@ def _least(
     flight = flights[worst.in_flight - 1]
     small = smallest_points(frontiers[view], whole, flight)
     counts = search.counts[row]
+
+    def kept(nbytes: Iterable[float]) -> float:
+        return math.fsum(n * b for n, b in zip(counts.tolist(), nbytes, strict=True))
+
     closest = Closest(
         num_microbatches=count,
         num_stages=len(found.stages),
@@ -125,8 +131,8 @@ def _least(
         stage=position,
         layers=(worst.first_layer, worst.last_layer),
         view=view,
-        standing=float(counts @ np.array([p.standing_bytes for p in small])),
-        saved=float(counts @ np.array([p.saved_bytes for p in small])),
+        standing=kept(p.standing_bytes for p in small),
+        saved=kept(p.saved_bytes for p in small),
         in_flight=flight,
         transient=float(max(p.transient_bytes for p, n in zip(small, counts, strict=True) if n)),
     )

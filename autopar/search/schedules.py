@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import fsum
+from typing import NamedTuple
 
 from autopar.candidate import Candidate, Cut
 from autopar.errors import NoFeasiblePlan
 from autopar.intraop.stage import StageSolution
 from autopar.pace import Pace, pace
-from autopar.schedule import ScheduleKind
-from autopar.search.space import Space
+from autopar.schedule import ActionKind, ScheduleKind
+from autopar.search.space import WEIGHT_SHARE, Space
 from autopar.simulate import StageCost, Transfer
 
 _ROUNDING = 1 + 1e-6
 _MANY_CELLS = 20_000  # of a schedule: stages x microbatches
+_FORWARD_SHARE = 1 / 3  # of a stage's seconds
 _FEW = 128  # microbatches: so many more than fill and drain a pipeline show its pace
+
+
+class Expected(NamedTuple):
+    """What is known of a stage before it is solved. Seconds: forward and backward of a microbatch;
+    what it receives for one, both ways; once-per-step work."""
+
+    seconds: float
+    receive_s: float
+    once_s: float
 
 
 def best_schedule(
@@ -42,6 +54,62 @@ def best_schedule(
         f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
         least_bytes=max(peaks),
     )
+
+
+def expected_seconds(
+    stages: Sequence[Expected], num_microbatches: int, kind: ScheduleKind
+) -> float:
+    """Of the step of stages that are not solved, under a schedule with a worker for each."""
+    costs = [
+        StageCost(
+            forward_s=stage.seconds * _FORWARD_SHARE,
+            backward_s=stage.seconds * (1 - _FORWARD_SHARE),
+            weight_s=stage.seconds * WEIGHT_SHARE,
+            gather_s=stage.once_s / 2,
+            reduce_s=stage.once_s / 2,
+        )
+        for stage in stages
+    ]
+    transfers = []
+    for index in range(1, len(stages)):
+        half_s = stages[index].receive_s / 2
+        transfers.append(Transfer(index - 1, index, ActionKind.FORWARD, half_s))
+        transfers.append(Transfer(index, index - 1, ActionKind.BACKWARD, half_s))
+    cut = Cut((0,) * len(stages), (), (), 0.0, num_microbatches)
+    return _played(cut, costs, transfers, kind)[1]
+
+
+def rough_seconds(stages: Sequence[Expected], num_microbatches: int, bubble: float) -> float:
+    """About the same, and seldom more, in O(stages).
+
+    Stage s has f_s of the B microbatches in flight; t_s forward and backward of one, c_s its
+    transfers, w the share of t_s that need not be waited for. Once all f_s are on their way, the
+    next one enters when one has passed all stages that follow, and come back:
+
+        round_s = t_s + sum over r > s of (1 - w) t_r + c_r
+        late = max over s of  (B - f_s) max(0, round_s / f_s - max t)
+        step = sum of t_s + c_s + (B - 1) max t + late
+               - what w saves while the pipeline fills and drains
+
+    Once-per-step work is waited for where the pipeline has not come so far, or is no longer there;
+    or where it makes a stage the slowest.
+    """
+    share, last = (1 - bubble) / 2, len(stages) - 1
+    most = max(stage.seconds for stage in stages)
+    back = late_s = once_s = 0.0  # back: until a microbatch is back from the stages behind
+    for index in range(last, -1, -1):
+        seconds, receive_s, _ = stages[index]
+        flight = min(num_microbatches, last - index + 1)
+        late_s = max(late_s, (num_microbatches - flight) * ((seconds + back) / flight - most))
+        back += (1 - share) * seconds + receive_s
+    start = 0.0  # until a microbatch has come to a stage, and back from there
+    for stage in stages:
+        once_s = max(once_s, stage.once_s - start)
+        start += stage.seconds + stage.receive_s
+    filled = 1 + min(1.0, (num_microbatches - 1) / max(last, 1))
+    saved = share * (fsum(stage.seconds for stage in stages) - most) * filled
+    pipeline = start + (num_microbatches - 1) * most + late_s - saved + once_s
+    return max(pipeline, max(num_microbatches * s.seconds + s.once_s for s in stages))
 
 
 def _with_peak(stage: StageSolution, peak_bytes: float) -> StageSolution:

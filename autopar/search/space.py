@@ -11,6 +11,8 @@ from autopar.plan import Remat
 from autopar.schedule import ScheduleKind
 from cost_models import Cluster
 
+WEIGHT_SHARE = 0.3  # of a stage's seconds are gradients of weights, which fill bubbles: about so
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
@@ -33,6 +35,11 @@ class Space:
         others = (ScheduleKind.GPIPE, ScheduleKind.ZB_H1)
         first = self.schedules[0]
         return first if first in others else ScheduleKind.ONE_F_ONE_B
+
+    @property
+    def bubble(self) -> float:
+        """What the best schedule leaves of the time in which a pipeline fills and drains."""
+        return 1 - 2 * WEIGHT_SHARE if ScheduleKind.ZB_H1 in self.schedules else 1.0
 
     def budget_of(self, view: LogicalMesh) -> float:
         """Bytes per device that a plan may use there."""

@@ -278,7 +278,7 @@ def _least_step_s(cut: Cut, stages: Sequence[tuple[float, float, float]]) -> flo
     start_s = least_s = 0.0
     for worker in range(workers):
         own = stages[worker::workers]
-        busy_s = sum(busy for busy, _, _ in own)
-        least_s = max(least_s, busy_s, start_s + sum(s for _, s, _ in own))
+        busy_s = math.fsum(busy for busy, _, _ in own)
+        least_s = max(least_s, busy_s, start_s + math.fsum(s for _, s, _ in own))
         start_s += stages[worker][2]
     return least_s

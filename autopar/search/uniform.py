@@ -2,10 +2,10 @@
 
 Equal stages on equal submeshes have a closed form: with S stages, each an S-th of all layers,
 
-    step(B, view) = (B - 1 + S) (t(view, layers / S, in flight of the first stage) + transfer - o)
-                    + B o
+    step(B, view) = about (B - 1 + S) (t(view, layers / S, in flight of the first stage) - o) + B o
 
-where o is the share of t that comes once per step: stages wait for it together.
+where o is the share of t that comes once per step: stages wait for it together. `rough_seconds`
+says more, of stages that are as equal as whole layers make them.
 
 A submesh of r small ones can at least do what r replicas of the small one do, each with an r-th of
 the rows, whose gradients are summed over the replicas once per step:
@@ -34,10 +34,12 @@ import numpy as np
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import InputKind
+from autopar.graph.work import operator_flops
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
+from autopar.search.schedules import Expected, rough_seconds
 from autopar.search.space import Space
 
 _NEAR = 1.03  # of the best equal pipeline: what is kept
@@ -46,6 +48,7 @@ _MORE_PRICED = 8  # views of large submeshes after the first exact pipeline: alt
 # What bounds are expected to rise by until they are exact: of other numbers of microbatches, of
 # solutions that do not fit, of estimates by replicas, of those that share a row. Empirical.
 _LOOSE_SCALED, _LOOSE_FREE, _LOOSE_REPLICAS, _LOOSE_SHARED = 1.08, 1.03, 1.01, 1.25
+_BISECTIONS = 30
 _SIZES = 2  # submeshes between a half and twice the best sizes are kept
 _ROWS_ANCHOR = 32  # small submeshes are priced at microbatches of this share of the rows, and fewer
 _SHARE_OF_TIME = 1 / 3  # of the limit
@@ -121,7 +124,7 @@ def focus(
     for pipeline, seconds in kept.items():
         search.calibrate(pipeline, seconds)
     look(pipelines)
-    look(own)
+    look([p for p in pipelines if prices.known(p.view, p.num_microbatches)])
     if not kept:  # none fits, or out of time: the best that is known
         bounds = ((search.step(p)[0], n) for n, p in enumerate(pipelines))
         kept = {pipelines[n]: s for s, n in sorted(bounds)[:1] if math.isfinite(s)}
@@ -161,6 +164,17 @@ def _focused(space: Space, kept: Mapping[_Pipeline, float], looked_at: int) -> F
     )
 
 
+def _filled(work: Sequence[float], most: float) -> list[float]:
+    """Of consecutive layers put together while they are not above `most`: their work."""
+    sums = [0.0]
+    for layer in work:
+        if sums[-1] + layer > most:
+            sums.append(layer)
+        else:
+            sums[-1] += layer
+    return sums
+
+
 def _sums(sizes: set[int], most: int) -> set[int]:
     """The numbers of devices up to `most` that submeshes of these sizes make up."""
     sums = {0}
@@ -186,6 +200,7 @@ class _Uniform:
         self._devices = space.cluster.num_devices
         self._reference = reference
         self._counts = np.bincount(reference.kind_of_layer, minlength=len(reference.classes))
+        self._known_weights: dict[int, list[float]] = {}
         self._memory = 1.0  # what the budget adds to the fastest solutions
         fitting = [s for s in space.submeshes if self.allowed(s)]
         least = min(fitting, key=lambda s: s.num_devices, default=None)
@@ -225,9 +240,8 @@ class _Uniform:
 
     def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
         """The first pipeline that is exact says what memory adds to an estimate."""
-        free = self._seconds(pipeline, math.inf) + self._transfer(pipeline)
-        passes = pipeline.num_microbatches - 1 + pipeline.num_stages
-        self._memory = max(1.0, seconds / (passes * free))
+        free = self._seconds(pipeline, math.inf)
+        self._memory = max(1.0, seconds / self._step_s(pipeline, free, 0.0))
 
     def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
         """Of one of its stages, by the prices of its view."""
@@ -240,11 +254,47 @@ class _Uniform:
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
         """(seconds, exact, whether the fastest solutions fit)."""
-        stages, count = pipeline.num_stages, pipeline.num_microbatches
         seconds, exact, fits = self._stage(pipeline)
-        once_s = self._once(pipeline)
-        passes_s = (count - 1 + stages) * (seconds + self._transfer(pipeline) - once_s)
-        return (passes_s + count * once_s) * self._trust(pipeline, exact, fits), exact, fits
+        if math.isinf(seconds):
+            return seconds, exact, fits
+        step_s = self._step_s(pipeline, seconds, self._once(pipeline))
+        return step_s * self._trust(pipeline, exact, fits), exact, fits
+
+    def _step_s(self, pipeline: _Pipeline, seconds: float, once_s: float) -> float:
+        """Of stages of so many seconds per microbatch in the mean, of which a share comes once."""
+        count, receive_s = pipeline.num_microbatches, self._transfer(pipeline)
+        each_s = max(0.0, seconds - once_s)
+        stages = [
+            Expected(each_s * weight, receive_s if index else 0.0, count * once_s)
+            for index, weight in enumerate(self._weights(pipeline.num_stages))
+        ]
+        return rough_seconds(stages, count, self._space.bubble)
+
+    def _weights(self, num_stages: int) -> list[float]:
+        """The work of each of so many stages over the mean: layers are not divided."""
+        if num_stages not in self._known_weights:
+            work, low = self._work, max(self._work)
+            high = math.fsum(work)
+            for _ in range(_BISECTIONS):
+                most = (low + high) / 2
+                if len(_filled(work, most)) <= num_stages:
+                    high = most
+                else:
+                    low = most
+            sums = _filled(work, high)
+            sums += [0.0] * (num_stages - len(sums))
+            mean = math.fsum(sums) / num_stages
+            self._known_weights[num_stages] = [s / mean if mean else 1.0 for s in sums]
+        return self._known_weights[num_stages]
+
+    @cached_property
+    def _work(self) -> list[float]:
+        """FLOP of each layer of the model."""
+        folded = self._reference.folded
+        work, metas = [0.0] * len(folded.copies), folded.graph.metas()
+        for op in folded.graph.operators:
+            work[op.layer] += operator_flops(op, metas)
+        return [w for w, times in zip(work, folded.copies, strict=True) for _ in range(times)]
 
     def _once(self, pipeline: _Pipeline) -> float:
         """The share of a stage's seconds that comes once per step."""
@@ -301,7 +351,8 @@ class _Uniform:
             for view in self._space.views[submesh]:
                 if self._prices.known(view, count):
                     points = [f[0] for f in self._prices.frontiers(view, count)]
-                    standing = float(share[0] @ [p.standing_bytes for p in points])
+                    pairs = zip(share[0].tolist(), points, strict=True)
+                    standing = math.fsum(n * p.standing_bytes for n, p in pairs)
                     budget = self._space.budget_of(view) + standing * (1 - 1 / replicas)
                     found = self._prices.stage_seconds(view, count, share, in_flight, budget)
                     least = min(least, float(found.seconds[0]) * shared)

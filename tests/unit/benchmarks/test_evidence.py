@@ -1,5 +1,5 @@
-"""The search against every plan of small graphs, and against hand-made plans: a thrifty part of
-`benchmarks.exhaustive` and `benchmarks.handmade`."""
+"""The search against every plan of small graphs, against hand-made plans, and folded stages
+against whole ones: a thrifty part of `benchmarks.exhaustive`, `handmade` and `folded`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from autopar.api import ModelWorkload
 from autopar.graph.family import GraphFamily
 from autopar.plan import Remat
-from benchmarks import exhaustive, handmade
+from benchmarks import exhaustive, folded, handmade
 from benchmarks.forced import Forced
 from cost_models import Cluster
 
@@ -33,6 +33,17 @@ def test_no_plan_of_a_small_graph_is_better(number: int) -> None:
 def test_no_hand_made_plan_is_better(case: handmade.Case) -> None:
     found = handmade.compare(case)
     assert found.points > 1 and found.ratio <= 1 + 1e-6, found
+
+
+def six_blocks() -> tuple[torch.nn.Module, object]:
+    return handmade.model_of("gpt:128:6:2:32", 8)
+
+
+def test_folding_loses_nothing() -> None:
+    found = folded.compare(folded.Case(f"{__name__}:six_blocks", "4", 0.3))
+    free = found.pairs[0]
+    assert found.folds == (4,) and free.unfolded is not None
+    assert 1 - folded.NO_GAP <= free.at_most <= 1 + 2 * folded.NO_GAP, free
 
 
 def test_levels_of_zero_are_what_they_are_called() -> None:

@@ -30,4 +30,4 @@ def test_results_and_why_there_is_none() -> None:
 
 
 def test_nothing_starts_too_late() -> None:
-    assert list(jobs.each(work, [0], starts_for_s=0.0)) == []
+    assert list(jobs.each(work, [0], ends_after_s=0.0)) == []

@@ -43,6 +43,7 @@ def random_problem(seed: int) -> InterOpProblem:
         in_flight=tuple(int(f) for f in rng.integers(1, rows + 1, size=8)),
         min_stages=low,
         max_stages=high,
+        bubble=(1.0, 0.5, 0.25)[seed % 3],
     )
 
 
@@ -54,6 +55,10 @@ def stage_costs(problem: InterOpProblem, cuts: list[int], chosen: tuple[int, ...
         seconds = problem.stage_seconds[f - 1, first, last, submesh]
         costs.append(float(seconds + problem.transfer_seconds[first, submesh]))
     return costs
+
+
+def step_seconds(problem: InterOpProblem, t: list[float]) -> float:
+    return problem.bubble * sum(t) + (problem.num_microbatches - problem.bubble) * max(t)
 
 
 def devices_used(problem: InterOpProblem, chosen: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,7 +84,7 @@ def brute_force_each(problem: InterOpProblem) -> dict[int, float]:
         for inner in combinations(range(1, layers), num_stages - 1):
             for chosen in assignments:
                 t = stage_costs(problem, [0, *inner, layers], chosen)
-                best = min(best, sum(t) + (problem.num_microbatches - 1) * max(t))
+                best = min(best, step_seconds(problem, t))
         if math.isfinite(best):
             found[num_stages] = best
     return found
@@ -100,9 +105,7 @@ def check_solution(problem: InterOpProblem, solution: InterOpSolution) -> None:
     t = stage_costs(problem, cuts, chosen)
     assert [stage.seconds for stage in stages] == t
     assert solution.t_max == max(t)
-    assert solution.seconds == pytest.approx(
-        sum(t) + (problem.num_microbatches - 1) * max(t), rel=1e-12
-    )
+    assert solution.seconds == pytest.approx(step_seconds(problem, t), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(200))
