@@ -52,14 +52,16 @@ def overlap(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModu
 
 
 def check_order(module: fx.GraphModule) -> fx.GraphModule:
-    """Verifier: every value is made before it is read; every collective is waited for once, and
-    nothing else reads what it started."""
+    """Verifier: every value is made before it is read; every collective is waited for once, nothing
+    else reads what it started, and none takes booleans, which Inductor would widen."""
     module.graph.lint()
     for node in module.graph.nodes:
         if node.target in STARTS:
             readers = [user.target for user in node.users]
             if readers != [WAIT]:
                 raise InternalError(f"{node.name} is read by {readers}, not by one wait")
+            if node.all_input_nodes[0].meta["val"].dtype is torch.bool:
+                raise InternalError(f"{node.name} takes booleans: they travel as bytes")
     return module
 
 

@@ -28,8 +28,8 @@ from autopar.lowering.program import (
 )
 from autopar.ops.random import random_op_ids
 
-# Inductor of torch 2.11 writes int64 for a boolean that a collective takes, and reads it back as
-# if any bit of it but the lowest counted, too.
+# Inductor promotes the operand of a collective with the size of the group, as if it were added: a
+# boolean becomes int64 (torch 2.11, 2.13), and `~` of it true everywhere.
 _TRAVELS_AS = {torch.bool: torch.uint8}
 
 
