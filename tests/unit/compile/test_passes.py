@@ -15,6 +15,7 @@ from autopar.compile import alignment
 from autopar.compile.alignment import pad_products
 from autopar.compile.overlap import AHEAD, AHEAD_BYTES, overlap
 from autopar.compile.tables import make_tables
+from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
 
 aten = torch.ops.aten
@@ -82,6 +83,12 @@ def test_aligned_and_small_products_stay() -> None:
     assert targets(pad_products(traced(lambda a, b: [a @ b[:, :512]], a, b))).count(aten.mm.default)
     small = pad_products(traced(lambda a, b: [a[:7] @ b], a, b))
     assert aten.constant_pad_nd.default not in targets(small)
+
+
+def test_booleans_do_not_travel() -> None:
+    module = traced(lambda x: [WAIT(start("all_gather", x > 0, "group", 2, "sum"))], torch.ones(4))
+    with pytest.raises(InternalError, match="booleans"):
+        overlap(module, [])
 
 
 LAYERS = 12
