@@ -32,6 +32,8 @@ from autopar.intraop.problem import (
 _OBJECTIVE_SIZE = 1e4
 _MEMORY_SIZE = 1e3
 """The size that objective and memory row get: 1e-6 absolute is then 1e-10 and 1e-9 of it."""
+_ROUNDING = 1e-14
+"""Relative: a solver adds the seconds of its solution in another order than the problem does."""
 OPTIMAL_GAP = 1e-6
 """Relative gap under which a solution is called optimal."""
 MAX_COLUMNS = 3_000_000
@@ -205,7 +207,8 @@ def solution(
             f"breaks a constraint (budget {problem.budget_bytes}): numerical trouble, "
             "use another solver"
         )
-    bound = min(bound, seconds)
+    if bound >= seconds - _ROUNDING * abs(seconds):
+        bound = seconds
     return IntraOpSolution(
         choice=choice,
         seconds=seconds,

@@ -253,8 +253,8 @@ def _with_true_bound(best: StageSolution, bound: float, limit: float) -> StageSo
     notes = best.notes
     if best.gap < relative_gap(best.seconds, bound):
         notes += (
-            f"not all transients are in the program: within {limit / _GIB:.2f} GiB for what is, the "
-            f"gap is {best.gap:.2%}",
+            f"not all transients are in the program: within {limit / _GIB:.2f} GiB for what is, "
+            f"the gap is {best.gap:.2%}",
         )
     return replace(best, bound=min(bound, best.seconds), tight=True, notes=notes)
 
