@@ -119,7 +119,7 @@ def on_data_axis(zero: str) -> Any:
     """The Restriction of axis 0 of a mesh whose axis 0 is data parallel."""
 
     def restriction(stage: PreparedStage, view: LogicalMesh) -> Any:
-        rows = _row_factors(stage)
+        rows = row_factors(stage)
         dims = stage.table.dims
 
         def keep(node: Node, choice: Choice) -> bool:
@@ -160,7 +160,7 @@ def on_data_axis(zero: str) -> Any:
     return restriction
 
 
-def _row_factors(stage: PreparedStage) -> dict[str, set[str]]:
+def row_factors(stage: PreparedStage) -> dict[str, set[str]]:
     """Of each operator the factors that are the rows of the batch, as far as inputs tell."""
     table = stage.table
     rows: dict[Ref, set[int]] = {}

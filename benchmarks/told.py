@@ -34,7 +34,7 @@ from autopar.schedule import ScheduleKind
 from autopar.search.unfold import unfold
 from autopar.sharding.strategy import Strategy
 from benchmarks.forced import Forced
-from benchmarks.handmade import Grid, _row_factors, equal_split, layer_names, on_data_axis
+from benchmarks.handmade import Grid, equal_split, layer_names, on_data_axis, row_factors
 from cost_models import Cluster
 
 _BUDGET = 0.9  # of a device's memory, as in the search
@@ -113,7 +113,7 @@ def tensor_parallel(stage: PreparedStage, view: LogicalMesh) -> Any:
     """The Restriction of a mesh of one axis: no operator takes the rows of the batch, and matrices
     among the parameters are sharded, where that can be."""
     del view
-    rows, dims = _row_factors(stage), stage.table.dims
+    rows, dims = row_factors(stage), stage.table.dims
     inputs = {i.name: i for i in stage.graph.inputs}
 
     def fits(node: Node, choice: Choice) -> bool:

@@ -34,10 +34,10 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import AutoparError, InternalError, PlanError, RuntimeFailure
-from autopar.lowering.collectives import WAIT, start
 from autopar.lowering.lower import LoweredPlan, LoweredStage
 from autopar.lowering.transfer import Tile, Transfer
 from autopar.mesh import AXIS_NAMES
+from autopar.runtime.collectives import ProcessCollectives
 from autopar.runtime.host import HOST
 from autopar.runtime.interpreter import Shards
 from autopar.runtime.routes import Route, box_of, channels, cut_tile, join_tiles, tile_shape
@@ -347,26 +347,6 @@ def _new_group(
     if world.device.type == "cuda":
         dist.all_reduce(torch.zeros(1, device=world.device), group=group)
     return group
-
-
-class ProcessCollectives:
-    """Collectives of one rank, as functional collectives on the groups of its mesh axes."""
-
-    def __init__(self, groups: Sequence[tuple[str, int]]) -> None:
-        """groups: name and size, by axis."""
-        self._groups = tuple(groups)
-
-    def run(self, op: str, shards: Shards, axis: int, reduce: str) -> Shards:
-        name, size = self._groups[axis]
-        return [WAIT(start(op, shard, name, size, reduce)) for shard in shards]
-
-    def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
-        functional = torch.ops._c10d_functional
-        outgoing, incoming = sends[0].tolist(), receives[0].tolist()
-        shard = rows[0][: sum(outgoing)].contiguous()
-        name, _ = self._groups[axis]
-        result = functional.all_to_all_single(shard, incoming, outgoing, name)
-        return [functional.wait_tensor(result)]
 
 
 class _Post(NamedTuple):

@@ -11,7 +11,8 @@ from autopar.layout import raw_dims
 from autopar.lowering.program import Port
 from autopar.lowering.spmd import lower_program
 from autopar.mesh import LogicalMesh
-from autopar.runtime.comm import ProcessCollectives, World
+from autopar.runtime.collectives import ProcessCollectives
+from autopar.runtime.comm import World
 from autopar.runtime.inputs import local_part
 from autopar.runtime.interpreter import run_program
 from autopar.sharding.registry import make_call, rule_for
