@@ -17,23 +17,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.candidate import allowed_views, budgets, describe, place_stages, stage_plan
+from autopar.candidate import allowed_views, budgets, describe, place_stages
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.graph.hubs import insert_hubs
 from autopar.graph.layers import cluster_layers
 from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.stage import StageSolution
-from autopar.lowering.recompute import apply_recompute
-from autopar.lowering.stages import cut_stages
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
-from autopar.plan import ParallelPlan, Remat, SearchRecord, StagePlan
+from autopar.plan import ParallelPlan, Remat, SearchRecord
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.cuts import FEW_LAYERS, WORTH_SOLVING, CutSearch
@@ -46,7 +42,7 @@ from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.space import Space
 from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
-from autopar.search.unfold import unfold
+from autopar.search.unfold import write_stages
 from autopar.search.workload import Workload, one_graph
 from cost_models import Cluster
 
@@ -342,20 +338,16 @@ class _Search:
             folded = self.workload.exact(cut.num_microbatches)
             graph = whole_graph(folded)
             devices = place_stages(cut.submeshes, self.space.cluster, cut.num_workers)
-            bounds = [*cut.first_layers[1:], folded.num_layers]
-            recomputed = apply_recompute(graph, best.policies)
-            stages: list[StagePlan] = []
-            fallbacks: Counter[str] = Counter()
-            rules: dict[str, set[str]] = {}
-            for i, stage in enumerate(cut_stages(recomputed, cut.first_layers)):
-                whole = insert_hubs(stage)
-                written = best.prepared[best.window.stage_of[i]]
-                found = unfold(candidate.stages[i], written, whole, best.window.written_layer)
-                layers = (cut.first_layers[i], bounds[i] - 1)
-                stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
-                fallbacks.update(found.fallbacks)
-                for target, text in written.table.unwritten().items():
-                    rules.setdefault(target, set()).update(text.split(" | "))
+            window = best.window
+            prepared = [best.prepared[window.stage_of[i]] for i in range(len(devices))]
+            found = write_stages(
+                graph,
+                best.policies,
+                cut.first_layers,
+                list(zip(candidate.stages, prepared, strict=True)),
+                window.written_layer,
+                devices,
+            )
         ranked = sorted((s.candidate for s in self.solved), key=lambda c: c.step_s)
         record = SearchRecord(
             seconds={k: round(v, 4) for k, v in self.clock.seconds.items()},
@@ -372,13 +364,13 @@ class _Search:
             schedule=candidate.schedule,
             remat=best.policies,
             layer_names=graph.layer_names,
-            stages=tuple(stages),
+            stages=found.stages,
             step_s=candidate.step_s,
             bubble=candidate.bubble,
             budget_bytes=min(self.space.budgets),
             search=record,
-            fallbacks=dict(sorted(fallbacks.items())),
-            rules={target: " | ".join(sorted(rules[target])) for target in sorted(rules)},
+            fallbacks=found.fallbacks,
+            rules=found.rules,
         )
 
 

@@ -9,29 +9,25 @@ parameters are sharded in the step.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from autopar.api import ModelWorkload
-from autopar.candidate import place_stages, simulate_stages, stage_plan
+from autopar.candidate import place_stages, simulate_stages
 from autopar.errors import NoFeasiblePlan
 from autopar.graph.family import GraphFamily
-from autopar.graph.hubs import insert_hubs
 from autopar.graph.precision import Precision
 from autopar.graph.repeat import whole_graph
 from autopar.intraop.build import Choice, Node, ParameterChoice
 from autopar.intraop.stage import SolverOptions, StageSolution
 from autopar.layout import first_atom
 from autopar.lowering.lower import PreparedStage
-from autopar.lowering.recompute import apply_recompute
-from autopar.lowering.stages import cut_stages
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.plan import ParallelPlan, Remat
 from autopar.schedule import ScheduleKind
-from autopar.search.unfold import unfold
+from autopar.search.unfold import write_stages
 from autopar.sharding.strategy import Strategy
 from benchmarks.forced import Forced
 from benchmarks.handmade import Grid, equal_split, layer_names, on_data_axis, row_factors
@@ -74,24 +70,16 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
     solutions: list[StageSolution] = []
     for index in range(grid.pipeline):
         flight = min(count, grid.pipeline - index)
-        found = forced.solve(told, index, view, count, flight, restriction, str(grid))
-        if found is None:
+        solution = forced.solve(told, index, view, count, flight, restriction, str(grid))
+        if solution is None:
             return None
-        solutions.append(found)
+        solutions.append(solution)
     timeline = simulate_stages(told.graphs, solutions, _SCHEDULE, count)
     graph = whole_graph(forced.workload.exact(count))  # type: ignore[attr-defined]
     devices = place_stages([submesh] * grid.pipeline, forced.cluster)
-    bounds = [*first_layers[1:], len(names)]
-    stages, fallbacks = [], Counter[str]()
-    rules: dict[str, set[str]] = {}
-    for i, stage in enumerate(cut_stages(apply_recompute(graph, policies), first_layers)):
-        whole = insert_hubs(stage)
-        unfolded = unfold(solutions[i], told.prepared[i], whole, told.window.written_layer)
-        layers = (first_layers[i], bounds[i] - 1)
-        stages.append(stage_plan(whole, unfolded.dims, unfolded.solution, layers, devices[i]))
-        fallbacks.update(unfolded.fallbacks)
-        for target, text in told.prepared[i].table.unwritten().items():
-            rules.setdefault(target, set()).update(text.split(" | "))
+    solved = list(zip(solutions, told.prepared, strict=True))
+    written_layer = told.window.written_layer
+    found = write_stages(graph, policies, first_layers, solved, written_layer, devices)
     return ParallelPlan(
         graph=graph.fingerprint(),
         cluster_text=str(forced.cluster),
@@ -100,12 +88,12 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
         schedule=_SCHEDULE,
         remat=policies,
         layer_names=graph.layer_names,
-        stages=tuple(stages),
+        stages=found.stages,
         step_s=timeline.step_s,
         bubble=0.0,
         budget_bytes=forced.budget_bytes,
-        fallbacks=dict(sorted(fallbacks.items())),
-        rules={target: " | ".join(sorted(rules[target])) for target in sorted(rules)},
+        fallbacks=found.fallbacks,
+        rules=found.rules,
     )
 
 

@@ -1,4 +1,4 @@
-"""The solution of a folded stage, written out for every layer of the model.
+"""The solutions of folded stages, written out for every layer of the model.
 
 Layers that a written layer stands for have the same operators in the same order, after
 recomputation and hubs too; so names translate by position, and inputs by who reads them.
@@ -6,16 +6,22 @@ recomputation and hubs too; so names translate by position, and inputs by who re
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
+from autopar.candidate import stage_plan
 from autopar.errors import InternalError
+from autopar.graph.hubs import insert_hubs
 from autopar.graph.program import Graph, Operator, Ref, map_refs
 from autopar.intraop.stage import StageSolution
 from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage
+from autopar.lowering.recompute import apply_recompute
+from autopar.lowering.stages import cut_stages
+from autopar.plan import Remat, StagePlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +67,40 @@ def unfold(
     replicated = stage.table.fallbacks
     fallbacks = (replicated.get(names[op.name]) for op in whole.operators)
     return Unfolded(unfolded, dims, tuple(f for f in fallbacks if f is not None))
+
+
+class WrittenStages(NamedTuple):
+    """As a plan has them: its stages, `fallbacks` and `rules`."""
+
+    stages: tuple[StagePlan, ...]
+    fallbacks: dict[str, int]
+    rules: dict[str, str]
+
+
+def write_stages(
+    graph: Graph,
+    policies: Sequence[Remat],
+    first_layers: Sequence[int],
+    solved: Sequence[tuple[StageSolution, PreparedStage]],
+    written_layer: Callable[[int], int],
+    devices: Sequence[tuple[int, ...]],
+) -> WrittenStages:
+    """graph: of the whole model. solved: of each stage its solution and what was solved, in which
+    layers may be folded. devices: of each stage."""
+    bounds = [*first_layers[1:], len(graph.layer_names)]
+    stages: list[StagePlan] = []
+    fallbacks: Counter[str] = Counter()
+    rules: dict[str, set[str]] = {}
+    for i, stage in enumerate(cut_stages(apply_recompute(graph, policies), first_layers)):
+        whole, (solution, prepared) = insert_hubs(stage), solved[i]
+        found = unfold(solution, prepared, whole, written_layer)
+        layers = (first_layers[i], bounds[i] - 1)
+        stages.append(stage_plan(whole, found.dims, found.solution, layers, devices[i]))
+        fallbacks.update(found.fallbacks)
+        for target, text in prepared.table.unwritten().items():
+            rules.setdefault(target, set()).update(text.split(" | "))
+    texts = {target: " | ".join(sorted(rules[target])) for target in sorted(rules)}
+    return WrittenStages(tuple(stages), dict(sorted(fallbacks.items())), texts)
 
 
 def _ref(name: str, names: dict[str, str]) -> Ref:
