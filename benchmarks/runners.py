@@ -35,6 +35,7 @@ FORCED: Mapping[str, Mapping[str, Any] | Grid] = {
     "zero-2": Grid(2, 1, 1, 1, Remat.NONE, "2"),
     "zero-3": Grid(2, 1, 1, 1, Remat.NONE, "3"),
     "tensor parallel": Grid(1, 2, 1, 1, Remat.NONE),
+    "one stage": {"num_stages": 1},
     "two stages": {"num_stages": 2, "schedule": ScheduleKind.ONE_F_ONE_B},
     "recompute all": {"remat": Remat.FULL, "num_stages": 1},
     "two microbatches": {"num_microbatches": 2, "num_stages": 1},

@@ -8,6 +8,7 @@ flags below keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,16 +27,34 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """Empties its argument, so that inputs that nobody else holds are freed after their last use."""
 
 
-def compile_module(module: fx.GraphModule) -> Compiled:
-    """Pre: a flat graph of ATen operators and collectives, with fake values on every node. The
-    callable wants inputs with the strides of the graph's. Seconds to a minute."""
+@dataclass(frozen=True, slots=True)
+class CompiledModule:
+    """call: wants inputs with the strides of the graph's. results: fake ones, with the strides that
+    Inductor gives the real ones."""
+
+    call: Compiled
+    results: tuple[Tensor, ...]
+
+
+def compile_module(module: fx.GraphModule) -> CompiledModule:
+    """Pre: a flat graph of ATen operators and collectives, with fake values on every node. Seconds
+    to a minute."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
     register_loops()
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    context = torch._guards.TracingContext(fakes[0].fake_mode)
+    mode = fakes[0].fake_mode
+    context = torch._guards.TracingContext(mode)
+    context.output_strides = []
     with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS):
-        compiled: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
-    found: Compiled = compiled
-    return found
+        call: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
+    outputs: Any = module.graph.output_node().args[0]
+    made = [node.meta["val"] for node in outputs]
+    strides = context.output_strides or [None] * len(made)  # none are told of a graph of no calls
+    with mode:
+        results = tuple(
+            v if s is None else torch.empty_strided(v.shape, s, dtype=v.dtype, device=v.device)
+            for v, s in zip(made, strides, strict=True)
+        )
+    return CompiledModule(call, results)

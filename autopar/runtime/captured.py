@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.compiled import CompiledProgram
@@ -94,6 +95,9 @@ class CapturedProgram:
         if self._recording is not None:
             self._recording.forget()
             self._recording, self._inputs = None, {}
+
+    def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+        return self._program.prepare(examples, mode)
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> Results:
         self._plays += 1

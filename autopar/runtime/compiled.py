@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from autopar.compile.inductor import Compiled, compile_module
+from autopar.compile.inductor import CompiledModule, compile_module
 from autopar.compile.passes import prepare
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
-from autopar.runtime.strides import with_strides
+from autopar.runtime.strides import same_strides, with_strides
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def compiler(
 
 
 class CompiledProgram:
-    """Compiled at its first call, for tensors like those of that call: the strides that one program
-    leaves are those that the next one is compiled for. Pre: trace.is_traceable(program)."""
+    """Compiled for tensors like those of its first call: the strides that one program leaves are
+    those that the next one is compiled for. Pre: trace.is_traceable(program)."""
 
     def __init__(
         self,
@@ -61,29 +62,42 @@ class CompiledProgram:
         self._program, self._coordinates, self._groups = program, coordinates, tuple(groups)
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters = frozenset(parameters)
-        self._call: Compiled | None = None
+        self._compiled: CompiledModule | None = None
+        self._foreseen = False  # compiled for values that were not there yet
         self.num_operators = 0  # of the compiled graph
         self._strides: list[tuple[int, ...]] = []
+
+    def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+        """Compiles ahead of the first call."""
+        values = [examples[key] for key in self._program.inputs]
+        constants = [mode.from_tensor(constant) for constant in self._constants]
+        results = self._compile([*values, *constants]).results
+        self._foreseen = True
+        return dict(zip(self._program.outputs, results, strict=True))
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
         values = [inputs.pop(key)[0] for key in self._program.inputs]
         inputs.clear()
         values += self._constants
-        if self._call is None:
-            self._compile(values)
-            assert self._call is not None
-        else:
-            values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
-        outputs = self._call(values)
+        compiled = self._compiled
+        if compiled is None or (self._foreseen and not self._fits(values)):
+            compiled = self._compile(values)
+        self._foreseen = False
+        values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
+        outputs = compiled.call(values)
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
 
-    def _compile(self, values: Sequence[Tensor]) -> None:
+    def _fits(self, values: Sequence[Tensor]) -> bool:
+        return all(same_strides(v, s) for v, s in zip(values, self._strides, strict=True))
+
+    def _compile(self, values: Sequence[Tensor]) -> CompiledModule:
         started = time.monotonic()
         self._strides = [value.stride() for value in values]
         module = trace(self._program, values, coordinates=self._coordinates, groups=self._groups)
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
         ordered = prepare(module, early)
-        self._call = compile_module(ordered)
+        self._compiled = compile_module(ordered)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)
+        return self._compiled

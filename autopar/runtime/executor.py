@@ -18,17 +18,19 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from autopar.errors import InternalError, PlanError
 from autopar.graph.program import Graph, GraphInput, InputKind
+from autopar.layout import local_shape
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
-from autopar.lowering.program import LocalProgram
+from autopar.lowering.program import LocalProgram, Port
 from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies, storages
 from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
-from autopar.runtime.interpreter import PlayerMaker, Shards
+from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
 from autopar.schedule import Action, ActionKind
 
@@ -107,6 +109,17 @@ class StageExecutor:
         self.late_buffers = tuple(k for k in dict.fromkeys(later) if k in self.stage.buffers)
         _check_buffers(lowered, graph)
 
+    def training_programs(self) -> list[tuple[LocalProgram, ProgramPlayer]]:
+        """What a step plays that trains, in the order of their first plays."""
+        if self.whole is not None and self.whole_program is not None:
+            return [(self.whole_program, self.whole)]
+        stage = self.stage
+        pairs = [(stage.gather, self.gather), (stage.forward, self.forward)]
+        pairs.append((stage.backward, self.backward))
+        if stage.weights is not None and self.weights is not None:
+            pairs.append((stage.weights, self.weights))
+        return [*pairs, (stage.reduce, self.reduce)]
+
 
 def _check_buffers(lowered: LoweredPlan, graph: Graph) -> None:
     """What one stage updates no other stage may read: it would see old values."""
@@ -182,6 +195,38 @@ class StagePlayer:
                 self._backward(action.microbatch)
             else:
                 self._weights(action.microbatch)
+
+    def prepare(self) -> None:
+        """Readies what a training step plays: compiled programs are compiled, on each rank without
+        waiting for values of another."""
+        executor = self._executor
+        mode = FakeTensorMode()
+        # by name: what came last before the program at hand
+        known: dict[str, Tensor] = {
+            name: mode.from_tensor(shards[0].detach())
+            for values in (self._inputs.parameters, self._inputs.buffers)
+            for name, shards in values.items()
+        }
+        for program, player in executor.training_programs():
+            examples = {
+                key: known[key] if key in known else self._example(key, port, mode)
+                for key, port in program.inputs.items()
+            }
+            made = player.prepare(examples, mode)
+            known |= {k: made.get(k, self._contiguous(p, mode)) for k, p in program.outputs.items()}
+
+    def _example(self, key: str, port: Port, mode: FakeTensorMode) -> Tensor:
+        """Like an input that no program of the stage makes: it is received, or given."""
+        known = self._executor.kinds.get(key)
+        if known is None or known.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            return self._contiguous(port, mode)
+        return mode.from_tensor(self._given(known, port, 0)[0])
+
+    def _contiguous(self, port: Port, mode: FakeTensorMode) -> Tensor:
+        sizes, device = self._executor.stage.mesh.axis_sizes, self._executor.device
+        with mode:
+            shape = local_shape(port.dims, port.layout, sizes)
+            return torch.empty(shape, dtype=port.meta.dtype, device=device)
 
     def result(self) -> StageResult:
         state = self._state
@@ -307,7 +352,6 @@ class StagePlayer:
     ) -> dict[str, Shards]:
         """Every input of a program; values made by programs are in `available`."""
         executor, state = self._executor, self._state
-        mesh, device = executor.stage.mesh, executor.device
         values: dict[str, Shards] = {}
         for key, port in program.inputs.items():
             known = executor.kinds.get(key)
@@ -319,16 +363,18 @@ class StagePlayer:
                 values[key] = state.parameters[key]
             elif known.kind is InputKind.BUFFER:
                 values[key] = state.buffers[key]
-            elif known.kind is InputKind.BATCH:
-                values[key] = [
-                    self._inputs.feed.part(key, port, mesh, coords, microbatch).to(
-                        device, non_blocking=True
-                    )
-                    for coords in executor.coordinates
-                ]
             else:
-                values[key] = [self._scalar(known, microbatch)] * len(executor.coordinates)
+                values[key] = self._given(known, port, microbatch)
         return values
+
+    def _given(self, known: GraphInput, port: Port, microbatch: int) -> Shards:
+        """An input that comes with the step."""
+        executor = self._executor
+        if known.kind is not InputKind.BATCH:
+            return [self._scalar(known, microbatch)] * len(executor.coordinates)
+        mesh, part = executor.stage.mesh, self._inputs.feed.part
+        parts = [part(known.name, port, mesh, c, microbatch) for c in executor.coordinates]
+        return [shard.to(executor.device, non_blocking=True) for shard in parts]
 
     def _scalar(self, known: GraphInput, microbatch: int) -> Tensor:
         """The gradient of the loss, or the seed."""
@@ -383,6 +429,11 @@ class RowPlayer:
         stage, action = self._tasks[self._position]
         self._players[stage].play(action)
         self._position += 1
+
+    def prepare(self) -> None:
+        """Before the first task of the first step that trains."""
+        for player in self._players.values():
+            player.prepare()
 
     def play(self) -> dict[int, StageResult]:
         """Plays all tasks; receives block."""

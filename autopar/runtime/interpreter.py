@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from autopar.graph.program import Ref
 from autopar.layout import Offset
@@ -34,10 +35,17 @@ class Collectives(Protocol):
 
 
 class ProgramPlayer(Protocol):
-    """Plays one program. `inputs` is emptied: whoever still needs a value keeps it elsewhere, and
-    every other one is freed after its last reader."""
+    """Plays one program."""
 
-    def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]: ...
+    def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
+        """`inputs` is emptied: whoever still needs a value keeps it elsewhere, and every other one
+        is freed after its last reader."""
+        ...
+
+    def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+        """Does ahead of the first call what can be done ahead, without the device. examples: fake,
+        like one rank's inputs will be. Fake results: those whose strides are known."""
+        ...
 
 
 PlayerMaker = Callable[[LocalProgram], ProgramPlayer]
@@ -62,6 +70,13 @@ class InterpretedProgram:
         self._collectives = collectives
         self._device = device
         self._constants = {name: t.to(device) for name, t in program.constants.items()}
+
+    def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+        """Nothing to do; known are the inputs that are results."""
+        del mode
+        given = {port.ref: examples[key] for key, port in self._program.inputs.items()}
+        ports = self._program.outputs.items()
+        return {key: given[port.ref] for key, port in ports if port.ref in given}
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
         values: dict[Ref, Shards] = {

@@ -50,7 +50,7 @@ class ParallelModel(nn.Module):
     model: gives names and first values; it is not kept, and may be on meta (see `model_values`).
     graph: captured from it, with layers; plan: made for this graph. world: None for a plan of one
     device. seed: of dropout and of what is initialised here. compiled: whether programs run as
-    Inductor's code, compiled at their first use, or operator by operator; by default on GPUs.
+    Inductor's code, compiled at the first step, or operator by operator; by default on GPUs.
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
     where its kernels are short.
     """
@@ -84,7 +84,8 @@ class ParallelModel(nn.Module):
         self._rank = 0 if self._comm is None else self._comm.rank  # in the meshes of its stages
         own = plan.stages_of(0 if world is None else world.rank)
         self._row = self._lowered.schedule.actions[own[0]]
-        on_gpu = self._device.type == "cuda"
+        self._compiled = self._device.type == "cuda" if compiled is None else compiled
+        self._ready = False  # for a step that trains
         self._executors = _make_executors(
             plan,
             self._lowered,
@@ -92,7 +93,7 @@ class ParallelModel(nn.Module):
             own,
             self._comm,
             self._device,
-            compiled=on_gpu if compiled is None else compiled,
+            compiled=self._compiled,
             cuda_graph=cuda_graph,
         )
         for executor in self._executors.values():
@@ -134,6 +135,7 @@ class ParallelModel(nn.Module):
         batch, or the rows that `data_shard` selects; BatchError otherwise. seed: of dropout, the
         same on all ranks; by default another one in each step.
         """
+        self.compile_ahead(batch)
         seed = self._seed + self._steps if seed is None else seed
         self._steps += 1
         with torch.no_grad():
@@ -150,6 +152,14 @@ class ParallelModel(nn.Module):
             for stage, key in buffer.keys:
                 _buffer(self, buffer.name).copy_(results[stage].buffers[key][0])
         return loss
+
+    def compile_ahead(self, batch: Any) -> None:
+        """What the first training step would compile, on every rank at once and without running
+        it: nothing else happens. batch: like those of the steps. Does nothing where the model runs
+        operator by operator, or after a step."""
+        if self._compiled and not self._ready:
+            self._row_player(batch, self._seed, Mode.TRAIN).prepare()
+        self._ready = True
 
     def eval_step(self, batch: Any) -> Tensor:
         """The loss without gradients, by the same forward programs: a model that was captured in
@@ -234,12 +244,16 @@ class ParallelModel(nn.Module):
         self, batch: Any, seed: int, mode: Mode, what: str
     ) -> tuple[Mapping[int, StageResult], Tensor]:
         """Results by stage, and the loss."""
-        feed = self._data.feed(batch)  # outside of the guard: a wrong batch breaks nothing
-        inputs = {stage: self._inputs(stage, feed, seed) for stage in self._executors}
+        player = self._row_player(batch, seed, mode)  # unguarded: a wrong batch breaks nothing
         guard = contextlib.nullcontext() if self._world is None else self._world.guard(what)
         with guard:
-            results = RowPlayer(self._row, self._executors, inputs, mode).play()
+            results = player.play()
             return results, self._share_loss(results)
+
+    def _row_player(self, batch: Any, seed: int, mode: Mode) -> RowPlayer:
+        feed = self._data.feed(batch)
+        inputs = {stage: self._inputs(stage, feed, seed) for stage in self._executors}
+        return RowPlayer(self._row, self._executors, inputs, mode)
 
     def _inputs(self, stage: int, feed: BatchFeed, seed: int) -> StepInputs:
         resting = [r for r in self._resting if r.kept.key and r.kept.stage == stage]

@@ -6,11 +6,12 @@ Each rank runs a graph of its own up to its next collective; there all must ask 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, MutableMapping, Sequence
+from collections.abc import Collection, Generator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 from autopar.compile.passes import prepare
 from autopar.compile.trace import is_traceable, trace
@@ -53,6 +54,10 @@ class _TracedProgram:
         self._constants = [t.to(device) for t in program.constants.values()]
         self._early = [i for i, key in enumerate(program.inputs) if key in parameters]
         self._graphs: list[fx.GraphModule] = []
+
+    def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+        del examples, mode
+        return {}
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
         values = [inputs.pop(key) for key in self._program.inputs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,9 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 from autopar.api import parallelize
+from autopar.compile.inductor import compile_module
 from autopar.options import SearchOptions
+from autopar.runtime import compiled as runtime_compiled
 from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.compiled import CompiledProgram
@@ -65,10 +69,16 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
     players = [e.whole or e.backward for e in executors]
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     losses = []
-    for _ in range(STEPS):
-        losses.append(parallel.train_step(batch()))
-        optimizer.step()
-        optimizer.zero_grad()
+    with patch.object(runtime_compiled, "compile_module", wraps=compile_module) as compiler:
+        parallel.compile_ahead(batch())
+        ahead = compiler.call_count
+        for _ in range(STEPS):
+            losses.append(parallel.train_step(batch()))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert compiler.call_count == ahead  # for the right strides
+    programs = [player for e in executors for _, player in e.training_programs()]
+    assert ahead == sum(isinstance(p, CompiledProgram) for p in programs)
     losses.append(parallel.eval_step(batch()))
     assert all(
         isinstance(p, CompiledProgram) is compiled for p in players

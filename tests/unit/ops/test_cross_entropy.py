@@ -72,7 +72,7 @@ def test_a_compiler_sees_one_table_and_makes_one_gradient() -> None:
 
     with config.patch(fx_graph_cache=False):
         (loss, gradient), (code,) = run_and_get_code(
-            lambda: compile_module(graph)([x.clone(), target])
+            lambda: compile_module(graph).call([x.clone(), target])
         )
     want, want_gradient = step(x, target)
     torch.testing.assert_close(loss, want)
