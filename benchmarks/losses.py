@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=tuple(speed.PRECISIONS), default="nccl")
     parser.add_argument("--runners", default=RUNNERS, help="names separated by semicolons")
     parser.add_argument("--gpus", default="", help="indices, such as 2,3; all if empty")
+    parser.add_argument("--turns", type=Path, help="lock file of runs that share the GPUs")
     parser.add_argument("--seconds", type=float, default=speed.RUNNER_LIMIT_S, help="of a runner")
     parser.add_argument("--out", type=Path, help="folder; benchmarks/results with --write")
     parser.add_argument("--write", action="store_true", help="JSON, markdown and SVG")
@@ -151,7 +152,7 @@ def main() -> None:
         runner_limit_s=args.seconds,
     )
     gpus = tuple(int(index) for index in args.gpus.split(",") if index) or None
-    runners = measure(case, settings, speed.Place(gpus))
+    runners = measure(case, settings, speed.Place(gpus, turns=args.turns))
     record = {
         "case": case.name,
         "steps": args.steps,

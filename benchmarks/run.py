@@ -6,6 +6,7 @@ The JSON is written after every case, and after every runner of one, so that a r
 goes on where it was: a case that succeeded at this commit under these settings is not measured
 again. A case that fails is recorded with its error, and the run goes on. On a machine with more
 GPUs than a case needs cases run side by side, each on GPUs of its own, which the result names.
+Runs that share GPUs take turns on them, and prepare side by side, if all have the same --turns.
 """
 
 from __future__ import annotations
@@ -200,17 +201,20 @@ def _say(text: str) -> None:
 
 
 def side_by_side(
-    gpus: int, devices: int, *, minutes: float | None = None, traces: Path | None = None
+    gpus: int,
+    devices: int,
+    *,
+    minutes: float | None = None,
+    traces: Path | None = None,
+    turns: Path | None = None,
 ) -> list[speed.Place]:
     """As many places as there are groups of `devices` GPUs; one that may see all where there are
     none."""
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    groups = [
+    groups: list[tuple[int, ...] | None] = [
         tuple(range(first, first + devices)) for first in range(0, gpus - devices + 1, devices)
     ]
-    return [speed.Place(group, until, traces) for group in groups] or [
-        speed.Place(None, until, traces)
-    ]
+    return [speed.Place(group, until, traces, turns) for group in groups or [None]]
 
 
 def main() -> None:
@@ -228,6 +232,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of all; what is left then is not run")
     parser.add_argument("--runner-seconds", type=float, default=speed.RUNNER_LIMIT_S)
     parser.add_argument("--traces", type=Path, help="folder for profiles")
+    parser.add_argument("--turns", type=Path, help="lock file of runs that share the GPUs")
     parser.add_argument("--results", type=Path, help="JSON file to continue")
     args = parser.parse_args()
     gpus = environment.num_gpus() if args.pairs else 0
@@ -245,7 +250,9 @@ def main() -> None:
                 runner_limit_s=args.runner_seconds,
             ),
             path=path,
-            places=side_by_side(gpus, args.devices, minutes=args.minutes, traces=args.traces),
+            places=side_by_side(
+                gpus, args.devices, minutes=args.minutes, traces=args.traces, turns=args.turns
+            ),
         )
     finally:
         if path.exists():

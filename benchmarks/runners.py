@@ -89,6 +89,7 @@ def _told(job: Job, case: SpeedCase, precision: str, grid: Grid) -> tuple[Step, 
 
 def _stepped(job: Job, parallel: ParallelModel) -> tuple[Step, Facts]:
     optimizer = make_optimizer(parallel.parameters(), job.device)
+    parallel.compile_ahead(job.batch)
 
     def step() -> Tensor:
         loss: Tensor = parallel.train_step(job.batch)

@@ -44,11 +44,13 @@ Note = Callable[[dict[str, Any]], None]
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a case runs. gpus: indices of those that it may see, all where None. until: of
-    time.monotonic(). traces: folder for profiles. stop: set to end what runs."""
+    time.monotonic(). traces: folder for profiles. turns: lock file of jobs that share the GPUs
+    (`benchmarks.turns`). stop: set to end what runs."""
 
     gpus: tuple[int, ...] | None = None
     until: float = float("inf")
     traces: Path | None = None
+    turns: Path | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def over(self) -> str:
@@ -152,6 +154,8 @@ def run_job(request: Mapping[str, Any], place: Place) -> Iterator[dict[str, Runn
         folder = Path(name)
         if place.traces is not None:
             request = {**request, "traces": str(place.traces)}
+        if place.turns is not None:
+            request = {**request, "turns": str(place.turns)}
         with (folder / "stderr").open("wb") as stderr:
             job = subprocess.Popen(
                 [*_command(request), json.dumps(request), name],

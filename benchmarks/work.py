@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from benchmarks.suites import SPEED_CASES, SpeedCase, build, build_batch
 from benchmarks.summary import summary
 from benchmarks.text import byte_batches, library
 from benchmarks.training import Job, NotAvailable, Step
+from benchmarks.turns import Turns
 
 _PROFILED_STEPS = 2
 _LEFT_OVER_BYTES = 2**30
@@ -44,10 +44,11 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
         raise RuntimeError("start this with torchrun")
     case = next(c for c in SPEED_CASES if c.name == request["case"])
     task = _TASKS[request.get("task", "speed")]
+    turns = Turns(request.get("turns"))
     for number, name in enumerate(request["runners"]):
         faulthandler.dump_traceback_later(request["runner_limit_s"], exit=True)
         try:
-            found = task(make_job(case, world.device), name, case, request)
+            found = task(make_job(case, world.device, turns), name, case, request, turns)
         except NotAvailable as error:
             found = {"error": f"not available: {error}"}
         except Exception as error:
@@ -68,13 +69,18 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
     world.close()
 
 
-def make_job(case: SpeedCase, device: torch.device) -> Job:
+def make_job(case: SpeedCase, device: torch.device, turns: Turns) -> Job:
+    def model() -> torch.nn.Module:
+        """Initialised where it is, by seed: the same on all ranks."""
+        with turns.taken(), torch.device(device):
+            return build(case.model, 1)[0]
+
     with torch.device("meta"):
         model_type = type(build(case.model, 1)[0])
     batch = build_batch(case.model, case.batch)
     on_gpu = device.type == "cuda"
     return Job(
-        partial(_model, case.model, device),
+        model,
         model_type,
         pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch),
         device,
@@ -85,18 +91,28 @@ def make_job(case: SpeedCase, device: torch.device) -> Job:
     )
 
 
-def _model(name: str, device: torch.device) -> torch.nn.Module:
-    """Initialised where it is, by seed: the same on all ranks."""
-    with torch.device(device):
-        return build(name, 1)[0]
-
-
-def _timed(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> dict[str, Any]:
+def _timed(
+    job: Job, name: str, case: SpeedCase, request: Mapping[str, Any], turns: Turns
+) -> dict[str, Any]:
     _reset_peak(job.device)
     started = time.perf_counter()
     step, facts = _made(maker(name), job, case, request)
     _synchronize(job.device)
-    setup_s, setup_peak = time.perf_counter() - started, _peak_bytes(job.device)
+    setup = {
+        "setup_s": time.perf_counter() - started,
+        "setup_peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
+    }
+    with turns.taken():
+        found = _steps(step, job, request)
+        if job.device.type == "cuda":
+            stem = "".join(c if c.isalnum() else "-" for c in f"{case.name}-{name}")
+            found["profile"] = _profile(step, job, request.get("traces"), stem)
+        del step
+        _clean(job.device)
+    return {**setup, **found, **facts}
+
+
+def _steps(step: Step, job: Job, request: Mapping[str, Any]) -> dict[str, Any]:
     _reset_peak(job.device)
     started = time.perf_counter()
     losses = [_mean(step())]
@@ -111,21 +127,15 @@ def _timed(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> 
         _synchronize(job.device)
         times.append(_largest(time.perf_counter() - started, job.device))
         losses.append(_mean(loss))
-    found = {
+    return {
         "step_s": summary(times).to_dict(),
         "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
-        "setup_peak_bytes": int(_largest(setup_peak, job.device)),
-        "setup_s": setup_s,
         "first_step_s": first_step_s,
         "first_loss": losses[0],
         "last_loss": losses[-1],
+        "losses": losses,
         "peak_flops": _peak_flops(job.device),
-        **facts,
     }
-    if job.device.type == "cuda":
-        stem = "".join(c if c.isalnum() else "-" for c in f"{case.name}-{name}")
-        found["profile"] = _profile(step, job, request.get("traces"), stem)
-    return found
 
 
 def _made(
@@ -138,7 +148,9 @@ def _made(
     return step, facts
 
 
-def _trained(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(
+    job: Job, name: str, case: SpeedCase, request: Mapping[str, Any], turns: Turns
+) -> dict[str, Any]:
     """The loss of each step on another batch of text, and the memory allocated after it. Dropout is
     off. Bytes are taken modulo the vocabulary, for models that have a smaller one."""
     tokens_BS, targets_BS = job.batch
@@ -149,13 +161,14 @@ def _trained(job: Job, name: str, case: SpeedCase, request: Mapping[str, Any]) -
     step, facts = _made(maker(name), quiet, case, request)
     curve = torch.zeros(request["steps"], dtype=torch.float64, device=job.device)
     allocated = []
-    for number, text in enumerate(batches):
-        text = text.to(job.device) % config.vocab_size
-        tokens_BS.copy_(text[:, :-1])  # what the step reads
-        targets_BS.copy_(text[:, 1:])
-        curve[number] = step()
-        allocated.append(_allocated(job.device))
-    dist.all_reduce(curve)
+    with turns.taken():
+        for number, text in enumerate(batches):
+            text = text.to(job.device) % config.vocab_size
+            tokens_BS.copy_(text[:, :-1])  # what the step reads
+            targets_BS.copy_(text[:, 1:])
+            curve[number] = step()
+            allocated.append(_allocated(job.device))
+        dist.all_reduce(curve)
     return {"losses": (curve / job.size).tolist(), "allocated_bytes": allocated, **facts}
 
 

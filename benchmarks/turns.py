@@ -1,0 +1,43 @@
+"""Jobs that prepare side by side and use the devices one at a time.
+
+Most of a measurement is preparation on the host: planning, compiling. Jobs that are told the same
+lock file do that together, and none measures while another one uses the devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class Turns:
+    """Of one job. Every rank makes it, and takes its turns in the same order."""
+
+    def __init__(self, path: str | None) -> None:
+        """path: of the lock file; without one it is always this job's turn."""
+        self._path = path
+        # not the job's own group: NCCL would keep the devices busy while it waits
+        self._group = None if path is None else dist.new_group(backend="gloo")
+        self._taken = False
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """May be nested. A rank that fails gives the turn back by its end: the others may never
+        come to a barrier."""
+        if self._path is None or self._taken:
+            yield
+            return
+        with Path(self._path).open("a", encoding="utf-8") as file:
+            if dist.get_rank() == 0:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            dist.barrier(self._group)
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
+            dist.barrier(self._group)
