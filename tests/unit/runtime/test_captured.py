@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from autopar.compile.inductor import CompiledModule
 from autopar.graph.program import Ref, TensorMeta
 from autopar.lowering.program import Compute, LocalProgram, Port
 from autopar.runtime.captured import CapturedProgram, Recording, Results
@@ -30,10 +31,11 @@ class Product(CompiledProgram):
         )
         super().__init__(program, coordinates=(), groups=(), device=torch.device("cpu"))
 
-    def _compile(self, values: list[Tensor]) -> None:
+    def _compile(self, values: Sequence[Tensor]) -> CompiledModule:
         self._strides = [value.stride() for value in values]
         self.num_operators = 1
-        self._call = lambda values: [values[0] * values[1]]
+        self._compiled = CompiledModule(lambda values: [values[0] * values[1]], ())
+        return self._compiled
 
 
 def played(program: CapturedProgram, weight: Tensor, steps: int) -> list[Tensor]:
