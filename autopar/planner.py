@@ -212,6 +212,8 @@ class _Search:
             margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
             if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
+            if not self.solved:  # it seldom loses: its graph is captured while it is solved
+                self.workload.expect(cut.num_microbatches)
             try:
                 self.solved.append(exact.solve(self.program(cut.num_microbatches), cut))
             except NoFeasiblePlan as error:
