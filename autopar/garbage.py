@@ -10,7 +10,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-_SELDOM = 3_000_000  # new objects between two looks, of Python's 700: a few hundred MiB at most
+_SELDOM = 5_000_000  # new objects between two looks, of Python's 700: half a GiB at most
 
 
 @contextlib.contextmanager

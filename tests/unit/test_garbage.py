@@ -11,9 +11,9 @@ def test_the_threshold_is_put_back_and_never_lowered() -> None:
     before = gc.get_threshold()
     try:
         for given, inside in (
-            ((700, 10, 10), 3_000_000),
+            ((700, 10, 10), 5_000_000),
             ((0, 10, 10), 0),
-            ((4_000_000, 5, 5), 4_000_000),
+            ((6_000_000, 5, 5), 6_000_000),
         ):
             gc.set_threshold(*given)
             with seldom_collected():
