@@ -33,7 +33,7 @@ from autopar.arguments import (
     with_search,
 )
 from autopar.errors import AutoparError, RuntimeFailure
-from autopar.garbage import not_collected_at_exit, seldom_collected
+from autopar.garbage import seldom_collected
 from autopar.plan import ParallelPlan
 from autopar.questions import questions
 from autopar.report.output import show as _print
@@ -370,9 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not {"--verbose", "-v"} & set(given):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # here and in spawned processes
-    not_collected_at_exit()
     try:
-        with seldom_collected():
+        with seldom_collected(last=arguments is None):
             app(given, prog_name="autopar")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -33,13 +33,14 @@ from autopar.plan import ParallelPlan, Remat, SearchRecord
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
 from autopar.search.cuts import FEW_LAYERS, WORTH_SOLVING, CutSearch
-from autopar.search.exact import ExactSolver, SolvedCut
+from autopar.search.exact import ExactSolver
 from autopar.search.infeasible import explain
 from autopar.search.interleave import interleaved_cuts
 from autopar.search.pins import with_pins
 from autopar.search.prices import Prices
 from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
+from autopar.search.solved import SlowerCut, SolvedCut
 from autopar.search.space import Space
 from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
 from autopar.search.unfold import write_stages
@@ -206,16 +207,28 @@ class _Search:
         few = exact.alike and reference.num_layers <= FEW_LAYERS  # else all cuts are looked at
         worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
-        best_table = None
+        best_table, num_slower = None, 0
         for cut in search:
             best_table = best_table or cut.seconds
             margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
             if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
+            if not self.solved:  # it seldom loses: its graph is captured while it is solved
+                self.workload.expect(cut.num_microbatches)
             try:
-                self.solved.append(exact.solve(self.program(cut.num_microbatches), cut))
+                known_s = min((s.candidate.step_s for s in self.solved), default=math.inf)
+                program = self.program(cut.num_microbatches)
+                self.solved.append(exact.solve(program, cut, known_s=known_s))
             except NoFeasiblePlan as error:
                 self.failures.append(error)
+            except SlowerCut as error:
+                num_slower += 1
+                _LOG.info(
+                    "%s stages, %s microbatches: %s",
+                    cut.num_stages,
+                    program.num_microbatches,
+                    error,
+                )
             else:
                 best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
                 self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
@@ -225,7 +238,7 @@ class _Search:
             if self.clock.expired and self.solved:
                 self._end_early(self._time_limit())
                 break
-            if len(self.solved) >= most:
+            if len(self.solved) + num_slower >= most:
                 break
         self.failures += search.failures
         if narrow and search.note:

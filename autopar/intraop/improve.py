@@ -121,15 +121,19 @@ class Neighbourhood:
         return best, best_bytes
 
     def move_nodes(self, start: Assignment) -> Assignment:
-        """Single-node moves, first to last, until a pass finds none."""
+        """Single-node moves, first to last, until a pass finds none. A node whose neighbours are as
+        it last saw them moves only if there is more room."""
         problem = self._problem
         choice, num_bytes = list(start.choice), start.bytes
         worth = _WORTH * abs(start.seconds)
+        seen = [np.inf] * len(choice)  # bytes when a node was looked at; inf: neighbours moved
         for _ in range(_MAX_PASSES):
             moved = False
             for v, (c_v, m_v) in enumerate(
                 zip(problem.node_seconds, problem.node_bytes, strict=True)
             ):
+                if num_bytes >= seen[v]:
+                    continue
                 local = c_v.copy()
                 for w, r_wv in self._adj[v]:
                     local += r_wv[choice[w]]
@@ -139,6 +143,9 @@ class Neighbourhood:
                 s = int(np.argmin(local))
                 if s != choice[v] and local[s] < local[choice[v]] - worth:
                     choice[v], num_bytes, moved = s, float(after[s]), True
+                    for w, _ in self._adj[v]:
+                        seen[w] = np.inf
+                seen[v] = num_bytes
             if not moved:
                 break
         return Assignment.of(problem, tuple(choice))

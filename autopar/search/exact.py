@@ -7,22 +7,20 @@ folded, and equal stages are written and solved once (`search.window`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
-from autopar.candidate import Candidate, Cut, stage_transfers
+from autopar.candidate import Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
 from autopar.graph.repeat import whole_graph
 from autopar.intraop.build import Fold, StageContext
-from autopar.intraop.compose import Frontier, smallest_points, stage_mixture
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import StageSolution
 from autopar.layout import Dims
@@ -32,9 +30,11 @@ from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
 from autopar.search.clock import Clock
+from autopar.search.mixture import stage_policies
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
 from autopar.search.schedules import best_schedule
+from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
 from autopar.search.space import Space
 from autopar.search.stages import StageSolver, ToldStage
 from autopar.search.window import Window, write_window
@@ -45,30 +45,8 @@ _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
 _ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
-_LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
-_ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SolvedCut:
-    """A candidate with what it takes to write its plan: window and prepared stages. alike: as in
-    `ExactSolver`."""
-
-    candidate: Candidate
-    window: Window
-    policies: tuple[Remat, ...]  # of each layer of the model
-    prepared: tuple[PreparedStage, ...]  # the written stages
-    alike: bool
-
-
-class _StageTooLarge(Exception):
-    """Stages that do not fit as their layers recompute now. reason: of the first."""
-
-    def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
-        super().__init__(str(reason))
-        self.stages, self.reason = stages, reason
 
 
 class Run(NamedTuple):
@@ -103,14 +81,16 @@ class ExactSolver:
         self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
         self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
-    def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
+    def solve(self, program: Program, cut: Cut, *, known_s: float = math.inf) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
-        solutions or not at all."""
+        solutions or not at all. known_s: of another cut's step; SlowerCut where this one is seen to
+        be slower, if that is before it is solved."""
+        tries = Tries(cut.num_stages, known_s)
         extra = [0.0] * cut.num_stages
-        solved = self._fitting(program, cut, extra, proven)
+        solved = self._fitting(program, cut, extra, tries)
         if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
-            solved = self._taken_back(program, cut, extra, solved, proven)
+            solved = self._taken_back(program, cut, extra, solved, tries)
         return solved
 
     def told(
@@ -120,8 +100,8 @@ class ExactSolver:
         fit."""
         window = self._window(program, cut, policies)
         try:
-            return self._solve_window(program, cut, window, policies, proven)
-        except _StageTooLarge as error:
+            return self._solve_window(program, cut, window, policies, proven=proven)
+        except StageTooLarge as error:
             raise error.reason from None
 
     # ---- told stages, every layer written
@@ -132,13 +112,14 @@ class ExactSolver:
         if (count, layers, policy) not in self._runs:
             if (count, policy) not in self._recomputed:
                 graph = apply_recompute(whole_graph(program.folded), policy)
-                self._recomputed[count, policy] = graph, RuleTable(graph).dims
+                table = RuleTable(graph, known=program.rules)
+                self._recomputed[count, policy] = graph, table.dims
             graph, dims = self._recomputed[count, policy]
             first_layers = sorted({0, *layers} - {program.num_layers})
             graphs = cut_stages(graph, first_layers)
             index = first_layers.index(layers[0])
             owned = frozenset(o for o, s in parameter_owners(graphs).items() if s == index)
-            prepared = prepare_stage(graphs[index], dims)
+            prepared = prepare_stage(graphs[index], dims, program.rules)
             self._runs[count, layers, policy] = Run(graphs[index], prepared, owned)
         return self._runs[count, layers, policy]
 
@@ -162,12 +143,12 @@ class ExactSolver:
 
     # ---- whole cuts
 
-    def _fitting(self, program: Program, cut: Cut, extra: list[float], proven: bool) -> SolvedCut:
+    def _fitting(self, program: Program, cut: Cut, extra: list[float], tries: Tries) -> SolvedCut:
         """The first attempt that fits. extra: grows for the stages that are too large."""
         for attempt in range(_ATTEMPTS):
             try:
-                return self._attempt(program, cut, extra, proven)
-            except _StageTooLarge as error:
+                return self._attempt(program, cut, extra, tries)
+            except StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
                 if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
@@ -176,46 +157,69 @@ class ExactSolver:
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
-        self, program: Program, cut: Cut, extra: list[float], solved: SolvedCut, proven: bool
+        self,
+        program: Program,
+        cut: Cut,
+        extra: Sequence[float],
+        solved: SolvedCut,
+        tries: Tries,
     ) -> SolvedCut:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
+        fewer = list(extra)
         open_ = {
             index
             for index, written in enumerate(solved.window.stage_of)
             if any(p.remat is not self.space.policies[0] for p in solved.window.pieces[written])
-        }
-        fewer = list(extra)
-        for less in (*_LESS, 0.0):
+        } - set(tries.final(extra))
+        closed = set(range(cut.num_stages)) - open_
+        stages = solved.candidate.stages
+        if any(_busy_s(cut, stages[i]) >= tries.known_s for i in closed):
+            return solved
+        for less in (*LESS, 0.0):
             if not open_ or self.clock.late:
                 break
-            trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
+            back = {i for i in open_ if tries.may_fit(i, fewer[i] - less)}
+            trial = [e - less if i in back else e for i, e in enumerate(fewer)]
             try:
-                found = self._attempt(program, cut, trial, proven)
-            except _StageTooLarge as error:
-                taken = open_ - set(error.stages)
-                fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
-                open_ -= taken
-                continue
-            if found.candidate.step_s < solved.candidate.step_s:
-                solved = found
-            break
+                found = self._attempt(program, cut, trial, tries)
+            except StageTooLarge as error:
+                back -= set(error.stages)
+            else:
+                solved = min(solved, found, key=lambda s: s.candidate.step_s)
+            fewer = [trial[i] if i in back else e for i, e in enumerate(fewer)]
+            open_ -= back
         return solved
 
     def _attempt(
-        self, program: Program, cut: Cut, extra: Sequence[float], proven: bool
+        self, program: Program, cut: Cut, extra: Sequence[float], tries: Tries
     ) -> SolvedCut:
         policies = self._policies(program, cut, extra)
+        if policies not in tries.known:
+            try:
+                race = tries.race(extra)
+                tries.known[policies] = self._under(program, cut, policies, race)
+            except StageTooLarge as error:
+                tries.known[policies] = error
+        found = tries.known[policies]
+        if isinstance(found, SolvedCut):
+            return found
+        tries.failed(found.stages, extra)
+        raise found
+
+    def _under(
+        self, program: Program, cut: Cut, policies: tuple[Remat, ...], race: Race | None
+    ) -> SolvedCut:
+        def solved() -> SolvedCut:
+            window = self._window(program, cut, policies)
+            return self._solve_window(program, cut, window, policies, race=race)
+
         try:
-            return self._solve_window(
-                program, cut, self._window(program, cut, policies), policies, proven
-            )
+            return solved()
         except NotFoldable as error:  # equal layers that are not alike in this stage
             _LOG.info("every layer is written: %s", error)
             self._fold = False
-        return self._solve_window(
-            program, cut, self._window(program, cut, policies), policies, proven
-        )
+        return solved()
 
     def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
         """Stages are equal that have equal layers, policies, best view and room."""
@@ -244,51 +248,22 @@ class ExactSolver:
         """Of each layer of the model. extra: share of a stage's layers that recompute more than the
         tables say."""
         bounds = [*cut.first_layers, program.num_layers]
+        least, count = self.space.policies[0], cut.num_microbatches
         policies: list[Remat] = []
         for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            policies += self._stage_policies(program, cut, stage, start, stop, extra[stage])
-        return tuple(policies)
-
-    def _stage_policies(
-        self, program: Program, cut: Cut, stage: int, start: int, stop: int, extra: float
-    ) -> list[Remat]:
-        """More of the stage's first layers recompute, and more of them the smaller the budget."""
-        kinds = program.kind_of_layer[start:stop]
-        least = self.space.policies[0]
-        view, count = cut.views[stage][0][1], cut.num_microbatches
-        if self.prices.level(view, count) < Level.FULL:
-            return [least] * len(kinds)
-        counts = np.bincount(kinds, minlength=len(program.classes))
-        flight = self._flight(cut, stage)
-        frontiers = self.prices.frontiers(view, count)
-        budget = self._budget(cut, view)
-        mixture = stage_mixture(frontiers, counts, flight, _ROOM * budget)
-        if mixture is None:
-            mixture = stage_mixture(frontiers, counts, flight, math.inf)
-            assert mixture is not None
-        share = mixture.share
-        fast, small = mixture.fast, mixture.small
-        if extra < 0:
-            share = max(0.0, share + extra)
-            fast = fast if share or extra > -1 else self._least_recomputing(frontiers)
-        elif extra > 0:
-            smallest = smallest_points(frontiers, counts, flight)
-            if share + extra > 1:
-                fast, small, share = small, smallest, share + extra - 1
+            view = cut.views[stage][0][1]
+            if self.prices.level(view, count) < Level.FULL:
+                policies += [least] * (stop - start)
             else:
-                share += extra
-        chosen = []
-        seen = [0] * len(program.classes)
-        for kind in kinds:
-            some = math.ceil(min(1.0, share) * counts[kind] - 1e-9)
-            chosen.append((small if seen[kind] < some else fast)[kind].remat)
-            seen[kind] += 1
-        return chosen
-
-    def _least_recomputing(self, frontiers: Sequence[Frontier]) -> Frontier:
-        """Of each class a point under the policy that recomputes least."""
-        least = self.space.policies[0]
-        return tuple(next((p for p in f if p.remat is least), f[0]) for f in frontiers)
+                policies += stage_policies(
+                    self.prices.frontiers(view, count),
+                    program.kind_of_layer[start:stop].tolist(),
+                    self._flight(cut, stage),
+                    self._budget(cut, view),
+                    extra=extra[stage],
+                    least=least,
+                )
+        return tuple(policies)
 
     def _flight(self, cut: Cut, stage: int) -> int:
         """Microbatches in flight that the stage has room for: rounded up where there are many
@@ -310,20 +285,24 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         policies: tuple[Remat, ...],
-        proven: bool,
+        *,
+        proven: bool = False,
+        race: Race | None = None,
     ) -> SolvedCut:
         label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
         with self.clock.passes("exact stages", label):
             recomputed = apply_recompute(window.graph, window.policies)
-            dims = RuleTable(recomputed).dims
+            dims = RuleTable(recomputed, known=program.rules).dims
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
-            prepared = tuple(prepare_stage(graph, dims) for graph in graphs)
+            prepared = tuple(prepare_stage(graph, dims, program.rules) for graph in graphs)
             contexts = []
             for written_index in range(len(prepared)):
                 owned = frozenset(o for o, holder in owners.items() if holder == written_index)
                 index = window.stage_of.index(written_index)
                 contexts.append(self._context(cut, index, owned, window.folds(written_index)))
+            if race is not None:
+                self._check_race(race, prepared, cut, window, contexts)
             if cut.num_workers is None:
                 self._ahead(prepared, cut, window, contexts, proven)
             written = []
@@ -343,7 +322,7 @@ class ExactSolver:
                     if self.clock.late:
                         break
             if reason is not None:
-                raise _StageTooLarge(tuple(too_large), reason)
+                raise StageTooLarge(tuple(too_large), reason)
             stages = tuple(
                 _with_flight(written[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)
@@ -352,6 +331,26 @@ class ExactSolver:
             transfers = _all_transfers(stage_transfers(graphs, written), window)
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
+
+    def _check_race(
+        self,
+        race: Race,
+        prepared: Sequence[PreparedStage],
+        cut: Cut,
+        window: Window,
+        contexts: Sequence[StageContext],
+    ) -> None:
+        """SlowerCut where a final stage takes too long whatever its bytes."""
+        for index, stage in enumerate(prepared):
+            if not race.final.intersection(window.stands_for(index)):
+                continue
+            least_s = math.inf
+            for _, view in cut.views[window.stage_of.index(index)]:
+                with contextlib.suppress(OptionError):  # a pin that this view cannot honour
+                    fastest = self.stages.free(stage, view, contexts[index])
+                    least_s = min(least_s, _busy_s(cut, fastest))
+            if least_s > _CLOSE * race.known_s:
+                raise SlowerCut(f"a step takes {least_s:.3g} s at least")
 
     def _ahead(
         self,
@@ -427,6 +426,12 @@ class ExactSolver:
                 "its fastest solution does not fit its share of the worker's memory"
             )
         return free
+
+
+def _busy_s(cut: Cut, stage: StageSolution) -> float:
+    """In a step: no schedule is faster."""
+    p = stage.prediction
+    return cut.num_microbatches * (p.forward_s + p.backward_s) + p.step_s
 
 
 def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:

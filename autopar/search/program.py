@@ -44,8 +44,8 @@ class Program:
         self.kind_of_written = kinds  # of each layer of the folded graph
         self.kind_of_layer = np.repeat(np.array(kinds, dtype=np.int64), folded.copies)
         self.crossing = np.repeat(boundary_bytes(folded.graph), folded.copies)
+        self.rules: dict[Call, Rule] = {}  # known so far: of all tables
         self._prepared: dict[Remat, tuple[PreparedStage, ...]] = {}
-        self._rules: dict[Call, Rule] = {}
 
     @property
     def num_layers(self) -> int:
@@ -55,9 +55,9 @@ class Program:
         """Of each class, alone."""
         if remat not in self._prepared:
             graph = apply_recompute(self.folded.graph, remat)
-            dims = RuleTable(graph, known=self._rules).dims
+            dims = RuleTable(graph, known=self.rules).dims
             self._prepared[remat] = tuple(
-                prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims, self._rules)
+                prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims, self.rules)
                 for kind in self.classes
             )
         return self._prepared[remat]

@@ -63,19 +63,22 @@ class StageSolver:
         self._open: tuple[object, StageProgram] | None = None  # the last one
 
     def ahead(self, told: Sequence[ToldStage]) -> None:
-        """Solves stages within their budgets, several at a time. It ends where one fits on none of
-        its views; what is not solved then is once it is asked for."""
-        if sum(len(one.stage.graph.operators) for one in told) < _WORTH_A_FORK:
+        """Solves stages within their budgets, several at a time, equal ones once. Late in a search
+        it ends where one fits on none of its views; what is not solved then is once it is asked
+        for."""
+        first: dict[object, int] = {}
+        alike = [first.setdefault(_told_key(one), i) for i, one in enumerate(told)]
+        new = [i for key, i in first.items() if key not in self._known]
+        if sum(len(told[i].stage.graph.operators) for i in new) < _WORTH_A_FORK:
             return
-        numbers: dict[int, list[int]] = {}
-        for i, one in enumerate(told):
-            numbers.setdefault(id(one.stage), []).append(i)
-        stages = list(numbers.values())
+        views: dict[int, list[int]] = {}
+        for i, one in zip(alike, told, strict=True):
+            views.setdefault(id(one.stage), []).append(i)
         with mmap.mmap(-1, len(told)) as failed:  # all forks see it
 
             def solved(number: int) -> dict[object, StageSolution | NoFeasiblePlan]:
                 one, before = told[number], set(self._known)
-                if any(all(failed[i] for i in views) for views in stages):
+                if self._clock.late and any(all(failed[i] for i in v) for v in views.values()):
                     return {}
                 try:
                     self.within(one.stage, one.view, one.context, one.budget, proven=one.proven)
@@ -83,13 +86,13 @@ class StageSolver:
                     failed[number] = 1
                 except OptionError:  # whoever asks for it is told
                     pass
-                new = {key: self._known[key] for key in self._known.keys() - before}
-                return {key: known.answer for key, known in new.items()}
+                found = self._known.keys() - before
+                return {key: self._known[key].answer for key in found}
 
-            answers = each(solved, range(len(told)))
-        for one, answer in zip(told, answers, strict=True):
+            answers = each(solved, new)
+        for i, answer in zip(new, answers, strict=True):
             for key, found in answer.items():
-                self._known.setdefault(key, _Known(one.stage.graph, found))
+                self._known.setdefault(key, _Known(told[i].stage.graph, found))
 
     def free(
         self,
@@ -119,13 +122,12 @@ class StageSolver:
     ) -> StageSolution:
         """The fastest solution found that fits; NoFeasiblePlan where none does. target_gap: another
         one than that of the others."""
-        free = self.free(stage, view, context, proven=proven)
-        if free.prediction.peak_bytes <= budget:
-            return free
-        key = (_key(stage, view, context, proven), context.in_flight, budget, target_gap)
+        key = _told_key(ToldStage(stage, view, context, budget, proven), target_gap)
         if key not in self._known:
             try:
-                found = self._solved(stage, view, context, budget, proven, target_gap)
+                found = self.free(stage, view, context, proven=proven)
+                if found.prediction.peak_bytes > budget:
+                    found = self._solved(stage, view, context, budget, proven, target_gap)
                 self._known[key] = _Known(stage.graph, found)
             except NoFeasiblePlan as error:
                 self._known[key] = _Known(stage.graph, error)
@@ -172,6 +174,12 @@ def _key(
         f"{[(f.layer - first, f.count) for f in context.folds]}\n{proven}"
     )
     return hashlib.sha256(text.encode()).hexdigest(), view
+
+
+def _told_key(one: ToldStage, target_gap: float | None = None) -> object:
+    """Of its solution within the budget."""
+    key = _key(one.stage, one.view, one.context, one.proven)
+    return key, one.context.in_flight, one.budget, target_gap
 
 
 def _taken(known: _Known, stage: PreparedStage, context: StageContext) -> StageSolution:

@@ -34,9 +34,10 @@ from autopar.mesh import LogicalMesh, Submesh
 from autopar.plan import Remat
 from autopar.schedule import ScheduleKind
 from autopar.search.cuts import CutSearch
-from autopar.search.exact import ExactSolver, SolvedCut
+from autopar.search.exact import ExactSolver
 from autopar.search.program import Program
 from autopar.search.schedules import best_schedule
+from autopar.search.solved import SolvedCut
 from autopar.search.space import Space
 
 TARGET_GAP = 1e-3  # of a stage

@@ -11,9 +11,9 @@ def test_the_threshold_is_put_back_and_never_lowered() -> None:
     before = gc.get_threshold()
     try:
         for given, inside in (
-            ((700, 10, 10), 500_000),
+            ((700, 10, 10), 5_000_000),
             ((0, 10, 10), 0),
-            ((900_000, 5, 5), 900_000),
+            ((6_000_000, 5, 5), 6_000_000),
         ):
             gc.set_threshold(*given)
             with seldom_collected():
@@ -21,3 +21,15 @@ def test_the_threshold_is_put_back_and_never_lowered() -> None:
             assert gc.get_threshold() == given
     finally:
         gc.set_threshold(*before)
+
+
+def test_what_is_there_before_the_process_ends_is_not_looked_at() -> None:
+    try:
+        with seldom_collected():
+            pass
+        assert gc.get_freeze_count() == 0
+        with seldom_collected(last=True):
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -45,6 +45,7 @@ def test_moves_only_save_and_always_fit() -> None:
         moved = around.move_nodes(switched)
         assert moved.seconds <= switched.seconds <= start.seconds
         assert problem.fits(moved.bytes)
+        assert around.move_nodes(moved).choice == moved.choice  # no node was passed over
 
 
 def test_layers_give_a_small_gap() -> None:

@@ -10,7 +10,8 @@ from autopar.graph.layers import cluster_layers
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
 from autopar.planner import make_plan
-from autopar.search.exact import ExactSolver, SolvedCut
+from autopar.search.exact import ExactSolver
+from autopar.search.solved import SolvedCut
 from cost_models import Cluster
 from tests.unit.intraop.stages import gpt2_graph
 
