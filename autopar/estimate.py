@@ -3,7 +3,8 @@
     operator   roofline of its local FLOPs and bytes, plus the collectives that a composite adds;
                experts that are sharded wait for the device with the most rows
     reshard    the affine costs of its steps (sharding.reshard), and the copies that transposes need
-    parameter  once-per-step gather and optimizer, bytes at rest; the way to a host and back
+    parameter  once-per-step gather and optimizer, bytes at rest; the way to a host and back; of
+               its collectives what the compute beside them does not hide
 
 Seconds per microbatch unless a name says step; bytes per device.
 """
@@ -20,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from autopar.graph.hubs import is_hub
-from autopar.graph.program import Operator, Ref, TensorMeta
+from autopar.graph.program import Graph, Operator, Ref, TensorMeta
 from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
-from autopar.layout import Dims, Layout, has_uneven, leaves_padding, local_share
+from autopar.layout import PARTIAL, Dims, Layout, has_uneven, leaves_padding, local_share
 from autopar.mesh import LogicalMesh
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.rule import Call, Rule
@@ -43,6 +44,14 @@ FloatArray = NDArray[np.float64]
 # neighbour: each value is either read or written by the fused kernel, not both. An assumption, not
 # a measurement.
 POINTWISE_FUSION = 0.5
+
+# Share of its seconds by which a collective inside a node lengthens a compiled step that is one
+# program, where nothing waits for it but a parameter's first use, or the optimizer for a gradient.
+# Of six such plans on 2 H100 with NVLink (benchmarks/results/speed-20261122-h100.md) these took 85
+# ms as predicted, and 14 ms of communication were exposed beyond what was predicted for
+# activations: 0.16, between 0 and 0.6 of a plan. The rest is assumed, for compute beside a
+# collective is slower. Where collectives take longer than the compute beside them, more is exposed.
+EXPOSED_SHARE = 0.35
 
 _COLLECTIVE = {
     StepKind.REDUCE_SCATTER: CollectiveKind.REDUCE_SCATTER,
@@ -99,7 +108,7 @@ class MeshCosts:
         self.mesh = mesh
         self.optimizer = optimizer
         self.device = cluster.groups[mesh.group].device
-        self._reshards: dict[tuple[Dims, Layout, Layout], AffineCost] = {}
+        self._reshards: dict[tuple[Dims, Layout, Layout, float], AffineCost] = {}
         self._tables: dict[Any, tuple[FloatArray, FloatArray]] = {}
         self._seconds: dict[tuple[Call, int], tuple[Sequence[Strategy], FloatArray]] = {}
         self._collectives: dict[tuple[CollectiveKind, int], AffineCost] = {}
@@ -259,34 +268,54 @@ class MeshCosts:
         """The dims where costs depend on them, none where every axis divides every atom."""
         return dims if has_uneven(dims, self.mesh.axis_sizes) else ()
 
-    def reshard(self, dims: Dims, source: Layout, target: Layout) -> AffineCost:
+    def exposed_share(self, graph: Graph, num_microbatches: int, offload: bool) -> float:
+        """Of the seconds of collectives that only parameters and their gradients need.
+
+        Others are hidden where the step is one compiled program: one stage has all devices and
+        plays one microbatch. Programs are compiled on all devices but the CPU; not those that take
+        parameters from the host or exchange rows. graph: of the stage.
+        """
+        alone = self.mesh.num_devices == self.cluster.num_devices and num_microbatches == 1
+        exchanges = any(op.target in _EXCHANGED for op in graph.operators)
+        compiled = self.device.name != "cpu" and not (offload or exchanges)
+        return EXPOSED_SHARE if alone and compiled else 1.0
+
+    def reshard(
+        self, dims: Dims, source: Layout, target: Layout, exposed: float = 1.0
+    ) -> AffineCost:
         """Seconds as an affine function of the bytes of the whole tensor. dims: or `uneven` of
-        them."""
-        cost = self._reshards.get((dims, source, target))
+        them. exposed: what counts of its collectives inside a node."""
+        cost = self._reshards.get((dims, source, target, exposed))
         if cost is None:
-            cost = self._reshard_cost(dims, source, target)
-            self._reshards[dims, source, target] = cost
+            cost = self._reshard_cost(dims, source, target, exposed)
+            self._reshards[dims, source, target, exposed] = cost
         return cost
 
     def reshard_seconds(
-        self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout], nbytes: float
+        self,
+        dims: Dims,
+        sources: Sequence[Layout],
+        targets: Sequence[Layout],
+        nbytes: float,
+        exposed: float = 1.0,
     ) -> FloatArray:
         """[len(sources), len(targets)] seconds for a tensor of nbytes bytes."""
         dims = self.uneven(dims)
-        key = (dims, tuple(sources), tuple(targets))
+        key = (dims, tuple(sources), tuple(targets), exposed)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = self._reshard_table(dims, sources, targets)
+            table = self._tables[key] = self._reshard_table(dims, sources, targets, exposed)
         latency, per_byte = table
         return latency + per_byte * nbytes
 
     def _reshard_table(
-        self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout]
+        self, dims: Dims, sources: Sequence[Layout], targets: Sequence[Layout], exposed: float
     ) -> tuple[FloatArray, FloatArray]:
         """[len(sources), len(targets)] seconds, and seconds per byte of the whole tensor."""
         rows, row_of = _unique(sources)
         columns, column_of = _unique(targets)
-        costs = [self.reshard(dims, source, target) for source in rows for target in columns]
+        pairs = [(source, target) for source in rows for target in columns]
+        costs = [self.reshard(dims, *pair, exposed) for pair in pairs]
         table = np.array([(cost.latency_s, cost.seconds_per_byte) for cost in costs], np.float64)
         latency, per_byte = table.reshape(len(rows), len(columns), 2).transpose(2, 0, 1)
         spread = np.ix_(row_of, column_of)
@@ -300,7 +329,9 @@ class MeshCosts:
             self._collectives[kind, axis] = cost
         return cost
 
-    def _reshard_cost(self, dims: Dims, source: Layout, target: Layout) -> AffineCost:
+    def _reshard_cost(
+        self, dims: Dims, source: Layout, target: Layout, exposed: float
+    ) -> AffineCost:
         sizes = self.mesh.axis_sizes
         current = list(source)
         latency, per_byte = 0.0, 0.0
@@ -311,11 +342,12 @@ class MeshCosts:
             copies = 0.0  # bytes read and written by local copies, per byte of the whole tensor
             if step.kind in _COLLECTIVE:
                 cost = self._collective(_COLLECTIVE[step.kind], step.axis)
+                share = 1.0 if self.mesh.crosses_nodes[step.axis] else exposed
                 moved = max(before, after)
                 if step.kind in (StepKind.ALL_GATHER, StepKind.REDUCE_SCATTER):
                     moved = min(before, after) * sizes[step.axis]  # padding travels too
-                latency += cost.latency_s
-                per_byte += cost.seconds_per_byte * moved
+                latency += share * cost.latency_s
+                per_byte += share * cost.seconds_per_byte * moved
                 copies += 2 * after if step.source > 0 else 0.0  # the result is transposed
                 # the operand is transposed, or padded
                 padded = leaves_padding(dims, step.target, sizes[step.axis])
@@ -373,6 +405,15 @@ def _unique(layouts: Sequence[Layout]) -> tuple[list[Layout], NDArray[np.intp]]:
     numbers: dict[Layout, int] = {}
     index = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
     return list(numbers), np.array(index, dtype=np.intp)
+
+
+def sums_kept(sources: Sequence[Layout], targets: Sequence[Layout]) -> NDArray[np.bool_]:
+    """[len(sources), len(targets)]: whether every axis that is PARTIAL in the source is so in the
+    target."""
+    pending = np.array(sources) == PARTIAL
+    kept = np.array(targets) == PARTIAL
+    both: NDArray[np.bool_] = np.all(~pending[:, None, :] | kept[None, :, :], axis=-1)
+    return both
 
 
 def local_bytes(meta: TensorMeta, dims: Dims, layout: Layout, sizes: tuple[int, ...]) -> float:

@@ -23,15 +23,14 @@ import numpy as np
 from autopar.errors import OptionError, PlanError
 from autopar.estimate import MeshCosts
 from autopar.graph.hubs import is_hub
+from autopar.graph.parameters import gradient_values, parameter_values
 from autopar.graph.program import (
     Graph,
     InputKind,
     Operator,
-    OutputKind,
     Phase,
     Ref,
 )
-from autopar.graph.work import is_view
 from autopar.intraop.build import (
     Choice,
     Node,
@@ -275,7 +274,8 @@ def ledger(stage: ExplainedStage) -> dict[Kind, float]:
     seconds[Kind.STEP_REDUCE] = gradient_copy_seconds(kept, stage.costs)
     other = seconds[Kind.OPTIMIZER] + seconds[Kind.STEP_REDUCE]
     seconds[Kind.STEP_GATHER] = max(0.0, seconds[Kind.STEP_GATHER] - other)
-    weights, gradients = _made_of_parameters(stage.prepared.graph), _gradients(stage.prepared.graph)
+    graph = stage.prepared.graph
+    weights, gradients = parameter_values(graph), gradient_values(graph)
     edges = zip(problem.edges, problem.edge_seconds, stage.built.edge_parts, strict=True)
     for (u, v), matrix, part in edges:
         value = float(matrix[stage.choice[u], stage.choice[v]])
@@ -295,27 +295,6 @@ def _compute(op: Operator) -> Kind:
     if op.recompute:
         return Kind.RECOMPUTE
     return Kind.FORWARD if op.phase is Phase.FORWARD else Kind.BACKWARD
-
-
-def _made_of_parameters(graph: Graph) -> set[str]:
-    """Parameters, and their hubs and views."""
-    found = {i.name for i in graph.inputs_of(InputKind.PARAMETER)}
-    for op in graph.operators:
-        if (is_hub(op) or is_view(op)) and op.operands and op.operands[0].name in found:
-            found.add(op.name)
-    return found
-
-
-def _gradients(graph: Graph) -> set[str]:
-    """Hubs and views of a gradient on its way out."""
-    operators = {op.name: op for op in graph.operators}
-    found: set[str] = set()
-    for out in graph.outputs_of(OutputKind.GRADIENT):
-        op = operators.get(out.ref.name)
-        while op is not None and (is_hub(op) or is_view(op)):
-            found.add(op.name)
-            op = operators.get(op.operands[0].name)
-    return found
 
 
 def operator_costs(stage: ExplainedStage) -> tuple[OperatorCost, ...]:

@@ -18,8 +18,11 @@ an action a (see ``schedule``), s its stage:
 
 Compute beside a collective takes `overlap_slowdown` times as long, as both want the same memory and
 processors (the idea is Galvatron's: Miao et al., VLDB 2023; the default is an assumption, not a
-measurement). The runtime does not overlap yet: the default is off. Collectives inside an action
-are part of its seconds.
+measurement). The default is off: a pipeline's programs, and those of several microbatches, run one
+after the other. One stage with one microbatch is one compiled program on GPUs, which does overlap:
+of its gathers and reductions, in actions and once per step, its seconds have only what is exposed
+(`estimate.EXPOSED_SHARE`), and `overlap` would hide them twice. Collectives inside an action are
+part of its seconds.
 
    bytes of s at a time = rest + saved (F begun, B not ended) + held (B ended, W not ended)
                           + transient while an action of s runs

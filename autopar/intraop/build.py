@@ -8,9 +8,10 @@ Nodes are the stage graph's inputs, operators and outputs; what a node chooses:
     gradient         the layout in which it accumulates over microbatches
     sent             the layout in which it leaves
 
-Edges carry reshards. Seconds are per microbatch; what happens once per step counts 1/B. Bytes are
-those that stand through the step and what is saved, times the microbatches in flight; transients
-come from a schedule of the chosen strategies (`intraop.memory_use`), not from this sum.
+Edges carry reshards, those of parameters and gradients only what is exposed of them. Seconds are
+per microbatch; what happens once per step counts 1/B. Bytes are those that stand through the step
+and what is saved, times the microbatches in flight; transients come from a schedule of the chosen
+strategies (`intraop.memory_use`), not from this sum.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import OptionError
-from autopar.estimate import MeshCosts, local_bytes, local_numel
+from autopar.estimate import MeshCosts, local_bytes, local_numel, sums_kept
 from autopar.graph.hubs import is_save
+from autopar.graph.parameters import gradient_values, parameter_values
 from autopar.graph.precision import reduced_after
 from autopar.graph.program import (
     Graph,
@@ -39,7 +41,6 @@ from autopar.graph.program import (
 )
 from autopar.intraop.problem import IntraOpProblem
 from autopar.layout import (
-    PARTIAL,
     REPLICATE,
     Dims,
     Layout,
@@ -213,8 +214,9 @@ class _Builder:
         self.edges: dict[tuple[int, int], tuple[FloatArray, Part]] = {}
         self.number: dict[Ref, int] = {}
         self.matrices: dict[Any, FloatArray] = {}
-        self.columns: dict[tuple[int, str, int], tuple[Layout, ...]] = {}
         self.reduced_after = reduced_after(graph)
+        self.weights, self.gradients = parameter_values(graph), gradient_values(graph)
+        self.exposed = costs.exposed_share(graph, context.num_microbatches, context.offload)
 
     def add(
         self, node: Node, seconds: FloatArray, nbytes: FloatArray, part: Part, kind: str = ""
@@ -238,15 +240,16 @@ class _Builder:
         weight: float = 1.0,
         *,
         keeps_sums: bool = False,
+        exposed: float = 1.0,
     ) -> None:
         """An edge for one value; values between the same two nodes add up. keeps_sums: what is
-        pending in the source is pending in the target."""
-        key = (self.costs.uneven(dims), sources, targets, nbytes * weight, weight, keeps_sums)
+        pending in the source is pending in the target. exposed: of `MeshCosts.reshard`."""
+        key = (self.costs.uneven(dims), sources, targets, nbytes, weight, keeps_sums, exposed)
         matrix = self.matrices.get(key)
         if matrix is None:
-            matrix = self.costs.reshard_seconds(dims, sources, targets, nbytes) * weight
+            matrix = self.costs.reshard_seconds(dims, sources, targets, nbytes, exposed) * weight
             if keeps_sums:
-                matrix = np.where(_sums_kept(sources, targets), matrix, np.inf)
+                matrix = np.where(sums_kept(sources, targets), matrix, np.inf)
             self.matrices[key] = matrix
         old = self.edges.get((u, v))
         self.edges[u, v] = (matrix if old is None else old[0] + matrix, part)
@@ -288,7 +291,8 @@ class _Builder:
             numel = local_numel(inp.meta, dims, rest, self.sizes)
             at_rest = local_bytes(inp.rest_meta, dims, rest, self.sizes)
             size = 0.0 if host else at_rest
-            cost = self.costs.reshard(self.costs.uneven(dims), rest, step).seconds(inp.meta.nbytes)
+            gather = self.costs.reshard(self.costs.uneven(dims), rest, step, self.exposed)
+            cost = gather.seconds(inp.meta.nbytes)
             if host or rest != step or inp.rest is not None:
                 size += local_bytes(inp.meta, dims, step, self.sizes)
             if inp.rest is not None:
@@ -319,7 +323,10 @@ class _Builder:
             Node("input", inp.name, choices), np.zeros(len(steps)), nbytes, Part.STEP, "parameter"
         )
         rests = tuple(c.rest for c in self.nodes[first].choices if isinstance(c, ParameterChoice))
-        self.connect(first, number, dims, rests, steps, inp.meta.nbytes, Part.STEP, per_step)
+        self.connect(
+            first, number, dims, rests, steps, inp.meta.nbytes, Part.STEP, per_step,
+            exposed=self.exposed,
+        )  # fmt: skip
         return number
 
     # ---- operators
@@ -358,16 +365,12 @@ class _Builder:
             number = self.add(Node("operator", op.name, choices), seconds, nbytes, part, kind)
             for index, ref in enumerate(op.operands):
                 source, columns = produced[ref]
+                hidden = ref.name in self.weights or op.name in self.gradients
                 self.connect(
-                    source,
-                    number,
-                    call.operands[index],
-                    columns,
-                    operand_columns[index],
-                    self.metas[ref].nbytes,
-                    part,
-                    keeps_sums=op.name in self.reduced_after,
-                )
+                    source, number, call.operands[index], columns, operand_columns[index],
+                    self.metas[ref].nbytes, part, keeps_sums=op.name in self.reduced_after,
+                    exposed=self.exposed if hidden else 1.0,
+                )  # fmt: skip
             for index in range(len(rule.results)):
                 produced[Ref(op.name, index)] = (number, result_columns[index])
         self.produced = produced
@@ -404,7 +407,10 @@ class _Builder:
         nbytes = np.array([local_bytes(meta, dims, c, self.sizes) for c in choices])
         node = Node("output", out.target, choices)
         number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
-        self.connect(source, number, dims, columns, choices, meta.nbytes, Part.BACKWARD)
+        self.connect(
+            source, number, dims, columns, choices, meta.nbytes, Part.BACKWARD,
+            exposed=self.exposed,
+        )  # fmt: skip
         inp = next(i for i in self.graph.inputs if i.name == out.target)
         first = next(i for i in self.graph.inputs_of(InputKind.PARAMETER) if i.owner == inp.owner)
         parameter = self.number[first.ref]
@@ -415,8 +421,8 @@ class _Builder:
         per_step = 1.0 / self.context.num_microbatches
         nbytes_moved = meta.numel * (inp.reduce or meta.dtype).itemsize
         held = self.table.dims[first.ref]
-        matrix = self.costs.reshard_seconds(held, coarse, rests, nbytes_moved).T * per_step
-        self.edges[parameter, number] = (np.ascontiguousarray(matrix), Part.STEP)
+        matrix = self.costs.reshard_seconds(held, coarse, rests, nbytes_moved, self.exposed).T
+        self.edges[parameter, number] = (np.ascontiguousarray(matrix * per_step), Part.STEP)
 
     def _phase_of(self, ref: Ref) -> Phase:
         return self.phases.get(ref, Phase.FORWARD)
@@ -447,15 +453,6 @@ class _Builder:
             },
             dims=self.table.dims,
         )
-
-
-def _sums_kept(sources: Sequence[Layout], targets: Sequence[Layout]) -> NDArray[np.bool_]:
-    """[len(sources), len(targets)]: whether every axis that is PARTIAL in the source is so in the
-    target."""
-    pending = np.array(sources) == PARTIAL
-    kept = np.array(targets) == PARTIAL
-    both: NDArray[np.bool_] = np.all(~pending[:, None, :] | kept[None, :, :], axis=-1)
-    return both
 
 
 def _pinned(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.estimate import EXPERT_IMBALANCE, MeshCosts, OptimizerModel, local_bytes, local_numel
+from autopar.estimate import (
+    EXPERT_IMBALANCE,
+    EXPOSED_SHARE,
+    MeshCosts,
+    OptimizerModel,
+    local_bytes,
+    local_numel,
+)
 from autopar.graph.program import TensorMeta
 from autopar.graph.work import is_view
 from autopar.mesh import LogicalMesh, Submesh
@@ -39,6 +46,33 @@ def test_reshards() -> None:
     table = costs.reshard_seconds((), [(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
     assert table.shape == (2, 3) and table[0, 0] == table[0, 2] == 0.0
     assert table[0, 1] == costs.reshard((), (0,), (1,)).seconds(1e6)
+
+
+def test_a_collective_of_a_parameter_is_hidden_in_a_compiled_step_alone() -> None:
+    """One stage, one microbatch, GPUs, nothing on the host, no rows exchanged."""
+    graph, mesh = stage_of("mlp").graph, LogicalMesh((2,))
+    costs = {text: MeshCosts(Cluster.parse(text), mesh) for text in ("h100:1x2", "cpu:1x2")}
+    costs["a stage"] = MeshCosts(Cluster.parse("h100:1x4"), mesh)
+    for text, found in costs.items():
+        share = EXPOSED_SHARE if text == "h100:1x2" else 1.0
+        assert found.exposed_share(graph, 1, offload=False) == share
+        assert found.exposed_share(graph, 2, offload=False) == 1.0
+        assert found.exposed_share(graph, 1, offload=True) == 1.0
+
+
+def test_only_what_stays_in_a_node_is_hidden() -> None:
+    """And only the collective: copies that transpose its result take their time."""
+    costs = MeshCosts(Cluster.parse("h100:2x2"), LogicalMesh((2, 2), (True, False)))
+    gathered = (REPLICATE, REPLICATE)
+    for source, hidden in (((0, REPLICATE), False), ((REPLICATE, 0), True)):
+        whole, exposed = (costs.reshard((), source, gathered, share) for share in (1.0, 0.25))
+        factor = 0.25 if hidden else 1.0
+        assert exposed.seconds(1e9) == pytest.approx(factor * whole.seconds(1e9))
+    copied, whole, exposed = (
+        costs.reshard((), (REPLICATE, number), gathered, share).seconds(1e9)
+        for number, share in ((1, 0.25), (1, 1.0), (0, 1.0))
+    )
+    assert copied == pytest.approx(whole - 0.75 * exposed)
 
 
 def test_an_axis_across_nodes_is_slower() -> None:

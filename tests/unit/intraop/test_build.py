@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from autopar.errors import OptionError
-from autopar.estimate import MeshCosts
+from autopar.estimate import EXPOSED_SHARE, MeshCosts
 from autopar.graph.hubs import is_save
 from autopar.graph.program import InputKind, OutputKind, Phase
 from autopar.intraop.build import (
@@ -20,7 +21,7 @@ from autopar.intraop.build import (
 )
 from autopar.layout import coarsen, local_atoms
 from autopar.mesh import LogicalMesh
-from cost_models import Cluster
+from cost_models import Cluster, CollectiveKind, collective_coefficients
 from tests.unit.intraop.stages import costs_of, stage_of
 
 CONTEXT = StageContext(num_microbatches=4, in_flight=3)
@@ -106,6 +107,43 @@ def test_objective_and_bytes_equal_a_recount(
         assert nbytes["gradient"] == pytest.approx(gradients)
         assert nbytes["parameter"] == pytest.approx(standing)
         assert sum(nbytes.values()) == pytest.approx(built.problem.bytes(choice))
+
+
+def test_a_compiled_step_pays_what_is_exposed_of_parameters() -> None:
+    """Gathers of parameters and reductions of gradients, not what the next operator waits for; in
+    full where the mesh is one stage of a pipeline."""
+    stage, alone = stage_of("mlp"), costs_of((2,))
+    pipelined = MeshCosts(Cluster.parse("h100:1x4"), alone.mesh)
+    one, full = (
+        build_problem(stage.graph, stage.table, costs, StageContext()).problem
+        for costs in (alone, pipelined)
+    )
+    names = one.node_names
+    edges = zip(one.edges, one.edge_seconds, full.edge_seconds, strict=True)
+    changed = {(names[u], names[v]): (ours, whole) for (u, v), ours, whole in edges}
+    changed = {edge: pair for edge, pair in changed.items() if not np.array_equal(*pair)}
+    up, down = "input:parameter_up_weight", "input:parameter_down_weight"
+    assert set(changed) == {
+        (up, "operator:t"),
+        ("operator:t", "operator:mm"),
+        (down, "operator:t_1"),
+        ("operator:t_1", "operator:mm_1"),
+        (down, "operator:mm_3"),
+        ("operator:mm_4", "output:parameter_up_weight"),
+        ("operator:mm_2", "output:parameter_down_weight"),
+        (up, "output:parameter_up_weight"),
+        (down, "output:parameter_down_weight"),
+    }
+    nbytes, link = 64 * 256 * 4, alone.mesh.path(0, alone.cluster)
+    scatter = collective_coefficients(CollectiveKind.REDUCE_SCATTER, 2, link).seconds(nbytes)
+    ours, whole = changed[up, "output:parameter_up_weight"]
+    at = np.isclose(whole, scatter)  # pending to sharded by rows
+    assert at.any() and ours[at] == pytest.approx(EXPOSED_SHARE * whole[at])
+    gather = collective_coefficients(CollectiveKind.ALL_GATHER, 2, link).seconds(nbytes)
+    saved = full.node_seconds[names.index(up)] - one.node_seconds[names.index(up)]
+    assert saved.max() == pytest.approx((1 - EXPOSED_SHARE) * gather)
+    same = [n for n in range(len(names)) if names[n] not in (up, down)]
+    assert all(np.array_equal(one.node_seconds[n], full.node_seconds[n]) for n in same)
 
 
 def test_zero_stages_are_choices() -> None:
