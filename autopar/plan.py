@@ -78,7 +78,7 @@ class StagePrediction:
     backward_s: float
     step_s: float  # once per step: gathers, gradient reductions, optimizer
     parameter_bytes: float  # at rest, and gathered copies held through the step
-    gradient_bytes: float
+    gradient_bytes: float  # accumulated over microbatches; one alone has none that stand
     optimizer_bytes: float
     saved_bytes: float  # per microbatch in flight
     in_flight: int

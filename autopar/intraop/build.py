@@ -401,7 +401,9 @@ class _Builder:
         choices = tuple(
             c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c, self.sizes)
         )
-        nbytes = np.array([local_bytes(meta, dims, c, self.sizes) for c in choices])
+        nbytes = np.zeros(len(choices))
+        if self.context.num_microbatches > 1:  # those of one do not stand: its backward makes them
+            nbytes += [local_bytes(meta, dims, c, self.sizes) for c in choices]
         node = Node("output", out.target, choices)
         number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
         self.connect(source, number, dims, columns, choices, meta.nbytes, Part.BACKWARD)

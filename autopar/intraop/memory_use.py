@@ -7,9 +7,10 @@ copy in it, made once. So do the values that leave a phase:
 
     forward    what is saved or sent lives to the end
     backward   saved values die with their last reader; gradients live to the end, where they are
-               added to the accumulated ones (those of a single microbatch are the accumulated ones)
+               added to the accumulated ones (those of a single microbatch are the sums: none stand
+               before)
 
-    transient = max over both phases and moments of  (alive - saved - gradients, where counted)
+    transient = max over both phases and moments of  (alive - saved)
 
 At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`. At
 its beginning parameters come from there: `fetch_bytes`.
@@ -59,7 +60,6 @@ def transient_bytes(
     sizes: tuple[int, ...],
     *,
     outputs: Mapping[str, Layout] | None = None,
-    num_microbatches: int = 1,
     copies: Mapping[str, Copy] = MappingProxyType({}),
 ) -> float:
     """The larger of forward's and backward's transient bytes, at least 0.
@@ -68,7 +68,7 @@ def transient_bytes(
     output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes. copies:
     of values in folded layers.
     """
-    found = _peaks(graph, dims, strategies, inputs, sizes, outputs or {}, num_microbatches, copies)
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs or {}, copies)
     return max(0.0, *(nbytes for nbytes, _ in found.values()))
 
 
@@ -80,12 +80,11 @@ def crowded_moment(
     sizes: tuple[int, ...],
     *,
     outputs: Mapping[str, Layout],
-    num_microbatches: int,
     copies: Mapping[str, Copy],
 ) -> tuple[Phase, int]:
     """When transient bytes are most: the number of an operator of a phase, from 1 on; 0 at its very
     beginning. Arguments as of `transient_bytes`."""
-    found = _peaks(graph, dims, strategies, inputs, sizes, outputs, num_microbatches, copies)
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs, copies)
     phase = max(found, key=lambda phase: found[phase][0])
     return phase, found[phase][1]
 
@@ -97,7 +96,6 @@ def _peaks(
     inputs: Mapping[str, Layout],
     sizes: tuple[int, ...],
     outputs: Mapping[str, Layout],
-    num_microbatches: int,
     copies: Mapping[str, Copy],
 ) -> dict[Phase, tuple[float, int]]:
     """Most transient bytes of each phase, and when."""
@@ -110,20 +108,11 @@ def _peaks(
         for op in graph.operators
         if is_save(op)
     )
-    counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
-    if num_microbatches == 1:  # the gradients that backward makes are those that stand
-        stand = 0.0
-        for out in graph.outputs_of(OutputKind.GRADIENT):
-            layout = outputs.get(out.target)
-            if layout is not None:
-                nbytes = local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
-                stand += weight(copies, out.target) * nbytes
-        counted[Phase.BACKWARD] += stand
     found = {}
     for phase in Phase:
         lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
         alive, when = lives.peak(outputs)
-        found[phase] = alive - counted[phase], when
+        found[phase] = alive - saved, when
     return found
 
 
@@ -150,10 +139,28 @@ def alive_at_peak(
     return tuple(sorted(lives.at_peak(outputs), key=lambda a: (-a.nbytes, a.value)))
 
 
+def gradient_bytes(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    outputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    *,
+    copies: Mapping[str, Copy] = MappingProxyType({}),
+) -> float:
+    """Of all gradients as one microbatch leaves them. Arguments as of `transient_bytes`."""
+    metas = graph.metas()
+    return fsum(
+        weight(copies, out.target)
+        * local_bytes(metas[out.ref], dims[out.ref], outputs[out.target], sizes)
+        for out in graph.outputs_of(OutputKind.GRADIENT)
+        if out.target in outputs
+    )
+
+
 def reduce_bytes(
     gradients: Iterable[tuple[TensorMeta, Dims, Layout, Layout]], sizes: tuple[int, ...]
 ) -> float:
-    """What reducing the accumulated gradients needs beyond them, one after the other.
+    """What reducing gradients needs beyond them, one after the other.
 
     gradients: meta, dims, layout in which it accumulates, layout at rest.
     """

@@ -31,7 +31,13 @@ from autopar.intraop.crowded import with_moment
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
-from autopar.intraop.memory_use import crowded_moment, fetch_bytes, reduce_bytes, transient_bytes
+from autopar.intraop.memory_use import (
+    crowded_moment,
+    fetch_bytes,
+    gradient_bytes,
+    reduce_bytes,
+    transient_bytes,
+)
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import Solver, solve
@@ -163,7 +169,6 @@ class StageProgram:
         """From now on the row is what the fastest solution holds when it holds most, if that is
         more than what stands and is saved."""
         stage, sizes = free.stage, self._costs.mesh.axis_sizes
-        count = self._context.num_microbatches
         moment = crowded_moment(
             self._graph,
             self._built.dims,
@@ -171,10 +176,9 @@ class StageProgram:
             stage.inputs,
             sizes,
             outputs=stage.outputs,
-            num_microbatches=count,
             copies=self._built.copies,
         )
-        crowded = with_moment(self._graph, self._built, moment, sizes, count)
+        crowded = with_moment(self._graph, self._built, moment, sizes)
         row = crowded.bytes(free.choice)
         if row <= self._problem.bytes(free.choice):
             return
@@ -327,10 +331,12 @@ def _predict(
         chosen.inputs,
         sizes,
         outputs=chosen.outputs,
-        num_microbatches=context.num_microbatches,
         copies=built.copies,
     )
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
+    if context.num_microbatches == 1:
+        outputs, copies = chosen.outputs, built.copies
+        at_end += gradient_bytes(graph, built.dims, outputs, sizes, copies=copies)
     held = [
         (inp.rest_meta, inp.meta, built.dims[inp.ref], chosen.parameters[inp.name])
         for inp in held_parameters(graph).values()

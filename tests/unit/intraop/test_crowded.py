@@ -37,15 +37,11 @@ def test_no_assignment_holds_less(
         choice = tuple(int(rng.integers(len(node.choices))) for node in built.nodes)
         chosen = built.read(choice)
         layouts = stage.graph, built.dims, chosen.strategies, chosen.inputs, mesh
-        transient = transient_bytes(
-            *layouts, outputs=chosen.outputs, num_microbatches=microbatches, copies=built.copies
-        )
+        transient = transient_bytes(*layouts, outputs=chosen.outputs, copies=built.copies)
         peak = built.problem.bytes(choice) + transient
-        crowded = crowded_moment(
-            *layouts, outputs=chosen.outputs, num_microbatches=microbatches, copies=built.copies
-        )
+        crowded = crowded_moment(*layouts, outputs=chosen.outputs, copies=built.copies)
         for moment in (crowded, *(moments[i] for i in rng.integers(len(moments), size=6))):
-            row = with_moment(stage.graph, built, moment, mesh, microbatches)
+            row = with_moment(stage.graph, built, moment, mesh)
             assert row.bytes(choice) <= peak * (1 + 1e-9)
-        row = with_moment(stage.graph, built, crowded, mesh, microbatches)
+        row = with_moment(stage.graph, built, crowded, mesh)
         assert row.bytes(choice) > 0.7 * peak
