@@ -36,6 +36,7 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
+from autopar.intraop.execution import execution_of
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
@@ -221,6 +222,7 @@ def _point(
             chosen.inputs,
             sizes,
             outputs=chosen.outputs,
+            execution=execution_of(graph, context),
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],

@@ -19,10 +19,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from autopar.graph.hubs import is_hub, is_save
+from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, OutputKind, Phase, Ref
-from autopar.graph.work import is_view
 from autopar.intraop.build import StageProblem, weight
+from autopar.intraop.execution import Execution, overwritten
 from autopar.intraop.problem import IntraOpProblem
 from autopar.layout import local_share
 from autopar.sharding.strategy import Strategy
@@ -33,9 +33,10 @@ def with_moment(
     built: StageProblem,
     moment: tuple[Phase, int],
     sizes: tuple[int, ...],
+    execution: Execution = Execution.OPERATORS,
 ) -> IntraOpProblem:
     """The program whose row is what stands, what is saved and T_t. moment: t, by the operators of a
-    phase, the first of which is at 1. sizes: of the mesh axes."""
+    phase, the first of which is at 1. sizes: of the mesh axes. execution: of the stage."""
     phase, time = moment
     metas = graph.metas()
     more = [np.zeros_like(m_v) for m_v in built.problem.node_bytes]
@@ -55,7 +56,7 @@ def with_moment(
     for op in graph.operators:
         if is_save(op):
             hold(-weight(built.copies, op.name), Ref(op.name))
-    for ref, times in _alive(graph, built, phase, time):
+    for ref, times in _alive(graph, built, phase, time, execution):
         hold(times, ref)
     pairs = zip(built.problem.node_bytes, more, strict=True)
     node_bytes = tuple(np.maximum(0.0, m_v + more_v) for m_v, more_v in pairs)
@@ -63,7 +64,7 @@ def with_moment(
 
 
 def _alive(
-    graph: Graph, built: StageProblem, phase: Phase, time: int
+    graph: Graph, built: StageProblem, phase: Phase, time: int, execution: Execution
 ) -> Iterator[tuple[Ref, float]]:
     """A value of each memory of the phase that is alive then, and how often it is there: more than
     once in folded layers, of which not all are written."""
@@ -85,11 +86,11 @@ def _alive(
             turns.setdefault(copy.fold, now)
         for ref in op.operands:
             last[ref] = now
-        aliases = bool(op.operands) and (is_view(op) or is_hub(op))
+        place = 0 if op.operands and holds_nothing(op) else overwritten(op, execution)
         for ref in op.refs:
             born[ref] = now
-            if aliases:
-                roots[ref] = roots.get(op.operands[0], op.operands[0])
+            if place is not None:
+                roots[ref] = roots.get(op.operands[place], op.operands[place])
         if is_save(op):
             kept[Ref(op.name)] = op.name
     for out in graph.outputs:

@@ -28,6 +28,7 @@ from autopar.intraop.build import (
     build_problem,
 )
 from autopar.intraop.crowded import with_moment
+from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
@@ -127,6 +128,7 @@ class StageProgram:
     ) -> None:
         self._graph, self._built, self._costs, self._context = graph, built, costs, context
         self._problem = built.problem
+        self._execution = execution_of(graph, context)
         self._earlier = Earlier()
         self._free: _Found | None = None
         self._options = SolverOptions()
@@ -177,8 +179,9 @@ class StageProgram:
             sizes,
             outputs=stage.outputs,
             copies=self._built.copies,
+            execution=self._execution,
         )
-        crowded = with_moment(self._graph, self._built, moment, sizes)
+        crowded = with_moment(self._graph, self._built, moment, sizes, self._execution)
         row = crowded.bytes(free.choice)
         if row <= self._problem.bytes(free.choice):
             return
@@ -332,6 +335,7 @@ def _predict(
         sizes,
         outputs=chosen.outputs,
         copies=built.copies,
+        execution=execution_of(graph, context),
     )
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
     if context.num_microbatches == 1:
