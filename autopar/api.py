@@ -173,6 +173,8 @@ def parallelize(
                 elif target is None and world is not None:
                     target = detect_cluster(world.size, world.local_size)
                 assert target is not None
+                if options.compiled is None:
+                    options = replace(options, compiled=compiled)
                 given, _ = plan_model(
                     model,
                     example_batch,

@@ -128,7 +128,7 @@ class MeshCosts:
     ) -> FloatArray:
         """Seconds of each strategy: local work, filling its padding, a composite's own
         collectives. Read only: calls of one signature share it."""
-        if is_view(op) or is_hub(op):
+        if is_view(op) or is_hub(op) or op.inlined:
             return np.zeros(len(choices))
         known = self._seconds.get((call, id(choices)))
         if known is None:  # the choices are kept, so that no others get their id

@@ -40,11 +40,12 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
+from autopar.intraop.execution import execution_of
 from autopar.intraop.memory_use import Alive, alive_at_peak
 from autopar.intraop.problem import FloatArray
 from autopar.intraop.shares import gradient_copy_seconds, optimizer_seconds, parameters_at_rest
 from autopar.layout import layout_text
-from autopar.lowering.lower import PreparedStage, prepare_stages
+from autopar.lowering.lower import PreparedStage, stages_of_plan
 from autopar.lowering.stages import parameter_owners, parameter_sources
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.plan import ParallelPlan, StagePlan
@@ -156,7 +157,7 @@ def explained_stages(graph: Graph, plan: ParallelPlan) -> tuple[ExplainedStage, 
     the default optimizer. PlanError where the plan names what does not exist. O(operators x
     strategies^2) of each stage."""
     cluster = Cluster.from_dict(plan.cluster)
-    prepared = prepare_stages(graph, plan.remat, [s.first_layer for s in plan.stages])
+    prepared = stages_of_plan(graph, plan)
     owners = parameter_owners([p.graph for p in prepared])
     meshes: dict[LogicalMesh, MeshCosts] = {}
     found = []
@@ -167,6 +168,7 @@ def explained_stages(graph: Graph, plan: ParallelPlan) -> tuple[ExplainedStage, 
             chosen.prediction.in_flight,
             frozenset(owner for owner, holder in owners.items() if holder == index),
             offload=any(p.host for p in chosen.parameters.values()),
+            compiled=plan.compiled,
         )
         costs = meshes.setdefault(mesh, MeshCosts(cluster, mesh))
         built = build_problem(stage.graph, stage.table, costs, context)
@@ -357,6 +359,7 @@ def at_peak(stage: ExplainedStage, phase: Phase) -> tuple[Alive, ...]:
         stage.costs.mesh.axis_sizes,
         phase=phase,
         outputs=chosen.outputs,
+        execution=execution_of(stage.prepared.graph, stage.context),
     )
 
 

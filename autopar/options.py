@@ -12,6 +12,7 @@ from autopar.estimate import OptimizerModel
 from autopar.intraop.solver import Solver
 from autopar.plan import Remat
 from autopar.schedule import ScheduleKind
+from cost_models import Cluster
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -34,6 +35,11 @@ def parse_bytes(value: str | float | None) -> float | None:
     return size
 
 
+def runs_compiled(cluster: Cluster) -> bool:
+    """Whether programs there run as compiled code unless told otherwise: on GPUs."""
+    return all(group.device.name != "cpu" for group in cluster.groups)
+
+
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
     """None means that the search decides.
@@ -51,6 +57,8 @@ class SearchOptions:
     candidates:       how many stage cuts are solved exactly and simulated.
     offload:          whether parameters may rest on the devices' hosts; None: where nothing fits
                       without, and the devices' constants say what it costs.
+    compiled:         whether the plan is for programs that run as compiled code, which holds less;
+                      None: on GPUs, as they do by default.
     cache:            whether a plan that was found before may be taken, and this one kept.
     """
 
@@ -69,6 +77,7 @@ class SearchOptions:
     num_layers: int | None = None
     max_axes: int = 2
     offload: bool | None = None
+    compiled: bool | None = None
     cache: bool = True
     optimizer: OptimizerModel = field(default_factory=OptimizerModel)
 

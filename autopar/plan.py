@@ -22,7 +22,7 @@ from typing import Any
 from autopar.errors import PlanError
 from autopar.schedule import ScheduleKind
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 # Fields that plans of earlier versions lack, with the value that they imply: the last version
 # without them -> path (a * stands for each entry of a list or an object) -> value.
 _ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
@@ -35,6 +35,7 @@ _ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
         "stages.*.prediction.host_bytes": 0.0,
         "stages.*.parameters.*.host": False,
     },
+    3: {"compiled": False},
 }
 
 # By the origin that `sharding.rule.Origin` names; this module knows no torch.
@@ -78,7 +79,7 @@ class StagePrediction:
     backward_s: float
     step_s: float  # once per step: gathers, gradient reductions, optimizer
     parameter_bytes: float  # at rest, and gathered copies held through the step
-    gradient_bytes: float
+    gradient_bytes: float  # accumulated over microbatches; one alone has none that stand
     optimizer_bytes: float
     saved_bytes: float  # per microbatch in flight
     in_flight: int
@@ -140,7 +141,8 @@ class ParallelPlan:
 
     graph: fingerprint of the captured graph. cluster: complete description (Cluster.to_dict).
     remat: of each layer. bubble: share of device time idle in the schedule, predicted. precision:
-    text of the Precision that the graph was captured in. fallbacks: operators that no rule covers,
+    text of the Precision that the graph was captured in. compiled: whether it is for programs that
+    run as compiled code; any plan runs either way. fallbacks: operators that no rule covers,
     replicated. rules: origin and text of each rule that is not a row of autopar's, by overload:
     strategies are in its letters.
     """
@@ -157,6 +159,7 @@ class ParallelPlan:
     bubble: float
     budget_bytes: float
     precision: str = "model"
+    compiled: bool = False
     search: SearchRecord = field(default_factory=SearchRecord)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.stage import StageSolution
 from autopar.mesh import LogicalMesh
-from autopar.options import SearchOptions
+from autopar.options import SearchOptions, runs_compiled
 from autopar.plan import ParallelPlan, Remat, SearchRecord
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
@@ -100,6 +100,8 @@ def find_plan(
             f"offload=True: {cluster} has no device with host_bandwidth_bytes_per_s and "
             "host_optimizer_bytes_per_s: give them in a cluster TOML file"
         )
+    if options.compiled is None:
+        options = replace(options, compiled=runs_compiled(cluster))
     clock = Clock(options.time_limit_s, progress)
     with clock.passes("capture", f"{workload.counts[0]} microbatch(es)"):
         workload, options = with_pins(workload, options)
@@ -136,8 +138,12 @@ class _Search:
         if count not in self.programs:
             with self.clock.passes("capture", f"{count} microbatch(es)"):
                 folded = self.workload.at(count)
-            self.programs[count] = Program(folded, count, self.space.options.placements)
+            self.programs[count] = self._program(folded, count)
         return self.programs[count]
+
+    def _program(self, folded: Folded, count: int) -> Program:
+        options = self.space.options
+        return Program(folded, count, options.placements, compiled=bool(options.compiled))
 
     def mesh_costs(self, mesh: LogicalMesh) -> MeshCosts:
         if mesh not in self.costs:
@@ -336,7 +342,7 @@ class _Search:
         if folded is priced or folded.graph.fingerprint() == priced.graph.fingerprint():
             return best
         _LOG.info("the graph of %s microbatches is not as derived", cut.num_microbatches)
-        program = Program(folded, cut.num_microbatches, self.space.options.placements)
+        program = self._program(folded, cut.num_microbatches)
         self.programs[cut.num_microbatches] = program
         try:
             return self._solver(prices, alike=best.alike).told(program, cut, best.policies)
@@ -360,6 +366,7 @@ class _Search:
                 list(zip(candidate.stages, prepared, strict=True)),
                 window.written_layer,
                 devices,
+                compiled=bool(self.space.options.compiled),
             )
         ranked = sorted((s.candidate for s in self.solved), key=lambda c: c.step_s)
         record = SearchRecord(
@@ -382,6 +389,7 @@ class _Search:
             bubble=candidate.bubble,
             budget_bytes=min(self.space.budgets),
             search=record,
+            compiled=bool(self.space.options.compiled),
             fallbacks=found.fallbacks,
             rules=found.rules,
         )

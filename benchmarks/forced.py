@@ -20,9 +20,9 @@ from autopar.intraop.build import Choice, Node, StageContext, StageProblem, buil
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution
 from autopar.lowering.lower import PreparedStage, prepare_stage
-from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
+from autopar.options import runs_compiled
 from autopar.plan import Remat
 from autopar.search.program import Program
 from autopar.search.unfold import renamed, same_structure
@@ -64,6 +64,7 @@ class Forced:
     ) -> None:
         self.workload, self.cluster, self.budget_bytes = workload, cluster, budget_bytes
         self.folded, self.solver = folded, solver
+        self.compiled = runs_compiled(cluster)
         self.num_solves = 0
         self.remembered: dict[Any, Any] = {}  # by whoever asks
         self._programs: dict[int, Program] = {}
@@ -74,7 +75,9 @@ class Forced:
     def program(self, num_microbatches: int) -> Program:
         if num_microbatches not in self._programs:
             folded = self.workload.at(num_microbatches)
-            self._programs[num_microbatches] = Program(folded, num_microbatches)
+            self._programs[num_microbatches] = Program(
+                folded, num_microbatches, compiled=self.compiled
+            )
         return self._programs[num_microbatches]
 
     def cut(
@@ -93,10 +96,10 @@ class Forced:
         window = None
         if self.folded:
             window = write_window(program.folded, program.kind_of_written, first_layers, policies)
-            recomputed = apply_recompute(window.graph, window.policies)
+            recomputed = program.recomputed(window.graph, window.policies)
             first_layers = window.first_layers
         else:
-            recomputed = apply_recompute(whole_graph(program.folded), policies)
+            recomputed = program.recomputed(whole_graph(program.folded), policies)
         dims = RuleTable(recomputed).dims
         graphs = cut_stages(recomputed, first_layers)
         owners = parameter_owners(graphs)
@@ -165,7 +168,9 @@ class Forced:
     ) -> StageSolution | None:
         stage = told.prepared[index]
         folds = () if told.window is None else told.window.folds(index)
-        context = StageContext(num_microbatches, flight, told.owned[index], folds=folds)
+        context = StageContext(
+            num_microbatches, flight, told.owned[index], folds=folds, compiled=self.compiled
+        )
         costs = self._costs.setdefault(view, MeshCosts(self.cluster, view))
         built = build_problem(stage.graph, stage.table, costs, context)
         if folds:

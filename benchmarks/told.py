@@ -79,7 +79,15 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
     devices = place_stages([submesh] * grid.pipeline, forced.cluster)
     solved = list(zip(solutions, told.prepared, strict=True))
     written_layer = told.window.written_layer
-    found = write_stages(graph, policies, first_layers, solved, written_layer, devices)
+    found = write_stages(
+        graph,
+        policies,
+        first_layers,
+        solved,
+        written_layer,
+        devices,
+        compiled=forced.compiled,
+    )
     return ParallelPlan(
         graph=graph.fingerprint(),
         cluster_text=str(forced.cluster),
@@ -92,6 +100,7 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
         step_s=timeline.step_s,
         bubble=0.0,
         budget_bytes=forced.budget_bytes,
+        compiled=forced.compiled,
         fallbacks=found.fallbacks,
         rules=found.rules,
     )

@@ -25,6 +25,7 @@ from autopar.graph.program import (
     TensorMeta,
     check_graph,
 )
+from autopar.graph.work import is_view
 
 HUB = torch.ops.autopar.hub.default
 SAVE_SUFFIX = "__save"
@@ -42,6 +43,11 @@ def is_hub(op: Operator) -> bool:
 def is_save(op: Operator) -> bool:
     """A hub that keeps a forward value for backward."""
     return is_hub(op) and op.name.endswith(SAVE_SUFFIX)
+
+
+def holds_nothing(op: Operator) -> bool:
+    """Whether its value is in the memory of its first operand, or, inlined, in none of its own."""
+    return is_view(op) or is_hub(op) or op.inlined
 
 
 @dataclass(slots=True)

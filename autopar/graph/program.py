@@ -130,6 +130,7 @@ class Operator:
     forward: for a backward operator, the name of its forward partner, else "".
     layer:   index of its layer, -1 before `graph.layers` has run.
     recompute: a copy made by the save/recompute pass; it runs in the backward phase.
+    inlined: such a copy that compiled code makes in its readers (`graph.inline`), for nothing.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Operator:
     forward: str = ""
     layer: int = -1
     recompute: bool = False
+    inlined: bool = False
     operands: tuple[Ref, ...] = field(init=False, repr=False, compare=False)
     refs: tuple[Ref, ...] = field(init=False, repr=False, compare=False)
 

@@ -39,7 +39,7 @@ from autopar.graph.program import (
     Ref,
     TensorMeta,
 )
-from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.problem import FloatArray, IntraOpProblem
 from autopar.layout import (
     REPLICATE,
     Dims,
@@ -51,8 +51,6 @@ from autopar.layout import (
 )
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.strategy import Strategy, layouts, strategies
-
-FloatArray = NDArray[np.float64]
 
 
 class Part(StrEnum):
@@ -185,9 +183,9 @@ class Chosen(NamedTuple):
 class StageContext:
     """What the costs of a stage depend on beside the graph and the mesh.
 
-    owned: canonical names of the parameters that this stage keeps between steps (None: all).
-    pins: canonical parameter name -> layout at rest as text. folds: layers that are written twice
-    and count more often (`intraop.fold`). offload: parameters may rest on the host.
+    owned: canonical names of the parameters that this stage keeps between steps (None: all). pins:
+    canonical parameter name -> layout at rest as text. folds: layers written twice that count more
+    often (`intraop.fold`). offload: parameters may rest on the host. compiled: programs will be.
     """
 
     num_microbatches: int = 1
@@ -196,6 +194,7 @@ class StageContext:
     pins: Mapping[str, str] | None = None
     folds: tuple[Fold, ...] = ()
     offload: bool = False
+    compiled: bool = False
 
 
 class _Builder:
@@ -404,7 +403,8 @@ class _Builder:
         choices = tuple(
             c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c, self.sizes)
         )
-        nbytes = np.array([local_bytes(meta, dims, c, self.sizes) for c in choices])
+        stand = self.context.num_microbatches > 1  # those of one are its backward's
+        nbytes = np.array([stand * local_bytes(meta, dims, c, self.sizes) for c in choices])
         node = Node("output", out.target, choices)
         number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
         self.connect(

@@ -36,9 +36,10 @@ from autopar.intraop.build import (
     StageProblem,
     build_problem,
 )
+from autopar.intraop.execution import execution_of
 from autopar.intraop.free import Effort, minimise
 from autopar.intraop.ilp import infeasible
-from autopar.intraop.memory_use import transient_bytes
+from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
@@ -207,18 +208,21 @@ def _point(
 ) -> Point:
     nbytes = built.kind_bytes(choice)
     chosen = built.read(choice)
+    sizes, saved = costs.mesh.axis_sizes, nbytes["saved"] / context.in_flight
+    if context.num_microbatches == 1:  # its gradients come as its saved values go
+        saved = max(saved, gradient_bytes(graph, built.dims, chosen.outputs, sizes))
     return Point(
         seconds=built.problem.seconds(choice) - _receive_seconds(built, choice),
         standing_bytes=nbytes["parameter"] + nbytes["gradient"],
-        saved_bytes=nbytes["saved"] / context.in_flight,
+        saved_bytes=saved,
         transient_bytes=transient_bytes(
             graph,
             built.dims,
             chosen.strategies,
             chosen.inputs,
-            costs.mesh.axis_sizes,
+            sizes,
             outputs=chosen.outputs,
-            num_microbatches=context.num_microbatches,
+            execution=execution_of(graph, context),
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],

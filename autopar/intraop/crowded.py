@@ -19,12 +19,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from autopar.graph.hubs import is_hub, is_save
+from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, OutputKind, Phase, Ref
-from autopar.graph.work import is_view
-from autopar.intraop.build import Choice, ParameterChoice, StageProblem, weight
+from autopar.intraop.build import StageProblem, weight
+from autopar.intraop.execution import Execution, overwritten
 from autopar.intraop.problem import IntraOpProblem
-from autopar.layout import Layout, local_share
+from autopar.layout import local_share
 from autopar.sharding.strategy import Strategy
 
 
@@ -33,49 +33,38 @@ def with_moment(
     built: StageProblem,
     moment: tuple[Phase, int],
     sizes: tuple[int, ...],
-    num_microbatches: int,
+    execution: Execution = Execution.OPERATORS,
 ) -> IntraOpProblem:
     """The program whose row is what stands, what is saved and T_t. moment: t, by the operators of a
-    phase, the first of which is at 1. sizes: of the mesh axes."""
+    phase, the first of which is at 1. sizes: of the mesh axes. execution: of the stage."""
     phase, time = moment
     metas = graph.metas()
     more = [np.zeros_like(m_v) for m_v in built.problem.node_bytes]
-    number = {(n.kind == "output", n.name): i for i, n in enumerate(built.nodes)}
-    number |= {(n.kind == "output", n.name): i for n, i in built.twins}
+    number = {n.name: i for i, n in enumerate(built.nodes) if n.kind == "operator"}
+    number |= {n.name: i for n, i in built.twins if n.kind == "operator"}
 
-    def hold(times: float, ref: Ref, target: str | None = None) -> None:
-        """So often the bytes of a value: as it is made, or as the output for `target` leaves."""
-        node = number[target is not None, ref.name if target is None else target]
+    def hold(times: float, ref: Ref) -> None:
+        """So often the bytes of a value as it is made."""
+        node = number[ref.name]
         nbytes = [
-            local_share(built.dims[ref], _layout(choice, ref), sizes)
+            local_share(built.dims[ref], choice.results[ref.index], sizes)
             for choice in built.nodes[node].choices
+            if isinstance(choice, Strategy)
         ]
         more[node] += times * metas[ref].nbytes * np.array(nbytes)
 
     for op in graph.operators:
         if is_save(op):
             hold(-weight(built.copies, op.name), Ref(op.name))
-    stand = num_microbatches == 1 and phase is Phase.BACKWARD
-    for out in graph.outputs_of(OutputKind.GRADIENT) if stand else ():
-        if (True, out.target) in number:
-            hold(-weight(built.copies, out.target), out.ref, out.target)
-    for ref, times in _alive(graph, built, phase, time):
+    for ref, times in _alive(graph, built, phase, time, execution):
         hold(times, ref)
     pairs = zip(built.problem.node_bytes, more, strict=True)
     node_bytes = tuple(np.maximum(0.0, m_v + more_v) for m_v, more_v in pairs)
     return replace(built.problem, node_bytes=node_bytes)
 
 
-def _layout(choice: Choice, ref: Ref) -> Layout:
-    """Of a value that an operator makes with this strategy, or of an output."""
-    if isinstance(choice, Strategy):
-        return choice.results[ref.index]
-    assert not isinstance(choice, ParameterChoice)  # its value is no operator's
-    return choice
-
-
 def _alive(
-    graph: Graph, built: StageProblem, phase: Phase, time: int
+    graph: Graph, built: StageProblem, phase: Phase, time: int, execution: Execution
 ) -> Iterator[tuple[Ref, float]]:
     """A value of each memory of the phase that is alive then, and how often it is there: more than
     once in folded layers, of which not all are written."""
@@ -97,11 +86,11 @@ def _alive(
             turns.setdefault(copy.fold, now)
         for ref in op.operands:
             last[ref] = now
-        aliases = bool(op.operands) and (is_view(op) or is_hub(op))
+        place = 0 if op.operands and holds_nothing(op) else overwritten(op, execution)
         for ref in op.refs:
             born[ref] = now
-            if aliases:
-                roots[ref] = roots.get(op.operands[0], op.operands[0])
+            if place is not None:
+                roots[ref] = roots.get(op.operands[place], op.operands[place])
         if is_save(op):
             kept[Ref(op.name)] = op.name
     for out in graph.outputs:

@@ -7,9 +7,10 @@ copy in it, made once. So do the values that leave a phase:
 
     forward    what is saved or sent lives to the end
     backward   saved values die with their last reader; gradients live to the end, where they are
-               added to the accumulated ones (those of a single microbatch are the accumulated ones)
+               added to the accumulated ones (those of a single microbatch are the sums: none stand
+               before)
 
-    transient = max over both phases and moments of  (alive - saved - gradients, where counted)
+    transient = max over both phases and moments of  (alive - saved)
 
 At the end of the step one gradient after the other goes to its layout at rest: `reduce_bytes`. At
 its beginning parameters come from there: `fetch_bytes`.
@@ -28,18 +29,18 @@ values).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import fsum
 from types import MappingProxyType
 from typing import NamedTuple
 
 from autopar.estimate import local_bytes
-from autopar.graph.hubs import is_hub, is_save
+from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
-from autopar.graph.work import is_view
 from autopar.intraop.build import Copy, ParameterChoice, weight
+from autopar.intraop.execution import Execution, is_aligned, overwritten
 from autopar.intraop.workspace import workspace_bytes
-from autopar.layout import Dims, Layout, leaves_padding, local_share
+from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
 
@@ -59,16 +60,16 @@ def transient_bytes(
     sizes: tuple[int, ...],
     *,
     outputs: Mapping[str, Layout] | None = None,
-    num_microbatches: int = 1,
     copies: Mapping[str, Copy] = MappingProxyType({}),
+    execution: Execution = Execution.OPERATORS,
 ) -> float:
     """The larger of forward's and backward's transient bytes, at least 0.
 
     inputs, outputs: layouts in which graph inputs stand and outputs leave, by name and target; an
     output that is missing leaves as it is made. dims: of values. sizes: of the mesh axes. copies:
-    of values in folded layers.
+    of values in folded layers. execution: of the stage.
     """
-    found = _peaks(graph, dims, strategies, inputs, sizes, outputs or {}, num_microbatches, copies)
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs or {}, copies, execution)
     return max(0.0, *(nbytes for nbytes, _ in found.values()))
 
 
@@ -80,12 +81,12 @@ def crowded_moment(
     sizes: tuple[int, ...],
     *,
     outputs: Mapping[str, Layout],
-    num_microbatches: int,
     copies: Mapping[str, Copy],
+    execution: Execution = Execution.OPERATORS,
 ) -> tuple[Phase, int]:
     """When transient bytes are most: the number of an operator of a phase, from 1 on; 0 at its very
     beginning. Arguments as of `transient_bytes`."""
-    found = _peaks(graph, dims, strategies, inputs, sizes, outputs, num_microbatches, copies)
+    found = _peaks(graph, dims, strategies, inputs, sizes, outputs, copies, execution)
     phase = max(found, key=lambda phase: found[phase][0])
     return phase, found[phase][1]
 
@@ -97,8 +98,8 @@ def _peaks(
     inputs: Mapping[str, Layout],
     sizes: tuple[int, ...],
     outputs: Mapping[str, Layout],
-    num_microbatches: int,
     copies: Mapping[str, Copy],
+    execution: Execution,
 ) -> dict[Phase, tuple[float, int]]:
     """Most transient bytes of each phase, and when."""
     metas = graph.metas()
@@ -110,20 +111,11 @@ def _peaks(
         for op in graph.operators
         if is_save(op)
     )
-    counted = {Phase.FORWARD: saved, Phase.BACKWARD: saved}
-    if num_microbatches == 1:  # the gradients that backward makes are those that stand
-        stand = 0.0
-        for out in graph.outputs_of(OutputKind.GRADIENT):
-            layout = outputs.get(out.target)
-            if layout is not None:
-                nbytes = local_bytes(metas[out.ref], dims[out.ref], layout, sizes)
-                stand += weight(copies, out.target) * nbytes
-        counted[Phase.BACKWARD] += stand
     found = {}
     for phase in Phase:
-        lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies)
+        lives = _Lives(graph, metas, dims, strategies, inputs, sizes, phase, copies, execution)
         alive, when = lives.peak(outputs)
-        found[phase] = alive - counted[phase], when
+        found[phase] = alive - saved, when
     return found
 
 
@@ -143,17 +135,36 @@ def alive_at_peak(
     *,
     phase: Phase,
     outputs: Mapping[str, Layout],
+    execution: Execution = Execution.OPERATORS,
 ) -> tuple[Alive, ...]:
     """What one phase holds when it holds most, the largest first: values that are saved or leave
     included, parameters not. Arguments as of `transient_bytes`, without folds."""
-    lives = _Lives(graph, graph.metas(), dims, strategies, inputs, sizes, phase, {})
+    lives = _Lives(graph, graph.metas(), dims, strategies, inputs, sizes, phase, {}, execution)
     return tuple(sorted(lives.at_peak(outputs), key=lambda a: (-a.nbytes, a.value)))
+
+
+def gradient_bytes(
+    graph: Graph,
+    dims: Mapping[Ref, Dims],
+    outputs: Mapping[str, Layout],
+    sizes: tuple[int, ...],
+    *,
+    copies: Mapping[str, Copy] = MappingProxyType({}),
+) -> float:
+    """Of all gradients as one microbatch leaves them. Arguments as of `transient_bytes`."""
+    metas = graph.metas()
+    return fsum(
+        weight(copies, out.target)
+        * local_bytes(metas[out.ref], dims[out.ref], outputs[out.target], sizes)
+        for out in graph.outputs_of(OutputKind.GRADIENT)
+        if out.target in outputs
+    )
 
 
 def reduce_bytes(
     gradients: Iterable[tuple[TensorMeta, Dims, Layout, Layout]], sizes: tuple[int, ...]
 ) -> float:
-    """What reducing the accumulated gradients needs beyond them, one after the other.
+    """What reducing gradients needs beyond them, one after the other.
 
     gradients: meta, dims, layout in which it accumulates, layout at rest.
     """
@@ -229,7 +240,9 @@ class _Lives:
         sizes: tuple[int, ...],
         phase: Phase,
         copies: Mapping[str, Copy],
+        execution: Execution,
     ) -> None:
+        self._execution = execution
         self._graph, self._strategies, self._sizes, self._phase = graph, strategies, sizes, phase
         self._copies = copies
         self._metas, self._dims = metas, dims
@@ -351,15 +364,18 @@ class _Lives:
             self._read(ref, layout)
             for ref, layout in zip(op.operands, strategy.operands, strict=True)
         ]
-        aliases = bool(read) and (is_view(op) or is_hub(op))
+        memory = self._memory_of(op, read)
         for ref in op.refs:
             layout = strategy.results[ref.index]
-            if aliases:
-                self._held[ref] = (read[0], layout)
+            if memory is not None:
+                self._held[ref] = (memory, layout)
             else:
                 self._define(ref, layout)
                 self._live(self._held[ref][0])
-        if strategy.axes("vp") or strategy.axes("bn"):  # decomposed: one more value of its size
+        decomposed = self._execution is Execution.OPERATORS
+        if decomposed and (
+            strategy.axes("vp") or strategy.axes("bn")
+        ):  # one more value of its size
             sizes = [self._bytes(ref, strategy.results[ref.index]) for ref in op.refs]
             self._at_once(max(sizes, default=0.0))
         self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
@@ -368,6 +384,17 @@ class _Lives:
             self._at_once(fsum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
         if is_save(op):
             self._kept[read[0]] = op.name
+
+    def _memory_of(self, op: Operator, read: Sequence[_Copy]) -> _Copy | None:
+        """What it reads and makes no memory beside."""
+        if read and holds_nothing(op):
+            return read[0]
+        place = overwritten(op, self._execution)
+        if place is None:
+            return None
+        ref, layout = op.operands[place], self._strategies[op.name].operands[place]
+        shape = local_shape(self._dims[ref], layout, self._sizes)
+        return read[place] if is_aligned(shape[-1], self._metas[ref].dtype) else None
 
     def _bytes(self, ref: Ref, layout: Layout) -> float:
         return local_bytes(self._metas[ref], self._dims[ref], layout, self._sizes)

@@ -28,10 +28,17 @@ from autopar.intraop.build import (
     build_problem,
 )
 from autopar.intraop.crowded import with_moment
+from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
-from autopar.intraop.memory_use import crowded_moment, fetch_bytes, reduce_bytes, transient_bytes
+from autopar.intraop.memory_use import (
+    crowded_moment,
+    fetch_bytes,
+    gradient_bytes,
+    reduce_bytes,
+    transient_bytes,
+)
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import Solver, solve
@@ -121,6 +128,7 @@ class StageProgram:
     ) -> None:
         self._graph, self._built, self._costs, self._context = graph, built, costs, context
         self._problem = built.problem
+        self._execution = execution_of(graph, context)
         self._earlier = Earlier()
         self._free: _Found | None = None
         self._options = SolverOptions()
@@ -163,7 +171,6 @@ class StageProgram:
         """From now on the row is what the fastest solution holds when it holds most, if that is
         more than what stands and is saved."""
         stage, sizes = free.stage, self._costs.mesh.axis_sizes
-        count = self._context.num_microbatches
         moment = crowded_moment(
             self._graph,
             self._built.dims,
@@ -171,10 +178,10 @@ class StageProgram:
             stage.inputs,
             sizes,
             outputs=stage.outputs,
-            num_microbatches=count,
             copies=self._built.copies,
+            execution=self._execution,
         )
-        crowded = with_moment(self._graph, self._built, moment, sizes, count)
+        crowded = with_moment(self._graph, self._built, moment, sizes, self._execution)
         row = crowded.bytes(free.choice)
         if row <= self._problem.bytes(free.choice):
             return
@@ -327,10 +334,13 @@ def _predict(
         chosen.inputs,
         sizes,
         outputs=chosen.outputs,
-        num_microbatches=context.num_microbatches,
         copies=built.copies,
+        execution=execution_of(graph, context),
     )
     at_end = _reduce_bytes(graph, built, chosen, costs) - nbytes["saved"]
+    if context.num_microbatches == 1:
+        outputs, copies = chosen.outputs, built.copies
+        at_end += gradient_bytes(graph, built.dims, outputs, sizes, copies=copies)
     held = [
         (inp.rest_meta, inp.meta, built.dims[inp.ref], chosen.parameters[inp.name])
         for inp in held_parameters(graph).values()

@@ -139,12 +139,23 @@ class LoweredPlan:
 
 
 def prepare_stages(
-    graph: Graph, remat: Remat | Sequence[Remat], first_layers: Sequence[int]
+    graph: Graph,
+    remat: Remat | Sequence[Remat],
+    first_layers: Sequence[int],
+    *,
+    compiled: bool = False,
 ) -> tuple[PreparedStage, ...]:
-    """Stage graphs as they are planned and lowered. remat: of each layer, or one for all."""
-    recomputed = apply_recompute(graph, remat)
+    """Stage graphs as they are planned and lowered. remat: of each layer, or one for all. compiled:
+    what is planned for."""
+    recomputed = apply_recompute(graph, remat, compiled=compiled)
     joint = RuleTable(recomputed)
     return tuple(prepare_stage(stage, joint.dims) for stage in cut_stages(recomputed, first_layers))
+
+
+def stages_of_plan(graph: Graph, plan: ParallelPlan) -> tuple[PreparedStage, ...]:
+    """As they were planned. graph: the layered one that the plan is for."""
+    first_layers = [stage.first_layer for stage in plan.stages]
+    return prepare_stages(graph, plan.remat, first_layers, compiled=plan.compiled)
 
 
 def prepare_stage(
@@ -171,7 +182,7 @@ def lower_plan(graph: Graph, plan: ParallelPlan) -> LoweredPlan:
             f"the plan cuts the model into {len(plan.layer_names)} layers, this graph has "
             f"{len(graph.layer_names)}: cluster it with num_layers={len(plan.layer_names)}"
         )
-    prepared = prepare_stages(graph, plan.remat, [s.first_layer for s in plan.stages])
+    prepared = stages_of_plan(graph, plan)
     _check_rules(plan, prepared)
     owners = parameter_owners([p.graph for p in prepared])
     stages = tuple(

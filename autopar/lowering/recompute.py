@@ -10,6 +10,9 @@ notion of rematerialisation.
     inputs
                by operators that the policy allows
 
+Compiled programs compute some values in their readers whatever the policy (`graph.inline`): these
+may always be recomputed, at no cost.
+
 One cut per layer: a layer's inputs from other layers are kept or unread, never recomputed across
 the boundary. Parameters, constants and batch inputs cost nothing. (Minimum cut as in min-cut
 rematerialisation: Horace He, Shangdi Yu, "Transcending runtime-memory tradeoffs in checkpointing
@@ -25,6 +28,7 @@ import networkx as nx
 import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.graph.inline import inlined
 from autopar.graph.program import Graph, Operator, Phase, Ref, check_graph
 from autopar.graph.work import is_contraction, is_view
 from autopar.plan import Remat
@@ -65,14 +69,21 @@ def may_recompute(op: Operator, policy: Remat) -> bool:
     return policy is Remat.FULL or not (is_contraction(op) or op.target in _EXPENSIVE)
 
 
-def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
-    """policies: of each layer, or one for all.
+def _may_remake(op: Operator, policy: Remat, free: frozenset[str]) -> bool:
+    return op.name in free or may_recompute(op, policy)
+
+
+def apply_recompute(
+    graph: Graph, policies: Remat | Sequence[Remat], *, compiled: bool = False
+) -> Graph:
+    """policies: of each layer, or one for all. compiled: the programs will be.
 
     Pre: layers are set. Post: check_graph; backward reads only saved values, graph inputs and
     backward values. O(sum over layers of a max-flow)."""
     if isinstance(policies, Remat):
         policies = (policies,) * len(graph.layer_names)
-    kept = _kept_values(graph, policies)
+    free = inlined(graph) if compiled else frozenset()
+    kept = _kept_values(graph, policies, free)
     made_by = {ref: op for op in graph.operators for ref in op.refs}
     copies: dict[tuple[str, int], str] = {}
     operators: list[Operator] = []
@@ -91,6 +102,7 @@ def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
                 forward=op.name,
                 layer=layer,
                 recompute=True,
+                inlined=op.name in free,
             )
             operators.append(copy)
             copies[op.name, layer] = copy.name
@@ -104,9 +116,9 @@ def apply_recompute(graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
     return check_graph(graph.with_operators(tuple(operators)))
 
 
-def _kept_values(graph: Graph, policies: Sequence[Remat]) -> set[Ref]:
+def _kept_values(graph: Graph, policies: Sequence[Remat], free: frozenset[str]) -> set[Ref]:
     """Union of the layers' cuts. What backward of another layer reads is cut under NONE: only views
-    are remade across a boundary."""
+    are remade across a boundary. free: operators that may always run again, in their own layer."""
     forward: dict[int, list[Operator]] = {}
     for op in graph.operators:
         if op.phase is Phase.FORWARD:
@@ -119,14 +131,10 @@ def _kept_values(graph: Graph, policies: Sequence[Remat]) -> set[Ref]:
     for layer in sorted(forward, reverse=True):
         ops = forward[layer]
         own = {ref for op in ops for ref in op.refs}
-        for targets, allowed in ((far & own, Remat.NONE), (near & own, policies[layer])):
-            cut = _minimum_cut(
-                ops,
-                targets,
-                partial(may_recompute, policy=allowed),
-                nbytes.__getitem__,
-                made_by,
-            )
+        only_views = partial(may_recompute, policy=Remat.NONE)
+        by_policy = partial(_may_remake, policy=policies[layer], free=free)
+        for targets, allowed in ((far & own, only_views), (near & own, by_policy)):
+            cut = _minimum_cut(ops, targets, allowed, nbytes.__getitem__, made_by)
             kept |= cut
             far |= cut - own
     return kept

@@ -25,7 +25,6 @@ from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import StageSolution
 from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage, prepare_stage
-from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
@@ -111,7 +110,7 @@ class ExactSolver:
         count = program.num_microbatches
         if (count, layers, policy) not in self._runs:
             if (count, policy) not in self._recomputed:
-                graph = apply_recompute(whole_graph(program.folded), policy)
+                graph = program.recomputed(whole_graph(program.folded), policy)
                 table = RuleTable(graph, known=program.rules)
                 self._recomputed[count, policy] = graph, table.dims
             graph, dims = self._recomputed[count, policy]
@@ -291,7 +290,7 @@ class ExactSolver:
     ) -> SolvedCut:
         label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
         with self.clock.passes("exact stages", label):
-            recomputed = apply_recompute(window.graph, window.policies)
+            recomputed = program.recomputed(window.graph, window.policies)
             dims = RuleTable(recomputed, known=program.rules).dims
             graphs = cut_stages(recomputed, window.first_layers)
             owners = parameter_owners(graphs)
@@ -407,6 +406,7 @@ class ExactSolver:
             self.space.options.placements,
             folds=folds,
             offload=bool(self.space.options.offload),
+            compiled=bool(self.space.options.compiled),
         )
 
     def _on_view(

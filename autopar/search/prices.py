@@ -268,7 +268,13 @@ class Prices:
         """The points of a class, and a pin that the view cannot honour."""
         program, costs = self._program(job.count), self._mesh_costs(job.view)
         owned, stage = program.classes[job.kind].owned, program.prepared(job.policy)[job.kind]
-        context = StageContext(job.count, owned=owned, pins=program.pins, offload=self._offload)
+        context = StageContext(
+            job.count,
+            owned=owned,
+            pins=program.pins,
+            offload=self._offload,
+            compiled=program.compiled,
+        )
         try:
             points = layer_points(
                 stage.graph,

@@ -34,8 +34,15 @@ class Program:
     is asked for."""
 
     def __init__(
-        self, folded: Folded, num_microbatches: int, pins: Mapping[str, str] | None = None
+        self,
+        folded: Folded,
+        num_microbatches: int,
+        pins: Mapping[str, str] | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
+        """compiled: what its stages run will be."""
+        self.compiled = compiled
         self.folded = folded
         self.num_microbatches = num_microbatches
         self.pins = dict(pins or {})
@@ -51,10 +58,14 @@ class Program:
     def num_layers(self) -> int:
         return len(self.kind_of_layer)
 
+    def recomputed(self, graph: Graph, policies: Remat | Sequence[Remat]) -> Graph:
+        """A graph of this model under the policies of its layers."""
+        return apply_recompute(graph, policies, compiled=self.compiled)
+
     def prepared(self, remat: Remat) -> tuple[PreparedStage, ...]:
         """Of each class, alone."""
         if remat not in self._prepared:
-            graph = apply_recompute(self.folded.graph, remat)
+            graph = self.recomputed(self.folded.graph, remat)
             dims = RuleTable(graph, known=self.rules).dims
             self._prepared[remat] = tuple(
                 prepare_stage(stage_graph(graph, kind.layer, kind.layer), dims, self.rules)

@@ -84,14 +84,17 @@ def write_stages(
     solved: Sequence[tuple[StageSolution, PreparedStage]],
     written_layer: Callable[[int], int],
     devices: Sequence[tuple[int, ...]],
+    *,
+    compiled: bool = False,
 ) -> WrittenStages:
     """graph: of the whole model. solved: of each stage its solution and what was solved, in which
-    layers may be folded. devices: of each stage."""
+    layers may be folded. devices: of each stage. compiled: what the stages run will be."""
     bounds = [*first_layers[1:], len(graph.layer_names)]
     stages: list[StagePlan] = []
     fallbacks: Counter[str] = Counter()
     rules: dict[str, set[str]] = {}
-    for i, stage in enumerate(cut_stages(apply_recompute(graph, policies), first_layers)):
+    recomputed = apply_recompute(graph, policies, compiled=compiled)
+    for i, stage in enumerate(cut_stages(recomputed, first_layers)):
         whole, (solution, prepared) = insert_hubs(stage), solved[i]
         found = unfold(solution, prepared, whole, written_layer)
         layers = (first_layers[i], bounds[i] - 1)

@@ -82,7 +82,6 @@ def test_tensors_and_what_is_alive_sum_to_the_bytes(explained: Explained) -> Non
             chosen.inputs,
             stage.costs.mesh.axis_sizes,
             outputs=chosen.outputs,
-            num_microbatches=stage.num_microbatches,
         )
         assert alive - p.saved_bytes == pytest.approx(transient)
 

@@ -8,6 +8,7 @@ import pytest
 from autopar.graph.program import Phase
 from autopar.intraop.build import Fold, StageContext, build_problem
 from autopar.intraop.crowded import with_moment
+from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.memory_use import crowded_moment, transient_bytes
 from autopar.lowering.lower import prepare_stages
@@ -17,17 +18,18 @@ from tests.unit.intraop.stages import costs_of, gpt2_graph
 
 @pytest.mark.parametrize("remat", Remat)
 @pytest.mark.parametrize(
-    ("mesh", "microbatches", "folded"),
-    [((4,), 1, True), ((2, 2), 4, True), ((2, 2), 1, False)],
+    ("mesh", "microbatches", "folded", "compiled"),
+    [((4,), 1, True, True), ((2, 2), 4, True, True), ((2, 2), 1, False, False)],
     ids=str,
 )
 def test_no_assignment_holds_less(
-    mesh: tuple[int, ...], microbatches: int, folded: bool, remat: Remat
+    mesh: tuple[int, ...], microbatches: int, folded: bool, compiled: bool, remat: Remat
 ) -> None:
     graph = gpt2_graph(4, 32, 4, n_embd=32, n_head=4, n_positions=32, vocab_size=64)
-    (stage,) = prepare_stages(graph, remat, [0])
+    (stage,) = prepare_stages(graph, remat, [0], compiled=compiled)
     folds = (Fold(2, 5),) if folded else ()
-    context = StageContext(microbatches, in_flight=2, folds=folds)
+    context = StageContext(microbatches, in_flight=2, folds=folds, compiled=compiled)
+    execution = execution_of(stage.graph, context)
     built = build_problem(stage.graph, stage.table, costs_of(mesh), context)
     built = fold_problem(built, stage.graph, folds) if folded else built
     phases = [op.phase for op in stage.graph.operators]
@@ -37,15 +39,12 @@ def test_no_assignment_holds_less(
         choice = tuple(int(rng.integers(len(node.choices))) for node in built.nodes)
         chosen = built.read(choice)
         layouts = stage.graph, built.dims, chosen.strategies, chosen.inputs, mesh
-        transient = transient_bytes(
-            *layouts, outputs=chosen.outputs, num_microbatches=microbatches, copies=built.copies
-        )
+        alive = {"outputs": chosen.outputs, "copies": built.copies, "execution": execution}
+        transient = transient_bytes(*layouts, **alive)
         peak = built.problem.bytes(choice) + transient
-        crowded = crowded_moment(
-            *layouts, outputs=chosen.outputs, num_microbatches=microbatches, copies=built.copies
-        )
+        crowded = crowded_moment(*layouts, **alive)
         for moment in (crowded, *(moments[i] for i in rng.integers(len(moments), size=6))):
-            row = with_moment(stage.graph, built, moment, mesh, microbatches)
+            row = with_moment(stage.graph, built, moment, mesh, execution)
             assert row.bytes(choice) <= peak * (1 + 1e-9)
-        row = with_moment(stage.graph, built, crowded, mesh, microbatches)
+        row = with_moment(stage.graph, built, crowded, mesh, execution)
         assert row.bytes(choice) > 0.7 * peak

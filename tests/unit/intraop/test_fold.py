@@ -178,8 +178,8 @@ def test_any_choice_costs_and_holds_the_same(case: Case, num_microbatches: int) 
         assert folded.problem.bytes(choice) == pytest.approx(whole.problem.bytes(unfolded))
         seconds = whole.problem.seconds(unfolded)
         assert folded.problem.seconds(choice) == pytest.approx(seconds)
-        found = transients(short, folded, choice, num_microbatches, folded.copies)
-        want = transients(long, whole, unfolded, num_microbatches, {})
+        found = transients(short, folded, choice, folded.copies)
+        want = transients(long, whole, unfolded, {})
         assert found == pytest.approx(want)
 
 
@@ -187,13 +187,12 @@ def transients(
     s: PreparedStage,
     built: StageProblem,
     choice: tuple[int, ...],
-    num_microbatches: int,
     copies: Mapping[str, Copy],
 ) -> float:
     chosen = built.read(choice)
     return transient_bytes(
         s.graph, built.dims, chosen.strategies, chosen.inputs, (2, 4),
-        outputs=chosen.outputs, num_microbatches=num_microbatches, copies=copies,
+        outputs=chosen.outputs, copies=copies,
     )  # fmt: skip
 
 

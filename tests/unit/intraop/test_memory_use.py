@@ -39,7 +39,12 @@ def planned(
         num_microbatches=num_microbatches,
         budget_bytes=budget,
         options=SearchOptions(
-            num_stages=1, mesh_shape=mesh, remat=Remat.SELECTIVE, time_limit_s=5.0, target_gap=0.5
+            num_stages=1,
+            mesh_shape=mesh,
+            remat=Remat.SELECTIVE,
+            time_limit_s=5.0,
+            target_gap=0.5,
+            compiled=False,
         ),
     )
 

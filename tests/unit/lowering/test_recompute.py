@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from autopar.graph.execute import run_graph
+from autopar.graph.inline import inlined
 from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Phase, Ref, TensorMeta
+from autopar.intraop.build import StageContext, build_problem
+from autopar.lowering.lower import prepare_stages
 from autopar.lowering.recompute import apply_recompute, may_recompute
 from autopar.plan import Remat
+from tests.unit.intraop.stages import costs_of
 from tests.unit.runtime.reference import Case, zoo_case
 from tests.zoo import CORE
 
@@ -73,6 +77,33 @@ def test_values_stay_and_saved_bytes_fall(name: str) -> None:
     none, selective, full = bytes_by_policy
     assert none >= selective >= full
     assert none <= saved_bytes(case.graph)
+
+
+@pytest.mark.parametrize("policy", Remat)
+def test_compiled_programs_hold_less_under_any_policy(policy: Remat) -> None:
+    case = case_of("llama")
+    values = values_of(case)
+    plain = apply_recompute(case.graph, policy)
+    graph = apply_recompute(case.graph, policy, compiled=True)
+    for a, b in zip(run_graph(graph, values), run_graph(case.graph, values), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    fewer = saved_bytes(graph) < saved_bytes(plain)
+    assert fewer if policy is Remat.NONE else saved_bytes(graph) <= saved_bytes(plain)
+    free = inlined(case.graph)
+    for op in graph.operators:
+        assert op.inlined is (op.recompute and op.forward in free)
+        if op.recompute and not op.inlined:
+            assert may_recompute(op, policy)
+    assert not any(op.inlined for op in plain.operators)
+
+
+def test_what_is_inlined_costs_nothing() -> None:
+    stage = prepare_stages(case_of("llama").graph, Remat.NONE, [0], compiled=True)[0]
+    built = build_problem(stage.graph, stage.table, costs_of((2,)), StageContext(compiled=True))
+    free = {op.name for op in stage.graph.operators if op.inlined}
+    seconds = zip(built.nodes, built.problem.node_seconds, strict=True)
+    spent = {node.name: float(s.max()) for node, s in seconds if node.name in free}
+    assert len(spent) == len(free) > 0 and not any(spent.values())
 
 
 def check_copies(graph: Graph, policy: Remat) -> None:

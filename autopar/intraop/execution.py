@@ -1,0 +1,44 @@
+"""How the programs of a stage run, as far as memory depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+import torch
+
+import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind
+from autopar.intraop.build import StageContext
+
+
+class Execution(StrEnum):
+    OPERATORS = "operators"  # one by one
+    PROGRAMS = "programs"  # as compiled code: forward and backward
+    STEP = "step"  # as compiled code: a whole step as one program (compile.step)
+
+
+# Operators whose kernel writes over an operand of one program that is not read again: its position.
+_OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.default: 1}
+_ALIGN_BYTES = (
+    16  # of rows; else products want other sizes than the operand has (compile.alignment)
+)
+
+
+def execution_of(graph: Graph, context: StageContext) -> Execution:
+    """graph: of the stage."""
+    if not context.compiled:
+        return Execution.OPERATORS
+    alone = not (graph.inputs_of(InputKind.RECEIVED) or graph.outputs_of(OutputKind.SENT))
+    whole = alone and context.num_microbatches == 1 and not context.offload
+    return Execution.STEP if whole else Execution.PROGRAMS
+
+
+def overwritten(op: Operator, execution: Execution) -> int | None:
+    """The operand whose memory the result of an operator takes, by position."""
+    return _OVERWRITTEN.get(op.target) if execution is Execution.STEP else None
+
+
+def is_aligned(row: int, dtype: torch.dtype) -> bool:
+    """Whether products take rows of so many elements as they are."""
+    return row * dtype.itemsize % _ALIGN_BYTES == 0

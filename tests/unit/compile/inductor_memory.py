@@ -1,0 +1,83 @@
+"""Bytes that Inductor's code of a graph would hold on a GPU, by its own lowering and scheduler.
+
+No code is made: the graph is lowered with the rules for GPUs, although its values are on the CPU,
+and each buffer lives from the kernel that makes it to the last one that reads it. A kernel may
+write over an operand of the same size that it is the last to read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._inductor import config, ir
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+
+from autopar.compile.inductor import FLAGS
+
+_NO_MEMORY = (ir.NoneLayout, ir.MultiOutputLayout, ir.MutationLayoutSHOULDREMOVE)
+
+
+def peak_bytes(module: fx.GraphModule) -> float:
+    """The most that is alive beside the inputs. Pre: a flat graph with fake values."""
+    fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    mode = fakes[0].fake_mode
+    lowering: Any = GraphLowering(module, example_inputs=fakes)
+    with (
+        torch.no_grad(),
+        torch._guards.tracing(torch._guards.TracingContext(mode)),
+        config.patch(FLAGS),
+        V.set_fake_mode(mode),
+        V.set_graph_handler(lowering),
+        V.set_debug_handler(DebugContext()),
+        mock.patch.object(ir, "is_cpu", lambda *_: False),
+    ):
+        lowering.run(*fakes)
+        lowering._update_scheduler()
+        return _peak(lowering.scheduler, set(lowering.get_output_names()))
+
+
+def _peak(scheduler: Any, outputs: set[str]) -> float:
+    nodes = scheduler.nodes
+    sizes: dict[str, int] = {}
+    born: dict[str, int] = {}
+    last: dict[str, int] = {}
+    roots: dict[str, str] = {}  # of views and of what is written in place
+    for time, node in enumerate(nodes):
+        for buffer in node.get_outputs():
+            name = buffer.get_name()
+            layout = buffer.node.maybe_get_layout()
+            held = layout is not None and not isinstance(layout, _NO_MEMORY)
+            others = [*buffer.get_aliases(), *buffer.get_mutations()]
+            roots[name] = roots.get(others[0], others[0]) if others else name
+            born[name] = time
+            sizes[name] = 0
+            if held and not others and name not in V.graph.removed_buffers:
+                sizes[name] = math.prod(map(int, layout.size)) * layout.dtype.itemsize
+        for dep in (*node.read_writes.reads, *node.unmet_dependencies):
+            if type(dep).__name__ != "WeakDep" and dep.name in roots:
+                last[roots[dep.name]] = time
+    for name in outputs & roots.keys():
+        last[roots[name]] = len(nodes)
+    changes: defaultdict[int, float] = defaultdict(float)
+    taken: set[str] = set()
+    for name, start in sorted(born.items(), key=lambda item: item[1]):
+        changes[start] += sizes[name]
+        changes[last.get(name, start) + 1] -= sizes[name]
+        reads = {roots.get(dep.name, "") for dep in nodes[start].read_writes.reads}
+        over = [r for r in reads - taken if last.get(r) == start and sizes.get(r) == sizes[name]]
+        if over and sizes[name] and isinstance(nodes[start].node, ir.ComputedBuffer):
+            taken.add(over[0])
+            changes[start] -= sizes[name]  # what it writes over ends here, not after
+            changes[start + 1] += sizes[name]
+    alive = peak = 0.0
+    for time in sorted(changes):
+        alive += changes[time]
+        peak = max(peak, alive)
+    return peak
