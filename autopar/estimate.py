@@ -268,17 +268,16 @@ class MeshCosts:
         """The dims where costs depend on them, none where every axis divides every atom."""
         return dims if has_uneven(dims, self.mesh.axis_sizes) else ()
 
-    def exposed_share(self, graph: Graph, num_microbatches: int, offload: bool) -> float:
+    def exposed_share(self, graph: Graph, num_microbatches: int, *, compiled: bool) -> float:
         """Of the seconds of collectives that only parameters and their gradients need.
 
         Others are hidden where the step is one compiled program: one stage has all devices and
-        plays one microbatch. Programs are compiled on all devices but the CPU; not those that take
-        parameters from the host or exchange rows. graph: of the stage.
+        plays one microbatch. compiled: the programs of the stage, which those that exchange rows
+        are not. graph: of the stage.
         """
         alone = self.mesh.num_devices == self.cluster.num_devices and num_microbatches == 1
         exchanges = any(op.target in _EXCHANGED for op in graph.operators)
-        compiled = self.device.name != "cpu" and not (offload or exchanges)
-        return EXPOSED_SHARE if alone and compiled else 1.0
+        return EXPOSED_SHARE if alone and compiled and not exchanges else 1.0
 
     def reshard(
         self, dims: Dims, source: Layout, target: Layout, exposed: float = 1.0

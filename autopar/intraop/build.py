@@ -22,7 +22,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autopar.errors import OptionError
 from autopar.estimate import MeshCosts, local_bytes, local_numel, sums_kept
@@ -215,7 +214,8 @@ class _Builder:
         self.matrices: dict[Any, FloatArray] = {}
         self.reduced_after = reduced_after(graph)
         self.weights, self.gradients = parameter_values(graph), gradient_values(graph)
-        self.exposed = costs.exposed_share(graph, context.num_microbatches, context.offload)
+        compiled = context.compiled and not context.offload
+        self.exposed = costs.exposed_share(graph, context.num_microbatches, compiled=compiled)
 
     def add(
         self, node: Node, seconds: FloatArray, nbytes: FloatArray, part: Part, kind: str = ""

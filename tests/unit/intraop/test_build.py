@@ -115,7 +115,7 @@ def test_a_compiled_step_pays_what_is_exposed_of_parameters() -> None:
     stage, alone = stage_of("mlp"), costs_of((2,))
     pipelined = MeshCosts(Cluster.parse("h100:1x4"), alone.mesh)
     one, full = (
-        build_problem(stage.graph, stage.table, costs, StageContext()).problem
+        build_problem(stage.graph, stage.table, costs, StageContext(compiled=True)).problem
         for costs in (alone, pipelined)
     )
     names = one.node_names
