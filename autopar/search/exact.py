@@ -34,7 +34,7 @@ from autopar.plan import Remat
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
-from autopar.search.schedules import best_schedule
+from autopar.search.schedules import best_schedule, room_for_faster
 from autopar.search.space import Space
 from autopar.search.stages import StageSolver, ToldStage
 from autopar.search.window import Window, write_window
@@ -48,6 +48,7 @@ _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
+_ROOMIER = 2  # attempts at room for a faster schedule: the second for one microbatch more
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 
 
@@ -103,10 +104,28 @@ class ExactSolver:
         self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
         self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
-    def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
+    def solve(
+        self, program: Program, cut: Cut, *, proven: bool = False, below_s: float = math.inf
+    ) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
-        solutions or not at all."""
+        solutions or not at all. Where a faster schedule holds too much, and promises a step below
+        `below_s`, stages are solved again with room for it."""
+        best = last = self._solved(program, cut, proven)
+        for _ in range(_ROOMIER if cut.num_workers is None else 0):
+            room = room_for_faster(self.space, last.candidate, below_s)
+            held = last.candidate.cut.room
+            if room <= held or (held and room > held + 1) or self.clock.late:
+                break
+            try:
+                last = self._solved(program, replace(cut, room=room), proven)
+            except NoFeasiblePlan:
+                break
+            best = min(best, last, key=lambda s: s.candidate.step_s)
+        return best
+
+    def _solved(self, program: Program, cut: Cut, proven: bool) -> SolvedCut:
+        """With as much room as the cut asks for."""
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, proven)
         if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
@@ -294,9 +313,9 @@ class ExactSolver:
         """Microbatches in flight that the stage has room for: rounded up where there are many
         stages, so that they are alike."""
         flight = cut.in_flight(stage)
-        if not self.alike or cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
-            return flight
-        return min(cut.in_flight(0), 1 << (flight - 1).bit_length())
+        if self.alike and cut.num_stages > _MANY_STAGES and cut.num_workers is None:
+            flight = min(cut.in_flight(0), 1 << (flight - 1).bit_length())
+        return max(flight, cut.room)
 
     def _budget(self, cut: Cut, view: LogicalMesh) -> float:
         """Bytes per device of one stage: those of one worker share."""

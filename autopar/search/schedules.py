@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import fsum
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from autopar.simulate import StageCost, Transfer
 _ROUNDING = 1 + 1e-6
 _MANY_CELLS = 20_000  # of a schedule: stages x microbatches
 _FORWARD_SHARE = 1 / 3  # of a stage's seconds
+_WORTH_ROOM = 0.99  # of the step: stages are not solved again for less
 _FEW = 128  # microbatches: so many more than fill and drain a pipeline show its pace
 
 
@@ -44,16 +47,40 @@ def best_schedule(
         played, step_s = _played(cut, costs, transfers, kind)
         peaks = played.worker_peak_bytes
         fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
-        if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, step_s, kind)
+        if kind is cut.schedule and cut.num_workers is None:  # for which the stages have room
+            return Candidate(cut, stages, step_s, kind, tuple(transfers))
         if fits:
             held = tuple(map(_with_peak, stages, played.peak_bytes))
-            return Candidate(cut, held, step_s, kind)
+            return Candidate(cut, held, step_s, kind, tuple(transfers))
     raise NoFeasiblePlan(
         f"under the schedule {kinds[0]} some device would hold"
         f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
         least_bytes=max(peaks),
     )
+
+
+def room_for_faster(space: Space, solved: Candidate, below_s: float) -> int:
+    """The microbatches that each stage needs room for under a schedule that is faster than the
+    candidate's but holds too much; 0 where there is none, or it gains little on the candidate or on
+    `below_s`."""
+    best_s, room = _WORTH_ROOM * min(solved.step_s, below_s), 0
+    costs = [StageCost.of(stage.prediction) for stage in solved.stages]
+    for kind in _kinds(space, solved.cut):
+        if kind is not solved.schedule:
+            played, step_s = _played(solved.cut, costs, solved.transfers, kind, few=True)
+            if step_s < best_s:
+                needs = map(partial(_needs, space), solved.stages, played.peak_bytes)
+                best_s, room = step_s, max(needs)
+    return room
+
+
+def _needs(space: Space, stage: StageSolution, peak_bytes: float) -> int:
+    """Microbatches, as saved by the stage, that come to its peak; 0 where that fits."""
+    own = stage.prediction
+    if peak_bytes <= space.budget_of(stage.mesh) or not own.saved_bytes:
+        return 0
+    held_bytes = peak_bytes - own.standing_bytes - own.transient_bytes
+    return math.ceil(held_bytes / own.saved_bytes)
 
 
 def expected_seconds(
