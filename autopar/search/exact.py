@@ -34,7 +34,7 @@ from autopar.plan import Remat
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
-from autopar.search.schedules import best_schedule, room_for_faster
+from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
 from autopar.search.space import Space
 from autopar.search.stages import StageSolver, ToldStage
 from autopar.search.window import Window, write_window
@@ -110,19 +110,28 @@ class ExactSolver:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
         solutions or not at all. Where a faster schedule holds too much, and promises a step below
-        `below_s`, stages are solved again with room for it."""
-        best = last = self._solved(program, cut, proven)
-        for _ in range(_ROOMIER if cut.num_workers is None else 0):
-            room = room_for_faster(self.space, last.candidate, below_s)
-            held = last.candidate.cut.room
-            if room <= held or (held and room > held + 1) or self.clock.late:
-                break
+        `below_s`, stages are solved again with room for it; not where layers recompute, which
+        leaves less to be saved but not less for W."""
+        found: list[SolvedCut] = []
+        failure: NoFeasiblePlan | None = None
+        for attempt in range(1 + (_ROOMIER if cut.num_workers is None else 0)):
             try:
-                last = self._solved(program, replace(cut, room=room), proven)
-            except NoFeasiblePlan:
+                found.append(self._solved(program, cut, proven))
+                recomputes = set(found[-1].policies) != {self.space.policies[0]}
+                solved = found[-1].candidate
+                room = 0 if recomputes else room_for_faster(self.space, solved, below_s)
+            except HoldsTooMuch as error:
+                room, failure = error.room, error
+            except NoFeasiblePlan as error:
+                failure = failure or error
                 break
-            best = min(best, last, key=lambda s: s.candidate.step_s)
-        return best
+            more = room - cut.room
+            if more <= 0 or (attempt and more > 1) or self.clock.late:
+                break
+            cut = replace(cut, room=room)
+        if failure is not None and not found:
+            raise failure
+        return min(found, key=lambda s: s.candidate.step_s)
 
     def _solved(self, program: Program, cut: Cut, proven: bool) -> SolvedCut:
         """With as much room as the cut asks for."""
@@ -211,6 +220,8 @@ class ExactSolver:
             trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
             try:
                 found = self._attempt(program, cut, trial, proven)
+            except HoldsTooMuch:
+                break
             except _StageTooLarge as error:
                 taken = open_ - set(error.stages)
                 fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
