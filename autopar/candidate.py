@@ -28,7 +28,8 @@ from cost_models import Cluster
 class Cut:
     """Stages of a candidate: first layers, submesh of each, and the table's views for each; seconds
     of the step by the tables. schedule: whose bytes in flight the stages have room for.
-    num_workers: groups of devices on which the stages take turns, None for one per stage."""
+    num_workers: groups of devices on which the stages take turns, None for one per stage. room:
+    microbatches that every stage has room for, where that is more than it holds."""
 
     first_layers: tuple[int, ...]
     submeshes: tuple[Submesh, ...]
@@ -37,6 +38,7 @@ class Cut:
     num_microbatches: int = 1
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     num_workers: int | None = None
+    room: int = 0
 
     @property
     def num_stages(self) -> int:
@@ -59,10 +61,13 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
+    """transfers: with which the schedule was played."""
+
     cut: Cut
     stages: tuple[StageSolution, ...]
     step_s: float
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def bubble(self) -> float:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.candidate import allowed_views, budgets, describe, place_stages
+from autopar.candidate import Cut, allowed_views, budgets, describe, place_stages
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.layers import cluster_layers
@@ -219,6 +219,7 @@ class _Search:
             margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
             if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
+<<<<<<< HEAD
             if not self.solved:  # it seldom loses: its graph is captured while it is solved
                 self.workload.expect(cut.num_microbatches)
             try:
@@ -239,6 +240,9 @@ class _Search:
                 best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
                 self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
                 self.workload.expect(best.cut.num_microbatches)
+=======
+            self._solve(exact, cut)
+>>>>>>> cuts
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
@@ -250,6 +254,20 @@ class _Search:
         if narrow and search.note:
             self.narrowed = search.note
 
+    def _best_s(self) -> float:
+        return min((s.candidate.step_s for s in self.solved), default=math.inf)
+
+    def _solve(self, exact: ExactSolver, cut: Cut) -> None:
+        try:
+            program = self.program(cut.num_microbatches)
+            self.solved.append(exact.solve(program, cut, below_s=self._best_s()))
+        except NoFeasiblePlan as error:
+            self.failures.append(error)
+            return
+        best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
+        self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
+        self.workload.expect(best.cut.num_microbatches)
+
     def _time_limit(self) -> str:
         return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
 
@@ -257,8 +275,7 @@ class _Search:
         """Looks at every cut, where there are few stages to solve."""
         bounds = self._prices(alone=True)
         tables = CutSearch(self.space, bounds, reference, self.mesh_costs, self.clock, narrow=False)
-        least = min((s.candidate.step_s for s in self.solved), default=math.inf)
-        search = ThoroughSearch(tables, exact, self.program, least)
+        search = ThoroughSearch(tables, exact, self.program, self._best_s())
         try:
             search.run()
         finally:

@@ -32,8 +32,12 @@ from autopar.search.clock import Clock
 from autopar.search.mixture import stage_policies
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
+<<<<<<< HEAD
 from autopar.search.schedules import best_schedule
 from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
+=======
+from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
+>>>>>>> cuts
 from autopar.search.space import Space
 from autopar.search.stages import StageSolver, ToldStage
 from autopar.search.window import Window, write_window
@@ -45,6 +49,11 @@ _MORE = 0.25  # of the layers of a stage: how many more recompute where it did n
 _ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
+<<<<<<< HEAD
+=======
+_ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
+_ROOMIER = 2  # attempts at room for a faster schedule: the second for one microbatch more
+>>>>>>> cuts
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 
 
@@ -80,12 +89,46 @@ class ExactSolver:
         self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
         self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
+<<<<<<< HEAD
     def solve(self, program: Program, cut: Cut, *, known_s: float = math.inf) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
         solutions or not at all. known_s: of another cut's step; SlowerCut where this one is seen to
         be slower, if that is before it is solved."""
         tries = Tries(cut.num_stages, known_s)
+=======
+    def solve(
+        self, program: Program, cut: Cut, *, proven: bool = False, below_s: float = math.inf
+    ) -> SolvedCut:
+        """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
+        is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
+        solutions or not at all. Where a faster schedule holds too much, and promises a step below
+        `below_s`, stages are solved again with room for it; not where layers recompute, which
+        leaves less to be saved but not less for W."""
+        found: list[SolvedCut] = []
+        failure: NoFeasiblePlan | None = None
+        for attempt in range(1 + (_ROOMIER if cut.num_workers is None else 0)):
+            try:
+                found.append(self._solved(program, cut, proven))
+                recomputes = set(found[-1].policies) != {self.space.policies[0]}
+                solved = found[-1].candidate
+                room = 0 if recomputes else room_for_faster(self.space, solved, below_s)
+            except HoldsTooMuch as error:
+                room, failure = error.room, error
+            except NoFeasiblePlan as error:
+                failure = failure or error
+                break
+            more = room - cut.room
+            if more <= 0 or (attempt and more > 1) or self.clock.late:
+                break
+            cut = replace(cut, room=room)
+        if failure is not None and not found:
+            raise failure
+        return min(found, key=lambda s: s.candidate.step_s)
+
+    def _solved(self, program: Program, cut: Cut, proven: bool) -> SolvedCut:
+        """With as much room as the cut asks for."""
+>>>>>>> cuts
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, tries)
         if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
@@ -181,6 +224,7 @@ class ExactSolver:
             back = {i for i in open_ if tries.may_fit(i, fewer[i] - less)}
             trial = [e - less if i in back else e for i, e in enumerate(fewer)]
             try:
+<<<<<<< HEAD
                 found = self._attempt(program, cut, trial, tries)
             except StageTooLarge as error:
                 back -= set(error.stages)
@@ -188,6 +232,19 @@ class ExactSolver:
                 solved = min(solved, found, key=lambda s: s.candidate.step_s)
             fewer = [trial[i] if i in back else e for i, e in enumerate(fewer)]
             open_ -= back
+=======
+                found = self._attempt(program, cut, trial, proven)
+            except HoldsTooMuch:
+                break
+            except _StageTooLarge as error:
+                taken = open_ - set(error.stages)
+                fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
+                open_ -= taken
+                continue
+            if found.candidate.step_s < solved.candidate.step_s:
+                solved = found
+            break
+>>>>>>> cuts
         return solved
 
     def _attempt(
@@ -268,9 +325,9 @@ class ExactSolver:
         """Microbatches in flight that the stage has room for: rounded up where there are many
         stages, so that they are alike."""
         flight = cut.in_flight(stage)
-        if not self.alike or cut.num_stages <= _MANY_STAGES or cut.num_workers is not None:
-            return flight
-        return min(cut.in_flight(0), 1 << (flight - 1).bit_length())
+        if self.alike and cut.num_stages > _MANY_STAGES and cut.num_workers is None:
+            flight = min(cut.in_flight(0), 1 << (flight - 1).bit_length())
+        return max(flight, cut.room)
 
     def _budget(self, cut: Cut, view: LogicalMesh) -> float:
         """Bytes per device of one stage: those of one worker share."""

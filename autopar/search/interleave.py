@@ -35,6 +35,7 @@ def interleaved_cuts(program: Program, prices: Prices, cut: Cut) -> Iterator[Cut
                 views=cut.views * chunks,
                 schedule=ScheduleKind.INTERLEAVED,
                 num_workers=workers,
+                room=0,
             )
 
 

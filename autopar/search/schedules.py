@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from math import fsum
@@ -18,6 +19,7 @@ from autopar.simulate import StageCost, Transfer
 _ROUNDING = 1 + 1e-6
 _MANY_CELLS = 20_000  # of a schedule: stages x microbatches
 _FORWARD_SHARE = 1 / 3  # of a stage's seconds
+_WORTH_ROOM = 0.99  # of the step: stages are not solved again for less
 _FEW = 128  # microbatches: so many more than fill and drain a pipeline show its pace
 
 
@@ -30,11 +32,21 @@ class Expected(NamedTuple):
     once_s: float
 
 
+class HoldsTooMuch(NoFeasiblePlan):
+    """Stages that fit alone, and not under their schedule. room: microbatches that each would need
+    room for."""
+
+    def __init__(self, message: str, least_bytes: float, room: int) -> None:
+        super().__init__(message, least_bytes=least_bytes)
+        self.room = room
+
+
 def best_schedule(
     space: Space, cut: Cut, transfers: Sequence[Transfer], stages: tuple[StageSolution, ...]
 ) -> Candidate:
     """The cut under the schedule that is fastest, of those that fit; the first of equal ones.
-    NoFeasiblePlan where none fits."""
+    HoldsTooMuch where none fits. ZB-H1 may hold more than stages have room for: between its B and W
+    a microbatch holds other values than before."""
     costs = [StageCost.of(stage.prediction) for stage in stages]
     kinds = _kinds(space, cut)
     if len(kinds) > 1:
@@ -44,16 +56,42 @@ def best_schedule(
         played, step_s = _played(cut, costs, transfers, kind)
         peaks = played.worker_peak_bytes
         fits = all(p <= b * _ROUNDING for p, b in zip(peaks, budgets, strict=True))
-        if kind is cut.schedule and cut.num_workers is None:
-            return Candidate(cut, stages, step_s, kind)
+        if kind is cut.schedule and cut.num_workers is None and not kind.splits_backward:
+            return Candidate(cut, stages, step_s, kind, tuple(transfers))
         if fits:
             held = tuple(map(_with_peak, stages, played.peak_bytes))
-            return Candidate(cut, held, step_s, kind)
-    raise NoFeasiblePlan(
-        f"under the schedule {kinds[0]} some device would hold"
-        f" {max(peaks) / 2**30:.2f} GiB: more than the budget",
-        least_bytes=max(peaks),
+            return Candidate(cut, held, step_s, kind, tuple(transfers))
+    raise HoldsTooMuch(
+        f"under the schedule {kind} some device would hold {max(peaks) / 2**30:.2f} GiB: more than"
+        " the budget",
+        max(peaks),
+        _room(space, stages, played.peak_bytes),
     )
+
+
+def room_for_faster(space: Space, solved: Candidate, below_s: float) -> int:
+    """The microbatches that each stage needs room for under a schedule that is faster than the
+    candidate's but holds too much; 0 where there is none, or it gains little on the candidate or on
+    `below_s`."""
+    best_s, room = _WORTH_ROOM * min(solved.step_s, below_s), 0
+    costs = [StageCost.of(stage.prediction) for stage in solved.stages]
+    for kind in _kinds(space, solved.cut):
+        if kind is not solved.schedule:
+            played, step_s = _played(solved.cut, costs, solved.transfers, kind, few=True)
+            if step_s < best_s:
+                best_s, room = step_s, _room(space, solved.stages, played.peak_bytes)
+    return room
+
+
+def _room(space: Space, stages: Sequence[StageSolution], peaks: Sequence[float]) -> int:
+    """Microbatches, as the stages save them, that come to the peaks of those that do not fit."""
+    room = 0
+    for stage, peak_bytes in zip(stages, peaks, strict=True):
+        own = stage.prediction
+        if peak_bytes > space.budget_of(stage.mesh) and own.saved_bytes:
+            held_bytes = peak_bytes - own.standing_bytes - own.transient_bytes
+            room = max(room, math.ceil(held_bytes / own.saved_bytes))
+    return room
 
 
 def expected_seconds(

@@ -248,7 +248,7 @@ class ThoroughSearch:
         try:
             transfers = stage_transfers(graphs, solutions)
             return best_schedule(self.space, cut, transfers, solutions)
-        except NoFeasiblePlan:  # an interleaved schedule that does not fit
+        except NoFeasiblePlan:  # a schedule that holds too much
             return None
 
     def _solve(self, cut: Cut, stage: int, option: _Option) -> None:
