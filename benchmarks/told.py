@@ -18,6 +18,7 @@ from autopar.api import ModelWorkload
 from autopar.candidate import place_stages, simulate_stages
 from autopar.errors import NoFeasiblePlan
 from autopar.graph.family import GraphFamily
+from autopar.graph.parameters import parameter_values
 from autopar.graph.precision import Precision
 from autopar.graph.repeat import whole_graph
 from autopar.intraop.build import Choice, Node, ParameterChoice
@@ -108,15 +109,25 @@ def _planned(forced: Forced, grid: Grid) -> ParallelPlan | None:
 
 def tensor_parallel(stage: PreparedStage, view: LogicalMesh) -> Any:
     """The Restriction of a mesh of one axis: no operator takes the rows of the batch, and matrices
-    among the parameters are sharded, where that can be."""
+    among the parameters are sharded, where that can be, and read so."""
     del view
-    rows, dims = row_factors(stage), stage.table.dims
+    rows, dims, metas = row_factors(stage), stage.table.dims, stage.graph.metas()
     inputs = {i.name: i for i in stage.graph.inputs}
+    weights = parameter_values(stage.graph)
+    matrices = {
+        op.name: [
+            n
+            for n, ref in enumerate(op.operands)
+            if ref.name in weights and len(metas[ref].shape) > 1
+        ]
+        for op in stage.graph.operators
+    }
 
     def fits(node: Node, choice: Choice) -> bool:
         if isinstance(choice, Strategy):
             factor = choice.factors[0]
-            return factor is None or factor.name not in rows.get(node.name, ())
+            sharded = all(choice.operands[n][0] >= 0 for n in matrices[node.name])
+            return sharded and (factor is None or factor.name not in rows.get(node.name, ()))
         inp = inputs.get(node.name)
         if inp is None or not inp.meta.shape:
             return True
