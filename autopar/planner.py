@@ -283,23 +283,17 @@ class _Search:
                 break
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
-        """The winner, its stages solved again with a MIP where their gap is above the target."""
+        """The winner, its stages solved again where their gap is above the target."""
         target = self.space.options.target_gap
         ended = self.cut_short or self.clock.expired
         if ended or all(s.gap <= target for s in best.candidate.stages):
             return best
-        cut = best.candidate.cut
-        views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
-        again = self._solver(prices, alike=best.alike)
+        program = self.program(best.candidate.cut.num_microbatches)
         try:
-            program = self.program(cut.num_microbatches)
-            proven = again.told(program, replace(cut, views=views), best.policies, proven=True)
-        except NoFeasiblePlan:
-            return best
+            return self._solver(prices, alike=best.alike).proved(program, best)
         except KeyboardInterrupt:
             self._end_early("interrupted: the best plan so far")
             return best
-        return min(proven, best, key=lambda s: s.candidate.step_s)
 
     def _solver(self, prices: Prices, *, alike: bool) -> ExactSolver:
         gap = (

@@ -39,6 +39,7 @@ class IntraOpProblem:
     edges         u < v, each pair once; edge_seconds R_uv float64 [n_u, n_v], inf = forbidden pair.
     Many edges may (and should) share one array object: solvers work once per object. Never write
     into it.
+    node_layers   of each node, rising with the depth of the model; () where they are not known
     """
 
     node_names: tuple[str, ...]
@@ -47,6 +48,7 @@ class IntraOpProblem:
     edges: tuple[tuple[int, int], ...]
     edge_seconds: tuple[FloatArray, ...]
     budget_bytes: float | None = None
+    node_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_nodes()

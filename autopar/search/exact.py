@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
+_MAX_SPLITS = 3  # of the folds of a stage
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 
 
@@ -61,6 +62,9 @@ class SolvedCut:
     policies: tuple[Remat, ...]  # of each layer of the model
     prepared: tuple[PreparedStage, ...]  # the written stages
     alike: bool
+
+    def written_stage(self, number: int) -> StageSolution:
+        return self.candidate.stages[self.window.stage_of.index(number)]
 
 
 class _StageTooLarge(Exception):
@@ -103,26 +107,59 @@ class ExactSolver:
         self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
         self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
-    def solve(self, program: Program, cut: Cut, *, proven: bool = False) -> SolvedCut:
+    def solve(self, program: Program, cut: Cut) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
         solutions or not at all."""
         extra = [0.0] * cut.num_stages
-        solved = self._fitting(program, cut, extra, proven)
+        solved = self._fitting(program, cut, extra)
         if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
-            solved = self._taken_back(program, cut, extra, solved, proven)
+            solved = self._taken_back(program, cut, extra, solved)
         return solved
 
-    def told(
-        self, program: Program, cut: Cut, policies: tuple[Remat, ...], *, proven: bool = False
-    ) -> SolvedCut:
+    def told(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> SolvedCut:
         """The cut with so told a policy for each layer. NoFeasiblePlan where a stage does not
         fit."""
         window = self._window(program, cut, policies)
         try:
-            return self._solve_window(program, cut, window, policies, proven)
+            return self._solve_window(program, cut, window, policies)
         except _StageTooLarge as error:
             raise error.reason from None
+
+    def proved(self, program: Program, solved: SolvedCut) -> SolvedCut:
+        """The same cut on the same views, or a faster plan of it: its folds are split where the
+        layers would better not all be alike, and stages above the target gap solved with a MIP."""
+        cut = solved.candidate.cut
+        views = tuple(((0.0, stage.mesh),) for stage in solved.candidate.stages)
+        cut = replace(cut, views=views)
+        best = self._split(program, cut, solved)
+        if all(s.gap <= self.space.options.target_gap for s in best.candidate.stages):
+            return best
+        try:
+            found = self._solve_window(program, cut, best.window, best.policies, proven=True)
+        except _StageTooLarge:
+            return best
+        return min(found, best, key=lambda s: s.candidate.step_s)
+
+    def _split(self, program: Program, cut: Cut, solved: SolvedCut) -> SolvedCut:
+        """With folds split as long as that is faster."""
+        breaks: set[int] = set()
+        for _ in range(_MAX_SPLITS):
+            splits = [solved.written_stage(i).split for i in range(len(solved.prepared))]
+            more = {solved.window.break_of(i, s) for i, s in enumerate(splits) if s is not None}
+            if not more or self.clock.expired:
+                break
+            breaks |= more
+            window = self._window(program, cut, solved.policies, breaks)
+            try:
+                found = self._solve_window(program, cut, window, solved.policies)
+            except (NotFoldable, _StageTooLarge) as error:
+                _LOG.info("not split before layers %s: %s", sorted(more), error)
+                break
+            if found.candidate.step_s >= solved.candidate.step_s:
+                break
+            solved = found
+        return solved
 
     # ---- told stages, every layer written
 
@@ -162,11 +199,11 @@ class ExactSolver:
 
     # ---- whole cuts
 
-    def _fitting(self, program: Program, cut: Cut, extra: list[float], proven: bool) -> SolvedCut:
+    def _fitting(self, program: Program, cut: Cut, extra: list[float]) -> SolvedCut:
         """The first attempt that fits. extra: grows for the stages that are too large."""
         for attempt in range(_ATTEMPTS):
             try:
-                return self._attempt(program, cut, extra, proven)
+                return self._attempt(program, cut, extra)
             except _StageTooLarge as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
                 if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
@@ -176,7 +213,7 @@ class ExactSolver:
         raise InternalError("the last attempt either returns or raises")
 
     def _taken_back(
-        self, program: Program, cut: Cut, extra: list[float], solved: SolvedCut, proven: bool
+        self, program: Program, cut: Cut, extra: list[float], solved: SolvedCut
     ) -> SolvedCut:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
@@ -191,7 +228,7 @@ class ExactSolver:
                 break
             trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
             try:
-                found = self._attempt(program, cut, trial, proven)
+                found = self._attempt(program, cut, trial)
             except _StageTooLarge as error:
                 taken = open_ - set(error.stages)
                 fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
@@ -202,23 +239,24 @@ class ExactSolver:
             break
         return solved
 
-    def _attempt(
-        self, program: Program, cut: Cut, extra: Sequence[float], proven: bool
-    ) -> SolvedCut:
+    def _attempt(self, program: Program, cut: Cut, extra: Sequence[float]) -> SolvedCut:
         policies = self._policies(program, cut, extra)
         try:
-            return self._solve_window(
-                program, cut, self._window(program, cut, policies), policies, proven
-            )
+            return self._solve_window(program, cut, self._window(program, cut, policies), policies)
         except NotFoldable as error:  # equal layers that are not alike in this stage
             _LOG.info("every layer is written: %s", error)
             self._fold = False
-        return self._solve_window(
-            program, cut, self._window(program, cut, policies), policies, proven
-        )
+        return self._solve_window(program, cut, self._window(program, cut, policies), policies)
 
-    def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        """Stages are equal that have equal layers, policies, best view and room."""
+    def _window(
+        self,
+        program: Program,
+        cut: Cut,
+        policies: tuple[Remat, ...],
+        breaks: Collection[int] = (),
+    ) -> Window:
+        """Stages are equal that have equal layers, policies, best view and room. breaks: as of
+        `write_window`."""
         bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
         stages = [
             (
@@ -236,6 +274,7 @@ class ExactSolver:
             policies,
             fold=self._fold,
             stages=stages if self._fold else None,
+            breaks=breaks,
         )
 
     # ---- recomputation
@@ -310,7 +349,7 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         policies: tuple[Remat, ...],
-        proven: bool,
+        proven: bool = False,
     ) -> SolvedCut:
         label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
         with self.clock.passes("exact stages", label):
