@@ -48,7 +48,8 @@ _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
-_MAX_SPLITS = 3  # of the folds of a stage
+MAX_SPLITS = 3  # of the folds of a stage
+_NOTHING = 1e-9  # of a step: rounding is no gain
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 
 
@@ -144,7 +145,7 @@ class ExactSolver:
     def _split(self, program: Program, cut: Cut, solved: SolvedCut) -> SolvedCut:
         """With folds split as long as that is faster."""
         breaks: set[int] = set()
-        for _ in range(_MAX_SPLITS):
+        for _ in range(MAX_SPLITS):
             splits = [solved.written_stage(i).split for i in range(len(solved.prepared))]
             more = {solved.window.break_of(i, s) for i, s in enumerate(splits) if s is not None}
             if not more or self.clock.expired:
@@ -156,7 +157,7 @@ class ExactSolver:
             except (NotFoldable, _StageTooLarge) as error:
                 _LOG.info("not split before layers %s: %s", sorted(more), error)
                 break
-            if found.candidate.step_s >= solved.candidate.step_s:
+            if found.candidate.step_s >= solved.candidate.step_s * (1 - _NOTHING):
                 break
             solved = found
         return solved

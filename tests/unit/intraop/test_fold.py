@@ -164,9 +164,18 @@ def twins_of(case: Case, remat: Remat) -> dict[str, str]:
     return names
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 3])
 @pytest.mark.parametrize(
-    "case", [GPT2, SPLIT, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=str
+    ("case", "num_microbatches"),
+    [
+        (GPT2, 1),
+        (GPT2, 3),
+        (SPLIT, 3),
+        *(
+            pytest.param(case, n, marks=pytest.mark.slow)
+            for case, n in ((SPLIT, 1), (LLAMA, 1), (LLAMA, 3))
+        ),
+    ],
+    ids=str,
 )
 def test_any_choice_costs_and_holds_the_same(case: Case, num_microbatches: int) -> None:
     """Of the folded program and of the layers written out: seconds, bytes, transients."""
