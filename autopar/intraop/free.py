@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,13 @@ _EASY_TABLE = 200_000
 _ROUNDS = 4
 
 
+class Worth(NamedTuple):
+    """Assignments within so many bytes that take more seconds are of no use."""
+
+    seconds: float
+    budget_bytes: float
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How hard to try: until target_gap (relative) or time.monotonic() = deadline.
@@ -35,7 +43,7 @@ class Effort:
     close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
     near: relative gap from which on sweeps stop sooner when they gain little.
     max_sweeps: of each round. table_limit: entries of the largest table that exact elimination may
-    build. allow_mip: HiGHS may finish.
+    build. allow_mip: HiGHS may finish. worth: ends where it is proved that nothing is.
     """
 
     deadline: float
@@ -45,6 +53,7 @@ class Effort:
     close_enough: float = CLOSED_GAP
     near: float = 0.0
     max_sweeps: int = MAX_SWEEPS
+    worth: Worth | None = None
 
 
 @dataclass(frozen=True, slots=True)

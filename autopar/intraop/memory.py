@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.intraop.free import Effort, FreeResult, minimise
+from autopar.intraop.free import Effort, FreeResult, Worth, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.improve import Assignment, Neighbourhood
 from autopar.intraop.problem import FloatArray, IntraOpProblem, least_bytes, relative_gap
@@ -83,6 +83,10 @@ class Earlier:
             ((float(value - rate * budget_bytes), rate) for rate, value in self.lines),
             default=(-np.inf, 0.0),
         )
+
+    def in_vain(self, worth: Worth | None) -> bool:
+        """Whether no assignment is worth it."""
+        return worth is not None and self.bound(worth.budget_bytes)[0] > worth.seconds
 
 
 class _Walk:
@@ -203,7 +207,7 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
     stop = min(_SMALL_GAP, walk.effort.target_gap)
     flat = False
     for _ in range(_MAX_STEPS):
-        if time.monotonic() > walk.effort.deadline:
+        if time.monotonic() > walk.effort.deadline or walk.earlier.in_vain(walk.effort.worth):
             break
         slope = (light.seconds - heavy.seconds) / (heavy.bytes - light.bytes)
         if slope <= 0:
@@ -227,6 +231,8 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
             walk.offer(around.move_nodes(mixed))
         if walk.gap() <= stop or (below <= _ON_LINE * abs(line) and not first):
             break
+    if walk.earlier.in_vain(walk.effort.worth):
+        return
     walk.offer(around.move_nodes(around.switch_parts(light, heavy)))
     if walk.best is not None:
         walk.offer(around.move_nodes(around.switch_parts(walk.best, heavy)))

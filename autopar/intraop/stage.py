@@ -29,12 +29,13 @@ from autopar.intraop.build import (
 )
 from autopar.intraop.crowded import with_moment
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.free import Worth
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import crowded_moment, fetch_bytes, reduce_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
-from autopar.intraop.solver import Solver, solve
+from autopar.intraop.solver import NotWorth, Solver, solve
 from autopar.intraop.split import Split, best_split, with_layers
 from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
@@ -56,6 +57,7 @@ class SolverOptions:
     time_limit_s: float = 60.0
     target_gap: float = 0.01
     fallback: bool = True  # to HiGHS where the dual solver leaves a larger gap
+    worth_s: float = math.inf  # NotWorth where nothing within the budget is as fast
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +132,7 @@ class StageProgram:
         self._free: _Found | None = None
         self._options = SolverOptions()
         self._deadline = math.inf
+        self._worth: Worth | None = None
 
     def solved(
         self, *, budget_bytes: float | None, options: SolverOptions = SolverOptions()
@@ -137,12 +140,15 @@ class StageProgram:
         """NoFeasiblePlan where nothing fits the budget together with its transients. The fastest
         solution of all is solved for once, whatever the budgets."""
         self._options, self._deadline = options, time.monotonic() + options.time_limit_s
+        self._worth = None
         if self._free is None:
             self._free = self._within(None, fallback=options.fallback)
             self._crowd(self._free)
         free = self._free.stage
         if budget_bytes is None or free.prediction.peak_bytes <= budget_bytes:
             return free
+        if not math.isinf(options.worth_s):
+            self._worth = Worth(options.worth_s, budget_bytes)
         first, limit = self._tight(budget_bytes)
         best, target_gap = first.stage, options.target_gap
         if best.gap > target_gap and options.fallback and time.monotonic() <= self._deadline:
@@ -212,6 +218,7 @@ class StageProgram:
             fallback=fallback,
             branching=branching,
             earlier=self._earlier,
+            worth=self._worth,
         )
         stage = _read(self._graph, self._built, found, self._costs, self._context)
         return _Found(stage, found.choice, stage.prediction.peak_bytes - found.bytes)
@@ -234,6 +241,8 @@ class StageProgram:
                 break
             try:
                 found = self._within(limit)
+            except NotWorth:
+                raise
             except NoFeasiblePlan as error:  # the least bytes clash
                 if error.least_bytes is None or not low < error.least_bytes < high:
                     raise _too_little(budget_bytes, closest, error.least_bytes) from error

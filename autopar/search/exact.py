@@ -36,7 +36,7 @@ from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
 from autopar.search.schedules import best_schedule
 from autopar.search.space import Space
-from autopar.search.stages import StageSolver, ToldStage
+from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
 from autopar.simulate import Transfer
@@ -46,6 +46,7 @@ _MORE = 0.25  # of the layers of a stage: how many more recompute where it did n
 _ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
 _LESS = (1.0, 0.5)  # of the layers of a stage: how many fewer recompute where there may be room
+_WAITS = 1.01  # what a stage receives may come while it works: a step is not longer by that
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 MAX_SPLITS = 3  # of the folds of a stage
@@ -137,7 +138,9 @@ class ExactSolver:
         if all(s.gap <= self.space.options.target_gap for s in best.candidate.stages):
             return best
         try:
-            found = self._solve_window(program, cut, best.window, best.policies, proven=True)
+            found = self._solve_window(
+                program, cut, best.window, best.policies, Wanted(proven=True)
+            )
         except _StageTooLarge:
             return best
         return min(found, best, key=lambda s: s.candidate.step_s)
@@ -218,6 +221,7 @@ class ExactSolver:
     ) -> SolvedCut:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
+        worth_s = _WAITS * solved.candidate.step_s / cut.num_microbatches
         open_ = {
             index
             for index, written in enumerate(solved.window.stage_of)
@@ -229,7 +233,7 @@ class ExactSolver:
                 break
             trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
             try:
-                found = self._attempt(program, cut, trial)
+                found = self._attempt(program, cut, trial, Wanted(worth_s=worth_s))
             except _StageTooLarge as error:
                 taken = open_ - set(error.stages)
                 fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
@@ -240,14 +244,18 @@ class ExactSolver:
             break
         return solved
 
-    def _attempt(self, program: Program, cut: Cut, extra: Sequence[float]) -> SolvedCut:
+    def _attempt(
+        self, program: Program, cut: Cut, extra: Sequence[float], wanted: Wanted = ANYTHING
+    ) -> SolvedCut:
         policies = self._policies(program, cut, extra)
+        window = self._window(program, cut, policies)
         try:
-            return self._solve_window(program, cut, self._window(program, cut, policies), policies)
+            return self._solve_window(program, cut, window, policies, wanted)
         except NotFoldable as error:  # equal layers that are not alike in this stage
             _LOG.info("every layer is written: %s", error)
             self._fold = False
-        return self._solve_window(program, cut, self._window(program, cut, policies), policies)
+        window = self._window(program, cut, policies)
+        return self._solve_window(program, cut, window, policies, wanted)
 
     def _window(
         self,
@@ -350,7 +358,7 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         policies: tuple[Remat, ...],
-        proven: bool = False,
+        wanted: Wanted = ANYTHING,
     ) -> SolvedCut:
         label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
         with self.clock.passes("exact stages", label):
@@ -365,14 +373,14 @@ class ExactSolver:
                 index = window.stage_of.index(written_index)
                 contexts.append(self._context(cut, index, owned, window.folds(written_index)))
             if cut.num_workers is None:
-                self._ahead(prepared, cut, window, contexts, proven)
+                self._ahead(prepared, cut, window, contexts, wanted)
             written = []
             too_large: list[int] = []
             reason: NoFeasiblePlan | None = None
             for index, stage in enumerate(prepared):
                 views = cut.views[window.stage_of.index(index)]
                 try:
-                    written.append(self._solve_stage(stage, cut, views, contexts[index], proven))
+                    written.append(self._solve_stage(stage, cut, views, contexts[index], wanted))
                 except NoFeasiblePlan as error:
                     alike = window.stands_for(index)
                     too_large += alike
@@ -399,11 +407,11 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         contexts: Sequence[StageContext],
-        proven: bool,
+        wanted: Wanted,
     ) -> None:
         """All written stages on all their views, several at a time."""
         told = [
-            ToldStage(stage, view, contexts[index], self._budget(cut, view), proven)
+            ToldStage(stage, view, contexts[index], self._budget(cut, view), wanted)
             for index, stage in enumerate(prepared)
             for _, view in cut.views[window.stage_of.index(index)]
         ]
@@ -415,7 +423,7 @@ class ExactSolver:
         cut: Cut,
         views: Sequence[tuple[float, LogicalMesh]],
         context: StageContext,
-        proven: bool,
+        wanted: Wanted,
     ) -> StageSolution:
         """A written stage, on the best of the views that the tables put first."""
         best: StageSolution | None = None
@@ -425,7 +433,7 @@ class ExactSolver:
             if best is not None and best.seconds <= _CLOSE * least:
                 break
             try:
-                found = self._on_view(stage, view, context, cut, proven)
+                found = self._on_view(stage, view, context, cut, wanted)
             except NoFeasiblePlan as error:
                 failures.append(error)
                 continue
@@ -456,12 +464,12 @@ class ExactSolver:
         view: LogicalMesh,
         context: StageContext,
         cut: Cut,
-        proven: bool,
+        wanted: Wanted,
     ) -> StageSolution:
         if cut.num_workers is None:
             budget = self._budget(cut, view)
-            return self.stages.within(stage, view, context, budget, proven=proven)
-        free = self.stages.free(stage, view, context, proven=proven)
+            return self.stages.within(stage, view, context, budget, wanted)
+        free = self.stages.free(stage, view, context, proven=wanted.proven)
         if not self.fits(cut, free):
             raise NoFeasiblePlan(
                 "its fastest solution does not fit its share of the worker's memory"
