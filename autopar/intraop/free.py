@@ -108,6 +108,22 @@ class _Best:
         )
 
 
+class Priced:
+    """A program at many prices of a byte: nodes without bytes are reduced once for all of them."""
+
+    def __init__(self, problem: IntraOpProblem) -> None:
+        self._bytes = {v: m_v for v, m_v in enumerate(problem.node_bytes) if m_v.any()}
+        self._graph = Graph(problem, problem.node_seconds)
+        self._graph.reduce(self._bytes)
+
+    def minimise(
+        self, rate: float, *, effort: Effort, warm: WarmMessages | None = None
+    ) -> FreeResult:
+        """As `minimise` of c_v + rate m_v."""
+        graph = self._graph.priced({v: rate * m_v for v, m_v in self._bytes.items()})
+        return _minimise(graph, effort, warm)
+
+
 def minimise(
     problem: IntraOpProblem,
     unary: Sequence[FloatArray],
@@ -120,7 +136,10 @@ def minimise(
     choice is None and value inf when every assignment is forbidden. warm may be kept
     between calls.
     """
-    graph = Graph(problem, unary)
+    return _minimise(Graph(problem, unary), effort, warm)
+
+
+def _minimise(graph: Graph, effort: Effort, warm: WarmMessages | None) -> FreeResult:
     best = _Best()
     for attempt in range(_ROUNDS):
         graph.reduce()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.intraop.free import Effort, FreeResult, Worth, minimise
+from autopar.intraop.free import Effort, FreeResult, Priced, Worth, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.improve import Assignment, Neighbourhood
 from autopar.intraop.problem import FloatArray, IntraOpProblem, least_bytes, relative_gap
@@ -71,6 +71,7 @@ class Earlier:
     lines: list[tuple[float, float]] = field(default_factory=list)  # (l, lower bound of c + l m)
     warm: WarmMessages = field(default_factory=dict)
     lightest: Assignment | None = None
+    priced: Priced | None = None
 
     def note(self, problem: IntraOpProblem, multiplier: float, found: FreeResult) -> None:
         self.lines.append((multiplier, found.bound))
@@ -122,9 +123,10 @@ class _Walk:
 
     def solve(self, multiplier: float) -> Assignment | None:
         """argmin of L(multiplier); its bound counts."""
-        pairs = zip(self.problem.node_seconds, self.problem.node_bytes, strict=True)
-        unary = [c_v + multiplier * m_v for c_v, m_v in pairs]
-        found = minimise(self.problem, unary, effort=self.effort, warm=self.earlier.warm)
+        if self.earlier.priced is None:
+            self.earlier.priced = Priced(self.problem)
+        priced = self.earlier.priced
+        found = priced.minimise(multiplier, effort=self.effort, warm=self.earlier.warm)
         self.earlier.note(self.problem, multiplier, found)
         self.tried.append(multiplier)
         lagrangian = found.bound - multiplier * self.budget

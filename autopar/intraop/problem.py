@@ -112,13 +112,13 @@ class IntraOpProblem:
 
     def seconds(self, choice: tuple[int, ...]) -> float:
         """The objective of one assignment, inf where it uses something forbidden."""
-        nodes = fsum(float(c_v[s]) for c_v, s in zip(self.node_seconds, choice, strict=True))
+        nodes = fsum(c_v.item(s) for c_v, s in zip(self.node_seconds, choice, strict=True))
         pairs = zip(self.edges, self.edge_seconds, strict=True)
-        return nodes + fsum(float(r_uv[choice[u], choice[v]]) for (u, v), r_uv in pairs)
+        return nodes + fsum(r_uv.item(choice[u], choice[v]) for (u, v), r_uv in pairs)
 
     def bytes(self, choice: tuple[int, ...]) -> float:
         """The left side of the budget row."""
-        return fsum(float(m_v[s]) for m_v, s in zip(self.node_bytes, choice, strict=True))
+        return fsum(m_v.item(s) for m_v, s in zip(self.node_bytes, choice, strict=True))
 
     def fits(self, num_bytes: float) -> bool:
         """Whether so many bytes are within the budget, up to BYTES_TOLERANCE."""

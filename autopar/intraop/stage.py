@@ -204,7 +204,7 @@ class StageProgram:
         self._problem = crowded
         self._free = free._replace(rest_bytes=stage.prediction.peak_bytes - row)
         points = [Assignment(free.choice, stage.seconds, row)]
-        self._earlier = replace(self._earlier, points=points)
+        self._earlier = replace(self._earlier, points=points, priced=None)
 
     def _within(
         self, limit: float | None, *, fallback: bool = False, branching: bool = False

@@ -232,6 +232,8 @@ class ExactSolver:
             if not open_ or self.clock.late:
                 break
             trial = [extra[i] - less if i in open_ else e for i, e in enumerate(fewer)]
+            if self._policies(program, cut, trial) == solved.policies:
+                break
             try:
                 found = self._attempt(program, cut, trial, Wanted(worth_s=worth_s))
             except _StageTooLarge as error:
