@@ -171,7 +171,9 @@ class _Search:
             raise prices.refused or self._nothing(reference, prices)
         else:
             best = min(self.solved, key=lambda s: s.candidate.step_s)
-            plan = self._plan(self._proved(best, prices), prices)
+            proved = self._proved(best, prices)
+            self.solved[self.solved.index(best)] = proved
+            plan = self._plan(proved, prices)
         if key and not (self.cut_short or self.clock.expired):
             remember_plan(key, plan)
         return plan
