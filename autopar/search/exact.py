@@ -39,7 +39,6 @@ from autopar.search.space import Space
 from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
@@ -399,7 +398,7 @@ class ExactSolver:
                 for index, number in enumerate(window.stage_of)
             )
         with self.clock.passes("simulate", label):
-            transfers = _all_transfers(stage_transfers(graphs, written), window)
+            transfers = window.all_transfers(stage_transfers(graphs, written))
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
@@ -481,19 +480,3 @@ class ExactSolver:
 
 def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:
     return replace(stage, prediction=replace(stage.prediction, in_flight=in_flight))
-
-
-def _all_transfers(written: Sequence[Transfer], window: Window) -> list[Transfer]:
-    """Those between written stages, between the stages that they stand for: neighbours send to
-    neighbours. NotFoldable where one comes from further away, from a stage that stands for many."""
-    found = []
-    for transfer in written:
-        source, target = transfer.source_stage, transfer.target_stage
-        step = target - source
-        senders = window.stands_for(source)
-        if abs(step) > 1 and len(senders) > 1:
-            raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
-        for index in window.stands_for(target):
-            sender = index - step if abs(step) == 1 else senders[0]
-            found.append(replace(transfer, source_stage=sender, target_stage=index))
-    return found

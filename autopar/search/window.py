@@ -19,14 +19,16 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.errors import InternalError
 from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, with_copies
 from autopar.intraop.build import Fold
+from autopar.intraop.fold import NotFoldable
 from autopar.intraop.split import Split
 from autopar.plan import Remat
+from autopar.simulate import Transfer
 
 _FOLDED = 2  # a folded run is written so often
 
@@ -71,6 +73,22 @@ class Window:
     def stands_for(self, written: int) -> tuple[int, ...]:
         """The stages of the model that a written stage stands for."""
         return tuple(i for i, w in enumerate(self.stage_of) if w == written)
+
+    def all_transfers(self, written: Sequence[Transfer]) -> list[Transfer]:
+        """Those between written stages, between the stages that they stand for: neighbours send to
+        neighbours. NotFoldable where one comes from further away, from a stage that stands for
+        many."""
+        found = []
+        for transfer in written:
+            source, target = transfer.source_stage, transfer.target_stage
+            step = target - source
+            senders = self.stands_for(source)
+            if abs(step) > 1 and len(senders) > 1:
+                raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
+            for index in self.stands_for(target):
+                sender = index - step if abs(step) == 1 else senders[0]
+                found.append(replace(transfer, source_stage=sender, target_stage=index))
+        return found
 
     def folds(self, stage: int) -> tuple[Fold, ...]:
         """Of a written stage, by written layer."""
