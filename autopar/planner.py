@@ -178,7 +178,9 @@ class _Search:
             raise prices.refused or self._nothing(reference, prices)
         else:
             best = min(self.solved, key=lambda s: s.candidate.step_s)
-            plan = self._plan(self._proved(best, prices), prices)
+            proved = self._proved(best, prices)
+            self.solved[self.solved.index(best)] = proved
+            plan = self._plan(proved, prices)
         if key and not (self.cut_short or self.clock.expired):
             remember_plan(key, plan)
         return plan
@@ -213,42 +215,21 @@ class _Search:
         few = exact.alike and reference.num_layers <= FEW_LAYERS  # else all cuts are looked at
         worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
-        best_table, num_slower = None, 0
+        best_table, num_looked_at = None, len(self.solved)
         for cut in search:
             best_table = best_table or cut.seconds
             margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
             if self.solved and cut.seconds > (1 + margin) * best_table:
                 break
-<<<<<<< HEAD
             if not self.solved:  # it seldom loses: its graph is captured while it is solved
                 self.workload.expect(cut.num_microbatches)
-            try:
-                known_s = min((s.candidate.step_s for s in self.solved), default=math.inf)
-                program = self.program(cut.num_microbatches)
-                self.solved.append(exact.solve(program, cut, known_s=known_s))
-            except NoFeasiblePlan as error:
-                self.failures.append(error)
-            except SlowerCut as error:
-                num_slower += 1
-                _LOG.info(
-                    "%s stages, %s microbatches: %s",
-                    cut.num_stages,
-                    program.num_microbatches,
-                    error,
-                )
-            else:
-                best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
-                self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
-                self.workload.expect(best.cut.num_microbatches)
-=======
-            self._solve(exact, cut)
->>>>>>> cuts
+            num_looked_at += self._solve(exact, cut)
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
                 self._end_early(self._time_limit())
                 break
-            if len(self.solved) + num_slower >= most:
+            if num_looked_at >= most:
                 break
         self.failures += search.failures
         if narrow and search.note:
@@ -257,16 +238,22 @@ class _Search:
     def _best_s(self) -> float:
         return min((s.candidate.step_s for s in self.solved), default=math.inf)
 
-    def _solve(self, exact: ExactSolver, cut: Cut) -> None:
+    def _solve(self, exact: ExactSolver, cut: Cut) -> bool:
+        """Whether the cut is one of those that count: it fits, or is slower than one that does."""
         try:
             program = self.program(cut.num_microbatches)
-            self.solved.append(exact.solve(program, cut, below_s=self._best_s()))
+            self.solved.append(exact.solve(program, cut, known_s=self._best_s()))
         except NoFeasiblePlan as error:
             self.failures.append(error)
-            return
+            return False
+        except SlowerCut as error:
+            count = cut.num_microbatches
+            _LOG.info("%s stages, %s microbatches: %s", cut.num_stages, count, error)
+            return True
         best = min(self.solved, key=lambda s: s.candidate.step_s).candidate
         self.clock.incumbent = f"best so far {best.step_s * 1e3:.2f} ms"
         self.workload.expect(best.cut.num_microbatches)
+        return True
 
     def _time_limit(self) -> str:
         return f"time limit of {self.clock.limit_s:g} s: the best plan so far"
@@ -319,23 +306,17 @@ class _Search:
                 break
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
-        """The winner, its stages solved again with a MIP where their gap is above the target."""
+        """The winner, its stages solved again where their gap is above the target."""
         target = self.space.options.target_gap
         ended = self.cut_short or self.clock.expired
         if ended or all(s.gap <= target for s in best.candidate.stages):
             return best
-        cut = best.candidate.cut
-        views = tuple(((0.0, stage.mesh),) for stage in best.candidate.stages)
-        again = self._solver(prices, alike=best.alike)
+        program = self.program(best.candidate.cut.num_microbatches)
         try:
-            program = self.program(cut.num_microbatches)
-            proven = again.told(program, replace(cut, views=views), best.policies, proven=True)
-        except NoFeasiblePlan:
-            return best
+            return self._solver(prices, alike=best.alike).proved(program, best)
         except KeyboardInterrupt:
             self._end_early("interrupted: the best plan so far")
             return best
-        return min(proven, best, key=lambda s: s.candidate.step_s)
 
     def _solver(self, prices: Prices, *, alike: bool) -> ExactSolver:
         gap = (

@@ -81,21 +81,31 @@ class Forced:
         return self._programs[num_microbatches]
 
     def cut(
-        self, num_microbatches: int, first_layers: tuple[int, ...], policies: tuple[Remat, ...]
+        self,
+        num_microbatches: int,
+        first_layers: tuple[int, ...],
+        policies: tuple[Remat, ...],
+        breaks: frozenset[int] = frozenset(),
     ) -> ToldStages:
-        """policies: of each layer of the model."""
-        key = (num_microbatches, first_layers, policies)
+        """policies: of each layer of the model. breaks: as of `write_window`."""
+        key = (num_microbatches, first_layers, policies, breaks)
         if key not in self._cuts:
             self._cuts[key] = self._cut(*key)
         return self._cuts[key]
 
     def _cut(
-        self, num_microbatches: int, first_layers: tuple[int, ...], policies: tuple[Remat, ...]
+        self,
+        num_microbatches: int,
+        first_layers: tuple[int, ...],
+        policies: tuple[Remat, ...],
+        breaks: frozenset[int],
     ) -> ToldStages:
         program = self.program(num_microbatches)
         window = None
         if self.folded:
-            window = write_window(program.folded, program.kind_of_written, first_layers, policies)
+            window = write_window(
+                program.folded, program.kind_of_written, first_layers, policies, breaks=breaks
+            )
             recomputed = program.recomputed(window.graph, window.policies)
             first_layers = window.first_layers
         else:

@@ -37,7 +37,7 @@ from autopar.intraop.build import (
     build_problem,
 )
 from autopar.intraop.execution import execution_of
-from autopar.intraop.free import Effort, minimise
+from autopar.intraop.free import Effort, Priced
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
@@ -112,15 +112,14 @@ def layer_points(
         max_sweeps=_POINT_SWEEPS,
     )
     points: dict[Point, None] = {}
+    priced = Priced(problem)
     warm: WarmMessages = {}
     free_rate = 0.0
     for price in prices:
         if points and time.monotonic() > deadline:
             break
         rate = price * free_rate
-        pairs = zip(problem.node_seconds, problem.node_bytes, strict=True)
-        unary = [c + rate * m for c, m in pairs]
-        found = minimise(problem, unary, effort=effort, warm=warm)
+        found = priced.minimise(rate, effort=effort, warm=warm)
         if found.choice is None:
             raise infeasible(problem)
         point = _point(graph, built, found.choice, costs, context, remat)

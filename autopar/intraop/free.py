@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,13 @@ _EASY_TABLE = 200_000
 _ROUNDS = 4
 
 
+class Worth(NamedTuple):
+    """Assignments within so many bytes that take more seconds are of no use."""
+
+    seconds: float
+    budget_bytes: float
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How hard to try: until target_gap (relative) or time.monotonic() = deadline.
@@ -35,7 +43,7 @@ class Effort:
     close_enough: relative gap at which the sweeps stop; above it, fixing and elimination go on.
     near: relative gap from which on sweeps stop sooner when they gain little.
     max_sweeps: of each round. table_limit: entries of the largest table that exact elimination may
-    build. allow_mip: HiGHS may finish.
+    build. allow_mip: HiGHS may finish. worth: ends where it is proved that nothing is.
     """
 
     deadline: float
@@ -45,6 +53,7 @@ class Effort:
     close_enough: float = CLOSED_GAP
     near: float = 0.0
     max_sweeps: int = MAX_SWEEPS
+    worth: Worth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,22 @@ class _Best:
         )
 
 
+class Priced:
+    """A program at many prices of a byte: nodes without bytes are reduced once for all of them."""
+
+    def __init__(self, problem: IntraOpProblem) -> None:
+        self._bytes = {v: m_v for v, m_v in enumerate(problem.node_bytes) if m_v.any()}
+        self._graph = Graph(problem, problem.node_seconds)
+        self._graph.reduce(self._bytes)
+
+    def minimise(
+        self, rate: float, *, effort: Effort, warm: WarmMessages | None = None
+    ) -> FreeResult:
+        """As `minimise` of c_v + rate m_v."""
+        graph = self._graph.priced({v: rate * m_v for v, m_v in self._bytes.items()})
+        return _minimise(graph, effort, warm)
+
+
 def minimise(
     problem: IntraOpProblem,
     unary: Sequence[FloatArray],
@@ -111,7 +136,10 @@ def minimise(
     choice is None and value inf when every assignment is forbidden. warm may be kept
     between calls.
     """
-    graph = Graph(problem, unary)
+    return _minimise(Graph(problem, unary), effort, warm)
+
+
+def _minimise(graph: Graph, effort: Effort, warm: WarmMessages | None) -> FreeResult:
     best = _Best()
     for attempt in range(_ROUNDS):
         graph.reduce()

@@ -101,12 +101,16 @@ class Neighbourhood:
     ) -> tuple[list[int], float]:
         """(nodes, bytes) of the first or last nodes of a part that save most and fit; may be none.
 
-        Nodes follow the program: a run is about "the first k layers switch". O(edges of the part).
+        Nodes follow the layers of the model: a run is about "the first k layers switch". O(edges of
+        the part).
         """
+        layers = self._problem.node_layers
+        ordered = sorted(part, key=layers.__getitem__) if layers else part
         best, best_seconds, best_bytes = part[:0], 0.0, 0.0
-        for order in (part, part[::-1]):
+        for order in (ordered, ordered[::-1]):
             trial = {v: choice[v] for v in order}
             seconds = added = 0.0
+            clashes = 0  # forbidden pairs
             for count, v in enumerate(order, start=1):
                 c_v, m_v = self._problem.node_seconds[v], self._problem.node_bytes[v]
                 before, after = choice[v], then[v]
@@ -114,9 +118,11 @@ class Neighbourhood:
                 added += float(m_v[after]) - float(m_v[before])
                 for w, r_wv in self._adj[v]:
                     row = r_wv[trial.get(w, choice[w])]
-                    seconds += float(row[after]) - float(row[before])
+                    old, new = float(row[before]), float(row[after])
+                    seconds += (new if new < np.inf else 0.0) - (old if old < np.inf else 0.0)
+                    clashes += (new == np.inf) - (old == np.inf)
                 trial[v] = after
-                if seconds < best_seconds and self._problem.fits(num_bytes + added):
+                if not clashes and seconds < best_seconds and self._problem.fits(num_bytes + added):
                     best, best_seconds, best_bytes = order[:count], seconds, added
         return best, best_bytes
 

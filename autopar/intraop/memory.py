@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autopar.intraop.free import Effort, FreeResult, minimise
+from autopar.intraop.free import Effort, FreeResult, Priced, Worth, minimise
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.improve import Assignment, Neighbourhood
 from autopar.intraop.problem import FloatArray, IntraOpProblem, least_bytes, relative_gap
@@ -71,6 +71,7 @@ class Earlier:
     lines: list[tuple[float, float]] = field(default_factory=list)  # (l, lower bound of c + l m)
     warm: WarmMessages = field(default_factory=dict)
     lightest: Assignment | None = None
+    priced: Priced | None = None
 
     def note(self, problem: IntraOpProblem, multiplier: float, found: FreeResult) -> None:
         self.lines.append((multiplier, found.bound))
@@ -83,6 +84,10 @@ class Earlier:
             ((float(value - rate * budget_bytes), rate) for rate, value in self.lines),
             default=(-np.inf, 0.0),
         )
+
+    def in_vain(self, worth: Worth | None) -> bool:
+        """Whether no assignment is worth it."""
+        return worth is not None and self.bound(worth.budget_bytes)[0] > worth.seconds
 
 
 class _Walk:
@@ -118,9 +123,10 @@ class _Walk:
 
     def solve(self, multiplier: float) -> Assignment | None:
         """argmin of L(multiplier); its bound counts."""
-        pairs = zip(self.problem.node_seconds, self.problem.node_bytes, strict=True)
-        unary = [c_v + multiplier * m_v for c_v, m_v in pairs]
-        found = minimise(self.problem, unary, effort=self.effort, warm=self.earlier.warm)
+        if self.earlier.priced is None:
+            self.earlier.priced = Priced(self.problem)
+        priced = self.earlier.priced
+        found = priced.minimise(multiplier, effort=self.effort, warm=self.earlier.warm)
         self.earlier.note(self.problem, multiplier, found)
         self.tried.append(multiplier)
         lagrangian = found.bound - multiplier * self.budget
@@ -203,7 +209,7 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
     stop = min(_SMALL_GAP, walk.effort.target_gap)
     flat = False
     for _ in range(_MAX_STEPS):
-        if time.monotonic() > walk.effort.deadline:
+        if time.monotonic() > walk.effort.deadline or walk.earlier.in_vain(walk.effort.worth):
             break
         slope = (light.seconds - heavy.seconds) / (heavy.bytes - light.bytes)
         if slope <= 0:
@@ -227,6 +233,8 @@ def _walk_hull(walk: _Walk, heavy: Assignment, light: Assignment, around: Neighb
             walk.offer(around.move_nodes(mixed))
         if walk.gap() <= stop or (below <= _ON_LINE * abs(line) and not first):
             break
+    if walk.earlier.in_vain(walk.effort.worth):
+        return
     walk.offer(around.move_nodes(around.switch_parts(light, heavy)))
     if walk.best is not None:
         walk.offer(around.move_nodes(around.switch_parts(walk.best, heavy)))

@@ -39,6 +39,7 @@ class IntraOpProblem:
     edges         u < v, each pair once; edge_seconds R_uv float64 [n_u, n_v], inf = forbidden pair.
     Many edges may (and should) share one array object: solvers work once per object. Never write
     into it.
+    node_layers   of each node, rising with the depth of the model; () where they are not known
     """
 
     node_names: tuple[str, ...]
@@ -47,6 +48,7 @@ class IntraOpProblem:
     edges: tuple[tuple[int, int], ...]
     edge_seconds: tuple[FloatArray, ...]
     budget_bytes: float | None = None
+    node_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_nodes()
@@ -110,13 +112,13 @@ class IntraOpProblem:
 
     def seconds(self, choice: tuple[int, ...]) -> float:
         """The objective of one assignment, inf where it uses something forbidden."""
-        nodes = fsum(float(c_v[s]) for c_v, s in zip(self.node_seconds, choice, strict=True))
+        nodes = fsum(c_v.item(s) for c_v, s in zip(self.node_seconds, choice, strict=True))
         pairs = zip(self.edges, self.edge_seconds, strict=True)
-        return nodes + fsum(float(r_uv[choice[u], choice[v]]) for (u, v), r_uv in pairs)
+        return nodes + fsum(r_uv.item(choice[u], choice[v]) for (u, v), r_uv in pairs)
 
     def bytes(self, choice: tuple[int, ...]) -> float:
         """The left side of the budget row."""
-        return fsum(float(m_v[s]) for m_v, s in zip(self.node_bytes, choice, strict=True))
+        return fsum(m_v.item(s) for m_v, s in zip(self.node_bytes, choice, strict=True))
 
     def fits(self, num_bytes: float) -> bool:
         """Whether so many bytes are within the budget, up to BYTES_TOLERANCE."""

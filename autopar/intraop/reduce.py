@@ -13,7 +13,7 @@ strategies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +142,14 @@ class Graph:
         other._trail = list(self._trail)
         return other
 
+    def priced(self, more: Mapping[int, FloatArray]) -> Graph:
+        """A copy with products of its own, in which these nodes cost more: by original strategy."""
+        other = self.copy()
+        other.products = Products()
+        for v, c_v in more.items():
+            other.unary[v] = self.unary[v] + c_v[self.labels[v]]
+        return other
+
     def _set_edge(self, u: int, v: int, r_uv: FloatArray) -> None:
         r_vu = self.products.transpose(r_uv)
         self.adj[u][v] = self.products.transpose(r_vu)
@@ -174,9 +182,9 @@ class Graph:
         self.keep(masks)
         return all(mask.any() for mask in masks.values())
 
-    def reduce(self) -> None:
-        """Apply the four rules of the module docstring until none fits."""
-        candidates = set(self.unary)
+    def reduce(self, kept: Collection[int] = ()) -> None:
+        """Apply the four rules of the module docstring until none fits. kept: nodes that stay."""
+        candidates = set(self.unary).difference(kept)
         while candidates:
             blocked: set[int] = set()
             touched: set[int] = set()
@@ -190,7 +198,7 @@ class Graph:
                 self._vanish(v, neighbours)
                 blocked.update(neighbours)
                 touched.update(neighbours)
-            candidates = touched & self.unary.keys()
+            candidates = (touched & self.unary.keys()).difference(kept)
 
     def _vanish(self, v: int, neighbours: list[int]) -> None:
         c_v, products = self.unary[v], self.products

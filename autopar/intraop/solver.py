@@ -13,12 +13,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from autopar.errors import OptionError, SolverError
+from autopar.errors import NoFeasiblePlan, OptionError, SolverError
 from autopar.intraop.branch import branch
 from autopar.intraop.cbc import solve_cbc
 from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS
 from autopar.intraop.fallback import solve_remainder
-from autopar.intraop.free import Effort, minimise
+from autopar.intraop.free import Effort, Worth, minimise
 from autopar.intraop.ilp import infeasible, solution
 from autopar.intraop.mathopt import Engine, solve_mathopt
 from autopar.intraop.memory import (
@@ -30,6 +30,10 @@ from autopar.intraop.memory import (
     minimise_within_budget,
 )
 from autopar.intraop.problem import IntraOpProblem, IntraOpSolution, relative_gap
+
+
+class NotWorth(NoFeasiblePlan):
+    """Nothing within the budget is as fast as asked."""
 
 
 class Solver(StrEnum):
@@ -50,6 +54,7 @@ def solve(
     fallback: bool = True,
     branching: bool = False,
     earlier: Earlier | None = None,
+    worth: Worth | None = None,
 ) -> IntraOpSolution:
     """The assignment of least seconds within the budget, and a proven lower bound.
 
@@ -59,7 +64,7 @@ def solve(
     fallback=False: DUAL returns what it has above target_gap instead of branching and handing it to
     HiGHS; a search over many problems asks for that and comes back to the winner. branching: DUAL
     branches all the same. earlier: what DUAL found on the same program under other budgets, used
-    and added to.
+    and added to. worth: DUAL raises NotWorth as soon as it is proved that nothing is.
     """
     if not time_limit_s > 0:
         raise OptionError(f"time_limit_s must be > 0, got {time_limit_s}")
@@ -67,7 +72,7 @@ def solve(
         raise OptionError(f"target_gap must be in [0, 1), got {target_gap}")
     match solver:
         case Solver.DUAL:
-            asked = _Asked(target_gap, fallback, branching or fallback)
+            asked = _Asked(target_gap, fallback, branching or fallback, worth)
             return _solve_dual(problem, time_limit_s, asked, earlier or Earlier())
         case Solver.CBC:
             return solve_cbc(problem, time_limit_s=time_limit_s, target_gap=target_gap)
@@ -83,6 +88,7 @@ class _Asked:
     target_gap: float
     fallback: bool
     branching: bool
+    worth: Worth | None
 
 
 def _solve_dual(
@@ -129,8 +135,14 @@ def _solve_budgeted(
         near=0.1 * target_gap,
         max_sweeps=STEP_SWEEPS if target_gap else MAX_SWEEPS,
         close_enough=min(0.02 * target_gap, STEP_CLOSE_ENOUGH) if target_gap else CLOSED_GAP,
+        worth=asked.worth,
     )
     known = minimise_within_budget(problem, effort=effort, earlier=earlier)
+    if asked.worth is not None and earlier.in_vain(asked.worth):
+        raise NotWorth(
+            f"whatever fits {asked.worth.budget_bytes:.0f} bytes takes more than"
+            f" {asked.worth.seconds:.3g} s"
+        )
     gap = np.inf if known.best is None else relative_gap(known.best.seconds, known.bound)
     if gap > target_gap and asked.branching:
         halfway = (time.monotonic() + deadline) / 2

@@ -30,6 +30,7 @@ from autopar.intraop.build import (
 from autopar.intraop.crowded import with_moment
 from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
+from autopar.intraop.free import Worth
 from autopar.intraop.improve import Assignment
 from autopar.intraop.memory import Earlier
 from autopar.intraop.memory_use import (
@@ -41,7 +42,8 @@ from autopar.intraop.memory_use import (
 )
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
-from autopar.intraop.solver import Solver, solve
+from autopar.intraop.solver import NotWorth, Solver, solve
+from autopar.intraop.split import Split, best_split, with_layers
 from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
 from autopar.plan import StagePrediction
@@ -51,6 +53,7 @@ from autopar.sharding.strategy import Strategy
 _MAX_ROUNDS = 8
 _LEAST_S = 0.05  # a solve gets at least so long
 _CLOSE = 0.02  # share of the budget between a limit that fits and one that does not: stop there
+_WORTH_A_SPLIT = 0.2  # of the target gap: what there is to be gained
 _AS_FAST = 1e-9  # relative: as the fastest solution of all
 _GIB = 2.0**30
 
@@ -61,13 +64,15 @@ class SolverOptions:
     time_limit_s: float = 60.0
     target_gap: float = 0.01
     fallback: bool = True  # to HiGHS where the dual solver leaves a larger gap
+    worth_s: float = math.inf  # NotWorth where nothing within the budget is as fast
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageSolution:
     """The chosen strategies and layouts of a stage. seconds and bound: objective per microbatch.
-    tight: without the budget it would have been another one. notes: what a reader of the plan
-    should know of the solve: a backend that failed, where the gap comes from."""
+    tight: without the budget it would have been another one. split: of a fold whose layers would
+    better not all be alike. notes: what a reader of the plan should know of the solve: a backend
+    that failed, where the gap comes from."""
 
     mesh: LogicalMesh
     strategies: Mapping[str, Strategy]
@@ -79,6 +84,7 @@ class StageSolution:
     bound: float
     receive_s: Mapping[str, float]  # per received value
     tight: bool = False
+    split: Split | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -126,13 +132,15 @@ class StageProgram:
     def __init__(
         self, graph: Graph, built: StageProblem, costs: MeshCosts, context: StageContext
     ) -> None:
-        self._graph, self._built, self._costs, self._context = graph, built, costs, context
-        self._problem = built.problem
+        self._graph, self._costs, self._context = graph, costs, context
+        self._built = with_layers(built, graph)
+        self._problem = self._built.problem
         self._execution = execution_of(graph, context)
         self._earlier = Earlier()
         self._free: _Found | None = None
         self._options = SolverOptions()
         self._deadline = math.inf
+        self._worth: Worth | None = None
 
     def solved(
         self, *, budget_bytes: float | None, options: SolverOptions = SolverOptions()
@@ -140,14 +148,17 @@ class StageProgram:
         """NoFeasiblePlan where nothing fits the budget together with its transients. The fastest
         solution of all is solved for once, whatever the budgets."""
         self._options, self._deadline = options, time.monotonic() + options.time_limit_s
+        self._worth = None
         if self._free is None:
             self._free = self._within(None, fallback=options.fallback)
             self._crowd(self._free)
         free = self._free.stage
         if budget_bytes is None or free.prediction.peak_bytes <= budget_bytes:
             return free
-        best, limit = self._tight(budget_bytes)
-        target_gap = options.target_gap
+        if not math.isinf(options.worth_s):
+            self._worth = Worth(options.worth_s, budget_bytes)
+        first, limit = self._tight(budget_bytes)
+        best, target_gap = first.stage, options.target_gap
         if best.gap > target_gap and options.fallback and time.monotonic() <= self._deadline:
             proven = self._within(limit, fallback=True).stage
             fits = proven.prediction.peak_bytes <= budget_bytes
@@ -165,7 +176,19 @@ class StageProgram:
                 bound = max(bound, found.bound)
             if found.prediction.peak_bytes <= budget_bytes and found.seconds < best.seconds:
                 best = found
-        return _with_true_bound(best, bound, limit)
+        found = _with_true_bound(best, bound, limit)
+        if found.gap > target_gap:
+            found = replace(found, split=self._split(found, budget_bytes - first.rest_bytes))
+        return found
+
+    def _split(self, best: StageSolution, limit: float) -> Split | None:
+        """Where the relaxation is better. limit: of the row, with transients like those of the
+        best."""
+        bound, _ = self._earlier.bound(limit)
+        if relative_gap(best.seconds, bound) <= _WORTH_A_SPLIT * self._options.target_gap:
+            return None
+        points = [*self._earlier.points, *filter(None, [self._earlier.lightest])]
+        return best_split(self._built, self._problem, self._context.folds, points, limit)
 
     def _crowd(self, free: _Found) -> None:
         """From now on the row is what the fastest solution holds when it holds most, if that is
@@ -188,7 +211,7 @@ class StageProgram:
         self._problem = crowded
         self._free = free._replace(rest_bytes=stage.prediction.peak_bytes - row)
         points = [Assignment(free.choice, stage.seconds, row)]
-        self._earlier = replace(self._earlier, points=points)
+        self._earlier = replace(self._earlier, points=points, priced=None)
 
     def _within(
         self, limit: float | None, *, fallback: bool = False, branching: bool = False
@@ -202,14 +225,15 @@ class StageProgram:
             fallback=fallback,
             branching=branching,
             earlier=self._earlier,
+            worth=self._worth,
         )
         stage = _read(self._graph, self._built, found, self._costs, self._context)
         return _Found(stage, found.choice, stage.prediction.peak_bytes - found.bytes)
 
-    def _tight(self, budget_bytes: float) -> tuple[StageSolution, float]:
+    def _tight(self, budget_bytes: float) -> tuple[_Found, float]:
         """The fastest solution found whose peak fits, and the limit on its row."""
         assert self._free is not None
-        best: StageSolution | None = None
+        best: _Found | None = None
         best_limit = 0.0
         closest = self._free.stage.prediction
         # limits: one that fits or the least bytes, and one that is too much
@@ -224,6 +248,8 @@ class StageProgram:
                 break
             try:
                 found = self._within(limit)
+            except NotWorth:
+                raise
             except NoFeasiblePlan as error:  # the least bytes clash
                 if error.least_bytes is None or not low < error.least_bytes < high:
                     raise _too_little(budget_bytes, closest, error.least_bytes) from error
@@ -232,8 +258,8 @@ class StageProgram:
                 continue
             prediction = found.stage.prediction
             if prediction.peak_bytes <= budget_bytes:
-                if best is None or found.stage.seconds < best.seconds:
-                    best, best_limit = found.stage, limit
+                if best is None or found.stage.seconds < best.stage.seconds:
+                    best, best_limit = found, limit
                 low = limit
                 limit += budget_bytes - prediction.peak_bytes
                 as_fast = found.stage.seconds <= self._free.stage.seconds * (1 + _AS_FAST)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,28 +32,22 @@ from autopar.search.clock import Clock
 from autopar.search.mixture import stage_policies
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
-<<<<<<< HEAD
-from autopar.search.schedules import best_schedule
-from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
-=======
 from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
->>>>>>> cuts
+from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
 from autopar.search.space import Space
-from autopar.search.stages import StageSolver, ToldStage
+from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
-from autopar.simulate import Transfer
 
 _LOG = logging.getLogger(__name__)
 _MORE = 0.25  # of the layers of a stage: how many more recompute where it did not fit
 _ALL = 2.0  # as many as can, as much as they can: where time is running out
 _ATTEMPTS = 4
+_WAITS = 1.01  # what a stage receives may come while it works: a step is not longer by that
 _MANY_STAGES = 2  # with more, those with nearly the same microbatches in flight are solved alike
-<<<<<<< HEAD
-=======
-_ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
 _ROOMIER = 2  # attempts at room for a faster schedule: the second for one microbatch more
->>>>>>> cuts
+MAX_SPLITS = 3  # of the folds of a stage
+_NOTHING = 1e-9  # of a step: rounding is no gain
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
 
 
@@ -89,33 +83,24 @@ class ExactSolver:
         self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
         self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
-<<<<<<< HEAD
     def solve(self, program: Program, cut: Cut, *, known_s: float = math.inf) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
         is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
         solutions or not at all. known_s: of another cut's step; SlowerCut where this one is seen to
-        be slower, if that is before it is solved."""
-        tries = Tries(cut.num_stages, known_s)
-=======
-    def solve(
-        self, program: Program, cut: Cut, *, proven: bool = False, below_s: float = math.inf
-    ) -> SolvedCut:
-        """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
-        is an alternative to a plain one: it gets one attempt, and its stages fit with their fastest
-        solutions or not at all. Where a faster schedule holds too much, and promises a step below
-        `below_s`, stages are solved again with room for it; not where layers recompute, which
-        leaves less to be saved but not less for W."""
+        be slower, if that is before it is solved. Where a faster schedule holds too much, and
+        promises a step below known_s, stages are solved again with room for it; not where layers
+        recompute, which leaves less to be saved but not less for W."""
         found: list[SolvedCut] = []
-        failure: NoFeasiblePlan | None = None
+        failure: NoFeasiblePlan | SlowerCut | None = None
         for attempt in range(1 + (_ROOMIER if cut.num_workers is None else 0)):
             try:
-                found.append(self._solved(program, cut, proven))
+                found.append(self._solved(program, cut, known_s))
                 recomputes = set(found[-1].policies) != {self.space.policies[0]}
                 solved = found[-1].candidate
-                room = 0 if recomputes else room_for_faster(self.space, solved, below_s)
+                room = 0 if recomputes else room_for_faster(self.space, solved, known_s)
             except HoldsTooMuch as error:
                 room, failure = error.room, error
-            except NoFeasiblePlan as error:
+            except (NoFeasiblePlan, SlowerCut) as error:
                 failure = failure or error
                 break
             more = room - cut.room
@@ -126,25 +111,60 @@ class ExactSolver:
             raise failure
         return min(found, key=lambda s: s.candidate.step_s)
 
-    def _solved(self, program: Program, cut: Cut, proven: bool) -> SolvedCut:
+    def _solved(self, program: Program, cut: Cut, known_s: float) -> SolvedCut:
         """With as much room as the cut asks for."""
->>>>>>> cuts
+        tries = Tries(cut.num_stages, known_s)
         extra = [0.0] * cut.num_stages
         solved = self._fitting(program, cut, extra, tries)
         if cut.num_workers is None and len(self.space.policies) > 1 and not self.clock.late:
             solved = self._taken_back(program, cut, extra, solved, tries)
         return solved
 
-    def told(
-        self, program: Program, cut: Cut, policies: tuple[Remat, ...], *, proven: bool = False
-    ) -> SolvedCut:
+    def told(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> SolvedCut:
         """The cut with so told a policy for each layer. NoFeasiblePlan where a stage does not
         fit."""
         window = self._window(program, cut, policies)
         try:
-            return self._solve_window(program, cut, window, policies, proven=proven)
+            return self._solve_window(program, cut, window, policies)
         except StageTooLarge as error:
             raise error.reason from None
+
+    def proved(self, program: Program, solved: SolvedCut) -> SolvedCut:
+        """The same cut on the same views, or a faster plan of it: its folds are split where the
+        layers would better not all be alike, and stages above the target gap solved with a MIP."""
+        cut = solved.candidate.cut
+        views = tuple(((0.0, stage.mesh),) for stage in solved.candidate.stages)
+        cut = replace(cut, views=views)
+        best = self._split(program, cut, solved)
+        if all(s.gap <= self.space.options.target_gap for s in best.candidate.stages):
+            return best
+        try:
+            found = self._solve_window(
+                program, cut, best.window, best.policies, Wanted(proven=True)
+            )
+        except (StageTooLarge, HoldsTooMuch):
+            return best
+        return min(found, best, key=lambda s: s.candidate.step_s)
+
+    def _split(self, program: Program, cut: Cut, solved: SolvedCut) -> SolvedCut:
+        """With folds split as long as that is faster."""
+        breaks: set[int] = set()
+        for _ in range(MAX_SPLITS):
+            splits = [solved.written_stage(i).split for i in range(len(solved.prepared))]
+            more = {solved.window.break_of(i, s) for i, s in enumerate(splits) if s is not None}
+            if not more or self.clock.expired:
+                break
+            breaks |= more
+            window = self._window(program, cut, solved.policies, breaks)
+            try:
+                found = self._solve_window(program, cut, window, solved.policies)
+            except (NotFoldable, StageTooLarge, HoldsTooMuch) as error:
+                _LOG.info("not split before layers %s: %s", sorted(more), error)
+                break
+            if found.candidate.step_s >= solved.candidate.step_s * (1 - _NOTHING):
+                break
+            solved = found
+        return solved
 
     # ---- told stages, every layer written
 
@@ -209,6 +229,7 @@ class ExactSolver:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
         fewer = list(extra)
+        worth_s = _WAITS * solved.candidate.step_s / cut.num_microbatches
         open_ = {
             index
             for index, written in enumerate(solved.window.stage_of)
@@ -224,37 +245,30 @@ class ExactSolver:
             back = {i for i in open_ if tries.may_fit(i, fewer[i] - less)}
             trial = [e - less if i in back else e for i, e in enumerate(fewer)]
             try:
-<<<<<<< HEAD
-                found = self._attempt(program, cut, trial, tries)
+                found = self._attempt(program, cut, trial, tries, Wanted(worth_s=worth_s))
+            except HoldsTooMuch:
+                break
             except StageTooLarge as error:
                 back -= set(error.stages)
             else:
                 solved = min(solved, found, key=lambda s: s.candidate.step_s)
             fewer = [trial[i] if i in back else e for i, e in enumerate(fewer)]
             open_ -= back
-=======
-                found = self._attempt(program, cut, trial, proven)
-            except HoldsTooMuch:
-                break
-            except _StageTooLarge as error:
-                taken = open_ - set(error.stages)
-                fewer = [trial[i] if i in taken else e for i, e in enumerate(fewer)]
-                open_ -= taken
-                continue
-            if found.candidate.step_s < solved.candidate.step_s:
-                solved = found
-            break
->>>>>>> cuts
         return solved
 
     def _attempt(
-        self, program: Program, cut: Cut, extra: Sequence[float], tries: Tries
+        self,
+        program: Program,
+        cut: Cut,
+        extra: Sequence[float],
+        tries: Tries,
+        wanted: Wanted = ANYTHING,
     ) -> SolvedCut:
         policies = self._policies(program, cut, extra)
         if policies not in tries.known:
+            race = tries.race(extra)
             try:
-                race = tries.race(extra)
-                tries.known[policies] = self._under(program, cut, policies, race)
+                tries.known[policies] = self._under(program, cut, policies, wanted, race)
             except StageTooLarge as error:
                 tries.known[policies] = error
         found = tries.known[policies]
@@ -264,11 +278,16 @@ class ExactSolver:
         raise found
 
     def _under(
-        self, program: Program, cut: Cut, policies: tuple[Remat, ...], race: Race | None
+        self,
+        program: Program,
+        cut: Cut,
+        policies: tuple[Remat, ...],
+        wanted: Wanted,
+        race: Race | None,
     ) -> SolvedCut:
         def solved() -> SolvedCut:
             window = self._window(program, cut, policies)
-            return self._solve_window(program, cut, window, policies, race=race)
+            return self._solve_window(program, cut, window, policies, wanted, race)
 
         try:
             return solved()
@@ -277,8 +296,15 @@ class ExactSolver:
             self._fold = False
         return solved()
 
-    def _window(self, program: Program, cut: Cut, policies: tuple[Remat, ...]) -> Window:
-        """Stages are equal that have equal layers, policies, best view and room."""
+    def _window(
+        self,
+        program: Program,
+        cut: Cut,
+        policies: tuple[Remat, ...],
+        breaks: Collection[int] = (),
+    ) -> Window:
+        """Stages are equal that have equal layers, policies, best view and room. breaks: as of
+        `write_window`."""
         bounds = itertools.pairwise([*cut.first_layers, program.num_layers])
         stages = [
             (
@@ -296,6 +322,7 @@ class ExactSolver:
             policies,
             fold=self._fold,
             stages=stages if self._fold else None,
+            breaks=breaks,
         )
 
     # ---- recomputation
@@ -341,8 +368,7 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         policies: tuple[Remat, ...],
-        *,
-        proven: bool = False,
+        wanted: Wanted = ANYTHING,
         race: Race | None = None,
     ) -> SolvedCut:
         label = f"{len(cut.first_layers)} stage(s), {cut.num_microbatches} microbatch(es)"
@@ -360,14 +386,14 @@ class ExactSolver:
             if race is not None:
                 self._check_race(race, prepared, cut, window, contexts)
             if cut.num_workers is None:
-                self._ahead(prepared, cut, window, contexts, proven)
+                self._ahead(prepared, cut, window, contexts, wanted)
             written = []
             too_large: list[int] = []
             reason: NoFeasiblePlan | None = None
             for index, stage in enumerate(prepared):
                 views = cut.views[window.stage_of.index(index)]
                 try:
-                    written.append(self._solve_stage(stage, cut, views, contexts[index], proven))
+                    written.append(self._solve_stage(stage, cut, views, contexts[index], wanted))
                 except NoFeasiblePlan as error:
                     alike = window.stands_for(index)
                     too_large += alike
@@ -384,7 +410,7 @@ class ExactSolver:
                 for index, number in enumerate(window.stage_of)
             )
         with self.clock.passes("simulate", label):
-            transfers = _all_transfers(stage_transfers(graphs, written), window)
+            transfers = window.all_transfers(stage_transfers(graphs, written))
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
@@ -414,11 +440,11 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         contexts: Sequence[StageContext],
-        proven: bool,
+        wanted: Wanted,
     ) -> None:
         """All written stages on all their views, several at a time."""
         told = [
-            ToldStage(stage, view, contexts[index], self._budget(cut, view), proven)
+            ToldStage(stage, view, contexts[index], self._budget(cut, view), wanted)
             for index, stage in enumerate(prepared)
             for _, view in cut.views[window.stage_of.index(index)]
         ]
@@ -430,7 +456,7 @@ class ExactSolver:
         cut: Cut,
         views: Sequence[tuple[float, LogicalMesh]],
         context: StageContext,
-        proven: bool,
+        wanted: Wanted,
     ) -> StageSolution:
         """A written stage, on the best of the views that the tables put first."""
         best: StageSolution | None = None
@@ -440,7 +466,7 @@ class ExactSolver:
             if best is not None and best.seconds <= _CLOSE * least:
                 break
             try:
-                found = self._on_view(stage, view, context, cut, proven)
+                found = self._on_view(stage, view, context, cut, wanted)
             except NoFeasiblePlan as error:
                 failures.append(error)
                 continue
@@ -472,12 +498,12 @@ class ExactSolver:
         view: LogicalMesh,
         context: StageContext,
         cut: Cut,
-        proven: bool,
+        wanted: Wanted,
     ) -> StageSolution:
         if cut.num_workers is None:
             budget = self._budget(cut, view)
-            return self.stages.within(stage, view, context, budget, proven=proven)
-        free = self.stages.free(stage, view, context, proven=proven)
+            return self.stages.within(stage, view, context, budget, wanted)
+        free = self.stages.free(stage, view, context, proven=wanted.proven)
         if not self.fits(cut, free):
             raise NoFeasiblePlan(
                 "its fastest solution does not fit its share of the worker's memory"
@@ -493,19 +519,3 @@ def _busy_s(cut: Cut, stage: StageSolution) -> float:
 
 def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:
     return replace(stage, prediction=replace(stage.prediction, in_flight=in_flight))
-
-
-def _all_transfers(written: Sequence[Transfer], window: Window) -> list[Transfer]:
-    """Those between written stages, between the stages that they stand for: neighbours send to
-    neighbours. NotFoldable where one comes from further away, from a stage that stands for many."""
-    found = []
-    for transfer in written:
-        source, target = transfer.source_stage, transfer.target_stage
-        step = target - source
-        senders = window.stands_for(source)
-        if abs(step) > 1 and len(senders) > 1:
-            raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
-        for index in window.stands_for(target):
-            sender = index - step if abs(step) == 1 else senders[0]
-            found.append(replace(transfer, source_stage=sender, target_stage=index))
-    return found

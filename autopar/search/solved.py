@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from autopar.candidate import Candidate
 from autopar.errors import NoFeasiblePlan
+from autopar.intraop.stage import StageSolution
 from autopar.lowering.lower import PreparedStage
 from autopar.plan import Remat
 from autopar.search.window import Window
@@ -26,6 +27,9 @@ class SolvedCut:
     policies: tuple[Remat, ...]  # of each layer of the model
     prepared: tuple[PreparedStage, ...]  # the written stages
     alike: bool
+
+    def written_stage(self, number: int) -> StageSolution:
+        return self.candidate.stages[self.window.stage_of.index(number)]
 
 
 class SlowerCut(Exception):

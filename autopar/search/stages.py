@@ -7,6 +7,7 @@ solution that fits is the best there is, for any budget and any number of microb
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.intraop.build import StageContext
+from autopar.intraop.solver import NotWorth
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution, stage_program
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
@@ -37,6 +39,17 @@ class _Known:
     answer: StageSolution | NoFeasiblePlan
 
 
+class Wanted(NamedTuple):
+    """proven: with a MIP where the gap is above the target. worth_s: slower solutions are of no
+    use; a stage that has no others does not fit."""
+
+    proven: bool = False
+    worth_s: float = math.inf
+
+
+ANYTHING = Wanted()
+
+
 class ToldStage(NamedTuple):
     """A stage to be solved on a view within a budget."""
 
@@ -44,7 +57,7 @@ class ToldStage(NamedTuple):
     view: LogicalMesh
     context: StageContext
     budget: float
-    proven: bool
+    wanted: Wanted
 
 
 class StageSolver:
@@ -81,7 +94,7 @@ class StageSolver:
                 if self._clock.late and any(all(failed[i] for i in v) for v in views.values()):
                     return {}
                 try:
-                    self.within(one.stage, one.view, one.context, one.budget, proven=one.proven)
+                    self.within(one.stage, one.view, one.context, one.budget, one.wanted)
                 except NoFeasiblePlan:
                     failed[number] = 1
                 except OptionError:  # whoever asks for it is told
@@ -106,7 +119,7 @@ class StageSolver:
         key = _key(stage, view, context, proven)
         known = self._known.get(key)
         if known is None:
-            found = self._solved(stage, view, context, None, proven)
+            found = self._solved(stage, view, context, None, Wanted(proven))
             known = self._known[key] = _Known(stage.graph, found)
         return _taken(known, stage, context)
 
@@ -116,20 +129,25 @@ class StageSolver:
         view: LogicalMesh,
         context: StageContext,
         budget: float,
+        wanted: Wanted = ANYTHING,
         *,
-        proven: bool = False,
         target_gap: float | None = None,
     ) -> StageSolution:
         """The fastest solution found that fits; NoFeasiblePlan where none does. target_gap: another
         one than that of the others."""
-        key = _told_key(ToldStage(stage, view, context, budget, proven), target_gap)
+        told = ToldStage(stage, view, context, budget, wanted)
+        key = _told_key(told, target_gap)
+        if key not in self._known and (key, wanted.worth_s) in self._known:
+            key = key, wanted.worth_s
         if key not in self._known:
             try:
-                found = self.free(stage, view, context, proven=proven)
+                found = self.free(stage, view, context, proven=wanted.proven)
                 if found.prediction.peak_bytes > budget:
-                    found = self._solved(stage, view, context, budget, proven, target_gap)
+                    found = self._solved(stage, view, context, budget, wanted, target_gap)
                 self._known[key] = _Known(stage.graph, found)
             except NoFeasiblePlan as error:
+                if isinstance(error, NotWorth):
+                    key = key, wanted.worth_s
                 self._known[key] = _Known(stage.graph, error)
         return _taken(self._known[key], stage, context)
 
@@ -139,12 +157,13 @@ class StageSolver:
         view: LogicalMesh,
         context: StageContext,
         budget: float | None,
-        proven: bool,
+        wanted: Wanted,
         target_gap: float | None = None,
     ) -> StageSolution:
+        proven = wanted.proven
         limit_s = self._clock.left_s * (_PROOF_SHARE if proven else _STAGE_SHARE)
         gap = target_gap or (self._options.target_gap if proven else self._target_gap)
-        options = SolverOptions(self._options.solver, limit_s, gap, proven)
+        options = SolverOptions(self._options.solver, limit_s, gap, proven, wanted.worth_s)
         return self._program(stage, view, context, proven).solved(
             budget_bytes=budget, options=options
         )
@@ -178,7 +197,7 @@ def _key(
 
 def _told_key(one: ToldStage, target_gap: float | None = None) -> object:
     """Of its solution within the budget."""
-    key = _key(one.stage, one.view, one.context, one.proven)
+    key = _key(one.stage, one.view, one.context, one.wanted.proven)
     return key, one.context.in_flight, one.budget, target_gap
 
 

@@ -5,6 +5,9 @@
       the rest, if 3 or more                              2, folded: they stand for all of them
       the rest, if fewer                                  as they are
 
+A break ends a run within equal layers, so that those before it and those behind it are folded each
+for themselves and need not choose alike.
+
 Of a run of equal stages three are written: its ends, which have other neighbours, and one for all
 between. So the integer program of a stage grows with its distinct layers only, and the work on a
 cut with its distinct stages. `Piece` and `Window.stage_of` remember what the written layers and
@@ -15,14 +18,17 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from autopar.errors import InternalError
 from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, with_copies
 from autopar.intraop.build import Fold
+from autopar.intraop.fold import NotFoldable
+from autopar.intraop.split import Split
 from autopar.plan import Remat
+from autopar.simulate import Transfer
 
 _FOLDED = 2  # a folded run is written so often
 
@@ -68,6 +74,22 @@ class Window:
         """The stages of the model that a written stage stands for."""
         return tuple(i for i, w in enumerate(self.stage_of) if w == written)
 
+    def all_transfers(self, written: Sequence[Transfer]) -> list[Transfer]:
+        """Those between written stages, between the stages that they stand for: neighbours send to
+        neighbours. NotFoldable where one comes from further away, from a stage that stands for
+        many."""
+        found = []
+        for transfer in written:
+            source, target = transfer.source_stage, transfer.target_stage
+            step = target - source
+            senders = self.stands_for(source)
+            if abs(step) > 1 and len(senders) > 1:
+                raise NotFoldable(f"written stage {source} of {len(senders)} sends to {target}")
+            for index in self.stands_for(target):
+                sender = index - step if abs(step) == 1 else senders[0]
+                found.append(replace(transfer, source_stage=sender, target_stage=index))
+        return found
+
     def folds(self, stage: int) -> tuple[Fold, ...]:
         """Of a written stage, by written layer."""
         position = self.first_layers[stage]
@@ -77,6 +99,11 @@ class Window:
                 found.append(Fold(position, piece.count))
             position += piece.num_written
         return tuple(found)
+
+    def break_of(self, stage: int, split: Split) -> int:
+        """The layer of the model before which a fold of a written stage is split."""
+        folded = [piece for piece in self.pieces[stage] if piece.folded]
+        return folded[split.fold].first + split.layers
 
     def written_layer(self, layer: int) -> int:
         """The written layer that stands for a layer of the model."""
@@ -100,16 +127,21 @@ def write_window(
     *,
     fold: bool = True,
     stages: Sequence[Hashable] | None = None,
+    breaks: Collection[int] = (),
 ) -> Window:
     """kinds: of each layer of the folded graph, equal ones are equal layers. first_layers: of the
     stages. policies: of each layer of the model. fold: False to write every layer. stages: of each
-    stage, equal ones are equal stages; None to write all of them."""
+    stage, equal ones are equal stages; None to write all of them. breaks: layers of the model
+    before which runs of equal layers end; of equal stages those in the one that is written
+    count."""
     regions = _regions(folded, kinds)
     bounds = list(itertools.pairwise([*first_layers, folded.num_layers]))
+    ends = itertools.accumulate(layer in breaks for layer in range(folded.num_layers))
+    runs = list(zip(policies, ends, strict=True))
 
     def written(stage_of: Sequence[int]) -> tuple[tuple[Piece, ...], ...]:
         return tuple(
-            tuple(_stage_pieces(regions, policies, *bounds[stage_of.index(number)], fold))
+            tuple(_stage_pieces(regions, runs, *bounds[stage_of.index(number)], fold))
             for number in range(stage_of[-1] + 1)
         )
 
@@ -164,12 +196,16 @@ def _regions(folded: Folded, kinds: Sequence[int]) -> list[_Region]:
 
 
 def _stage_pieces(
-    regions: Sequence[_Region], policies: Sequence[Remat], start: int, stop: int, fold: bool
+    regions: Sequence[_Region],
+    runs: Sequence[tuple[Remat, int]],
+    start: int,
+    stop: int,
+    fold: bool,
 ) -> Iterator[Piece]:
-    """The layers start .. stop - 1 of the model."""
+    """The layers start .. stop - 1 of the model. runs: of each layer, equal in a run."""
     for region in regions:
         low, high = max(start, region.first), min(stop, region.stop)
-        for remat, group in itertools.groupby(range(low, high), key=policies.__getitem__):
+        for (remat, _), group in itertools.groupby(range(low, high), key=runs.__getitem__):
             layers = list(group)
             head = layers[:1] if layers[0] in (start, region.first) else []
             ends = (stop - 1, region.stop - 1)

@@ -19,6 +19,7 @@ from autopar.graph.program import Graph
 from autopar.intraop.build import Copy, Fold, StageContext, StageProblem, build_problem
 from autopar.intraop.fold import NotFoldable, fold_problem, match_layers
 from autopar.intraop.memory_use import transient_bytes
+from autopar.intraop.split import Split
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
@@ -60,19 +61,34 @@ def moe(layers: int) -> Graph:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model with `written` layers, some of them folded, and the same with `whole` layers."""
+    """A model with `written` blocks, some of them folded, and the same with `whole` blocks."""
 
     name: str
     written: int
     whole: int
-    fold: Fold
+    folds: tuple[Fold, ...]
+
+    def written_layers(self) -> list[int]:
+        """Of each layer of the whole model, the one that stands for it."""
+        found: list[int] = []
+        layer = 0
+        for fold in self.folds:
+            found += range(layer, fold.layer)
+            for copy in range(fold.count):
+                first = fold.layer + min(copy, 1) * fold.period
+                found += range(first, first + fold.period)
+            layer = fold.layer + 2 * fold.period
+        more = self.whole + 2 - len(found)  # with the first and the last layer
+        return [*found, *range(layer, layer + more)]
 
 
 # Layers of transformers are first, blocks, last; T5's encoder of one block is in its first.
-GPT2 = Case("gpt2", 4, 6, Fold(2, 4))
-LLAMA = Case("llama", 4, 6, Fold(2, 4))
-T5 = Case("t5", 4, 6, Fold(2, 4))
-MOE = Case("moe", 8, 10, Fold(3, 3, period=2))  # every other block has experts: pairs repeat
+GPT2 = Case("gpt2", 4, 6, (Fold(2, 4),))
+LLAMA = Case("llama", 4, 6, (Fold(2, 4),))
+T5 = Case("t5", 4, 6, (Fold(2, 4),))
+MOE = Case("moe", 8, 10, (Fold(3, 3, period=2),))  # every other block has experts: pairs repeat
+SPLIT = Case("gpt2", 6, 9, (Fold(2, 4), Fold(4, 3)))
+UNSPLIT = Case("gpt2", 4, 9, (Fold(2, 7),))
 
 
 @cache
@@ -93,7 +109,7 @@ def solved(
     remat: Remat = Remat.SELECTIVE,
 ) -> StageSolution:
     s = stage(case.name, case.written if folded else case.whole, remat)
-    context = replace(context, folds=(case.fold,) if folded else ())
+    context = replace(context, folds=case.folds if folded else ())
     options = SolverOptions(time_limit_s=20.0, target_gap=1e-3, fallback=False)
     return solve_stage(
         s.graph, s.table, costs_of(mesh), context, budget_bytes=budget, options=options
@@ -128,8 +144,6 @@ def test_free_optimum_is_that_of_all_layers(
 def twins_of(case: Case, remat: Remat) -> dict[str, str]:
     """Every name of the longer model -> the name in the written one that stands for it."""
     written, whole = (stage(case.name, n, remat).graph for n in (case.written, case.whole))
-    first, step = case.fold.layer, case.fold.period
-    more = case.whole - case.written
 
     def layers(graph: Graph) -> Mapping[int, list[str]]:
         found: dict[int, list[str]] = {}
@@ -139,14 +153,8 @@ def twins_of(case: Case, remat: Remat) -> dict[str, str]:
 
     short, long = layers(written), layers(whole)
     names: dict[str, str] = {}
-    for layer, ops in long.items():
-        if layer < first + step:
-            source = layer
-        elif layer < first + more + step:
-            source = first + step + (layer - first) % step
-        else:
-            source = layer - more
-        names |= dict(zip(ops, short[source], strict=True))
+    for layer, source in enumerate(case.written_layers()):
+        names |= dict(zip(long[layer], short[source], strict=True))
     operands = {op.name: op.operands for op in written.operators}
     inputs = {i.name for i in whole.inputs}
     for op in whole.operators:
@@ -156,15 +164,26 @@ def twins_of(case: Case, remat: Remat) -> dict[str, str]:
     return names
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 3])
-@pytest.mark.parametrize("case", [GPT2, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "num_microbatches"),
+    [
+        (GPT2, 1),
+        (GPT2, 3),
+        (SPLIT, 3),
+        *(
+            pytest.param(case, n, marks=pytest.mark.slow)
+            for case, n in ((SPLIT, 1), (LLAMA, 1), (LLAMA, 3))
+        ),
+    ],
+    ids=str,
+)
 def test_any_choice_costs_and_holds_the_same(case: Case, num_microbatches: int) -> None:
     """Of the folded program and of the layers written out: seconds, bytes, transients."""
     remat, costs = Remat.SELECTIVE, costs_of((2, 4))
     context = StageContext(num_microbatches, in_flight=2, offload=True)
     short, long = stage(case.name, case.written, remat), stage(case.name, case.whole, remat)
     folded = fold_problem(
-        build_problem(short.graph, short.table, costs, context), short.graph, (case.fold,)
+        build_problem(short.graph, short.table, costs, context), short.graph, case.folds
     )
     whole = build_problem(long.graph, long.table, costs, context)
     names = twins_of(case, remat)
@@ -208,6 +227,20 @@ def test_budgets_are_those_of_all_layers(share: float) -> None:
     assert folded.prediction.peak_bytes <= budget
     assert folded.seconds <= whole.seconds * 1.01
     assert folded.seconds >= whole.bound * (1 - 1e-9)
+
+
+def test_a_split_is_between_alike_and_written_out() -> None:
+    """The budget lets some layers be fast: more of them than are explicit, and not all."""
+    context = StageContext(4, 2)
+    free = solved(UNSPLIT, (8,), context, folded=True)
+    budget = 0.8 * free.prediction.peak_bytes
+    alike = solved(UNSPLIT, (8,), context, folded=True, budget=budget)
+    assert alike.gap > 5e-3 and alike.split == Split(0, SPLIT.folds[0].count)
+    split = solved(SPLIT, (8,), context, folded=True, budget=budget)
+    whole = solved(SPLIT, (8,), context, folded=False, budget=budget)
+    assert split.prediction.peak_bytes <= budget
+    assert whole.bound * (1 - 1e-9) <= split.seconds < alike.seconds
+    assert split.seconds <= whole.seconds * 1.01
 
 
 def test_layers_that_do_not_repeat_are_refused() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from autopar.intraop import free
-from autopar.intraop.free import TABLE_LIMIT, Effort, minimise
+from autopar.intraop.free import TABLE_LIMIT, Effort, Priced, minimise
 from tests.unit.intraop.brute_force import brute_force
 from tests.unit.intraop.random_problems import small_problem
 
@@ -28,6 +29,26 @@ def test_ascend_fix_and_eliminate_are_exact(first: int, monkeypatch: pytest.Monk
         assert found.choice is not None
         assert problem.seconds(found.choice) == pytest.approx(optimum, rel=1e-9), f"seed {seed}"
         assert found.bound == pytest.approx(optimum, rel=1e-9), f"seed {seed}"
+
+
+def test_a_price_of_a_byte_is_a_cost() -> None:
+    """What is reduced once holds at every price."""
+    for seed in range(60):
+        problem = small_problem(seed, with_budget=True)
+        nbytes = [np.where(v % 2, m_v, 0.0) for v, m_v in enumerate(problem.node_bytes)]
+        problem = replace(problem, node_bytes=tuple(nbytes), budget_bytes=None)
+        priced = Priced(problem)
+        scale = sum(c_v.min() for c_v in problem.node_seconds) / max(1.0, sum(map(np.max, nbytes)))
+        for rate in (0.0, 0.3 * scale, 3.0 * scale):
+            pairs = zip(problem.node_seconds, nbytes, strict=True)
+            unary = tuple(c_v + rate * m_v for c_v, m_v in pairs)
+            found = priced.minimise(rate, effort=effort(TABLE_LIMIT, False))
+            want = brute_force(replace(problem, node_seconds=unary)).optimum(None)
+            assert found.value == pytest.approx(want, rel=1e-9), f"seed {seed}"
+            assert found.bound == pytest.approx(want, rel=1e-9), f"seed {seed}"
+            assert found.choice is not None
+            value = problem.seconds(found.choice) + rate * problem.bytes(found.choice)
+            assert value == pytest.approx(want, rel=1e-9), f"seed {seed}"
 
 
 def test_remainder_goes_to_the_mip(monkeypatch: pytest.MonkeyPatch) -> None:
