@@ -290,6 +290,27 @@ def stage_mixture(
     return Mixture(steps[first - 1], steps[first], float(share))
 
 
+def eased_mixture(
+    frontiers: Sequence[Frontier],
+    counts: IntArray | FloatArray,
+    in_flight: int,
+    mixture: Mixture,
+    layers: float,
+) -> Mixture:
+    """With so many layers fewer under the policy that its price had them take, those of the highest
+    price first. mixture: of `stage_mixture`."""
+    steps = _steps(frontiers, in_flight)
+    share = mixture.share
+    for fast, small in reversed(list(itertools.pairwise(steps[: steps.index(mixture.small) + 1]))):
+        policies = zip(counts, fast, small, strict=True)
+        changed = float(sum(n for n, p, q in policies if p.remat is not q.remat))
+        if share * changed > layers:
+            return Mixture(fast, small, share - layers / changed)
+        layers -= share * changed
+        share = 1.0
+    return Mixture(steps[0], steps[0], 0.0)
+
+
 def once_seconds(
     frontiers: Sequence[Frontier],
     counts: IntArray | FloatArray,

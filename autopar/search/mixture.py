@@ -8,7 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.intraop.compose import Frontier, smallest_points, stage_mixture
+from autopar.intraop.compose import (
+    Frontier,
+    eased_mixture,
+    smallest_points,
+    stage_mixture,
+)
 from autopar.plan import Remat
 
 _ROOM = 0.98  # of the budget: what the layers are mixed for, as a stage has more than its layers
@@ -31,12 +36,13 @@ def stage_policies(
     if mixture is None:
         mixture = stage_mixture(frontiers, counts, in_flight, math.inf)
         assert mixture is not None
-    share = mixture.share
-    fast, small = mixture.fast, mixture.small
     if extra < 0:
-        share = max(0.0, share + extra)
-        fast = fast if share or extra > -1 else _under(least, frontiers)
-    elif extra > 0:
+        layers = -extra * len(kinds)
+        mixture = eased_mixture(frontiers, counts, in_flight, mixture, layers)
+    fast, small, share = mixture
+    if extra <= -1 and not share:
+        fast = _under(least, frontiers)
+    if extra > 0:
         smallest = smallest_points(frontiers, counts, in_flight)
         if share + extra > 1:
             fast, small, share = small, smallest, share + extra - 1
