@@ -50,6 +50,7 @@ def make(devices: int, microbatches: int, *, compiled: bool) -> ParallelModel:
         mesh_shape=(devices,),
         num_microbatches=microbatches,
         placements={"*.weight": "S0"} if devices > 1 else {},
+        compiled=False,  # one plan for both
         cache=False,
     )
     return parallelize(

@@ -98,6 +98,7 @@ def test_a_split_plan_trains_as_one_device(monkeypatch: pytest.MonkeyPatch) -> N
         mesh_shape=(2, 2),
         num_microbatches=2,
         remat=Remat.NONE,
+        compiled=False,
         target_gap=1e-4,
     )
     plan, _ = plan_model(model, batch, FAST, memory_budget=2_113_690, options=options)
