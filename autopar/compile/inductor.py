@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 from autopar.compile.noise import register_loops
 
@@ -28,12 +29,27 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Result:
+    """What a result will look like, with the strides that Inductor gives it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def fake(self, mode: FakeTensorMode) -> Tensor:
+        with mode:
+            return torch.empty_strided(
+                self.shape, self.strides, dtype=self.dtype, device=self.device
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class CompiledModule:
-    """call: wants inputs with the strides of the graph's. results: fake ones, with the strides that
-    Inductor gives the real ones."""
+    """call: wants inputs with the strides of the graph's."""
 
     call: Compiled
-    results: tuple[Tensor, ...]
+    results: tuple[Result, ...]
 
 
 def compile_module(module: fx.GraphModule) -> CompiledModule:
@@ -44,17 +60,15 @@ def compile_module(module: fx.GraphModule) -> CompiledModule:
 
     register_loops()
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    mode = fakes[0].fake_mode
-    context = torch._guards.TracingContext(mode)
+    context = torch._guards.TracingContext(fakes[0].fake_mode)
     context.output_strides = []
     with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS):
         call: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
     outputs: Any = module.graph.output_node().args[0]
     made = [node.meta["val"] for node in outputs]
     strides = context.output_strides or [None] * len(made)  # none are told of a graph of no calls
-    with mode:
-        results = tuple(
-            v if s is None else torch.empty_strided(v.shape, s, dtype=v.dtype, device=v.device)
-            for v, s in zip(made, strides, strict=True)
-        )
+    results = tuple(
+        Result(tuple(v.shape), v.stride() if s is None else s, v.dtype, v.device)
+        for v, s in zip(made, strides, strict=True)
+    )
     return CompiledModule(call, results)

@@ -158,7 +158,9 @@ class ParallelModel(nn.Module):
         it: nothing else happens. batch: like those of the steps. Does nothing where the model runs
         operator by operator, or after a step."""
         if self._compiled and not self._ready:
-            self._row_player(batch, self._seed, Mode.TRAIN).prepare()
+            player = self._row_player(batch, self._seed, Mode.TRAIN)
+            with self._guarded("compile_ahead"):
+                player.prepare()
         self._ready = True
 
     def eval_step(self, batch: Any) -> Tensor:
@@ -245,10 +247,13 @@ class ParallelModel(nn.Module):
     ) -> tuple[Mapping[int, StageResult], Tensor]:
         """Results by stage, and the loss."""
         player = self._row_player(batch, seed, mode)  # unguarded: a wrong batch breaks nothing
-        guard = contextlib.nullcontext() if self._world is None else self._world.guard(what)
-        with guard:
+        with self._guarded(what):
             results = player.play()
             return results, self._share_loss(results)
+
+    def _guarded(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Other ranks are told of what fails in it."""
+        return contextlib.nullcontext() if self._world is None else self._world.guard(what)
 
     def _row_player(self, batch: Any, seed: int, mode: Mode) -> RowPlayer:
         feed = self._data.feed(batch)
