@@ -11,19 +11,15 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from autopar.candidate import Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.graph.program import Graph, Ref
-from autopar.graph.repeat import whole_graph
 from autopar.intraop.build import Fold, StageContext
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import StageSolution
-from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
@@ -31,7 +27,7 @@ from autopar.plan import Remat
 from autopar.search.clock import Clock
 from autopar.search.mixture import stage_policies
 from autopar.search.prices import Level, Prices
-from autopar.search.program import Program
+from autopar.search.program import Program, Run
 from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
 from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
 from autopar.search.space import Space
@@ -49,14 +45,6 @@ _ROOMIER = 2  # attempts at room for a faster schedule: the second for one micro
 MAX_SPLITS = 3  # of the folds of a stage
 _NOTHING = 1e-9  # of a step: rounding is no gain
 _CLOSE = 1.02  # a second view is solved if its table value is further below the first's solution
-
-
-class Run(NamedTuple):
-    """Consecutive layers as a stage. owned: canonical names of the parameters that it keeps."""
-
-    graph: Graph
-    prepared: PreparedStage
-    owned: frozenset[str]
 
 
 class ExactSolver:
@@ -80,8 +68,6 @@ class ExactSolver:
         self.space, self.prices, self.clock, self.alike = space, prices, clock, alike
         self.stages = StageSolver(space.options, mesh_costs, clock, target_gap)
         self._fold = alike
-        self._runs: dict[tuple[int, tuple[int, int], Remat], Run] = {}
-        self._recomputed: dict[tuple[int, Remat], tuple[Graph, Mapping[Ref, Dims]]] = {}
 
     def solve(self, program: Program, cut: Cut, *, known_s: float = math.inf) -> SolvedCut:
         """NoFeasiblePlan where some stage fits under no mixture of the policies. An interleaved cut
@@ -167,23 +153,6 @@ class ExactSolver:
         return solved
 
     # ---- told stages, every layer written
-
-    def run(self, program: Program, layers: tuple[int, int], policy: Remat) -> Run:
-        """The layers first .. stop - 1 under a policy."""
-        count = program.num_microbatches
-        if (count, layers, policy) not in self._runs:
-            if (count, policy) not in self._recomputed:
-                graph = program.recomputed(whole_graph(program.folded), policy)
-                table = RuleTable(graph, known=program.rules)
-                self._recomputed[count, policy] = graph, table.dims
-            graph, dims = self._recomputed[count, policy]
-            first_layers = sorted({0, *layers} - {program.num_layers})
-            graphs = cut_stages(graph, first_layers)
-            index = first_layers.index(layers[0])
-            owned = frozenset(o for o, s in parameter_owners(graphs).items() if s == index)
-            prepared = prepare_stage(graphs[index], dims, program.rules)
-            self._runs[count, layers, policy] = Run(graphs[index], prepared, owned)
-        return self._runs[count, layers, policy]
 
     def fastest(self, run: Run, cut: Cut, stage: int, view: LogicalMesh) -> StageSolution:
         """Whatever its bytes. OptionError for a pin that the view cannot honour."""

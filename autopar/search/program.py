@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.layers import layer_classes
-from autopar.graph.program import Graph
-from autopar.graph.repeat import Folded
+from autopar.graph.program import Graph, Ref
+from autopar.graph.repeat import Folded, whole_graph
 from autopar.intraop.compose import boundary_bytes
+from autopar.layout import Dims
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
-from autopar.lowering.stages import stage_graph
+from autopar.lowering.stages import cut_stages, parameter_owners, stage_graph
 from autopar.plan import Remat
 from autopar.sharding.registry import RuleTable
 from autopar.sharding.rule import Call, Rule
@@ -26,6 +28,14 @@ class LayerClass:
     parameters that no earlier layer reads, which is where they are kept."""
 
     layer: int
+    owned: frozenset[str]
+
+
+class Run(NamedTuple):
+    """Consecutive layers as a stage. owned: canonical names of the parameters that it keeps."""
+
+    graph: Graph
+    prepared: PreparedStage
     owned: frozenset[str]
 
 
@@ -53,6 +63,8 @@ class Program:
         self.crossing = np.repeat(boundary_bytes(folded.graph), folded.copies)
         self.rules: dict[Call, Rule] = {}  # known so far: of all tables
         self._prepared: dict[Remat, tuple[PreparedStage, ...]] = {}
+        self._runs: dict[tuple[tuple[int, int], Remat], Run] = {}
+        self._written: dict[Remat, tuple[Graph, Mapping[Ref, Dims]]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -72,6 +84,21 @@ class Program:
                 for kind in self.classes
             )
         return self._prepared[remat]
+
+    def run(self, layers: tuple[int, int], policy: Remat) -> Run:
+        """The layers first .. stop - 1 under a policy, every one written."""
+        if (layers, policy) not in self._runs:
+            if policy not in self._written:
+                graph = self.recomputed(whole_graph(self.folded), policy)
+                self._written[policy] = graph, RuleTable(graph, known=self.rules).dims
+            graph, dims = self._written[policy]
+            first_layers = sorted({0, *layers} - {self.num_layers})
+            graphs = cut_stages(graph, first_layers)
+            index = first_layers.index(layers[0])
+            owned = frozenset(o for o, s in parameter_owners(graphs).items() if s == index)
+            prepared = prepare_stage(graphs[index], dims, self.rules)
+            self._runs[layers, policy] = Run(graphs[index], prepared, owned)
+        return self._runs[layers, policy]
 
     def stage_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Every stage by its layers: counts[U, classes] without repetition, and index[i, j], the

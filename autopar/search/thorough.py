@@ -254,7 +254,7 @@ class ThoroughSearch:
     def _solve(self, cut: Cut, stage: int, option: _Option) -> None:
         """One step towards the option's solution."""
         program, layers = self._program(cut.num_microbatches), self._layers(cut, stage)
-        run = self._exact.run(program, layers, option.policy)
+        run = program.run(layers, option.policy)
         if option.fastest is None:
             found = option.fastest = self._exact.fastest(run, cut, stage, option.view)
             done = self._exact.fits(cut, found)
