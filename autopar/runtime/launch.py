@@ -60,13 +60,13 @@ class _Place:
 
 
 def torchrun_world(timeout: timedelta = DEFAULT_TIMEOUT) -> World | None:
-    """The job that torchrun started this process for; None without one. One CUDA device per process
-    where there are any, else the CPU."""
+    """The job that torchrun started this process for, or the one it has joined; None without one.
+    One CUDA device per process where there are any, else the CPU."""
     if not is_connected() and not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return None
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = _local_rank()
         if local >= torch.cuda.device_count():
             raise OptionError(
                 f"local rank {local} has no device: this node has {torch.cuda.device_count()}. "
@@ -75,6 +75,14 @@ def torchrun_world(timeout: timedelta = DEFAULT_TIMEOUT) -> World | None:
         device = torch.device("cuda", local)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return World.connect(None, rank, size, device=device, timeout=timeout)
+
+
+def _local_rank() -> int:
+    """Index of this process's CUDA device. Who joined the job by other means than torchrun has said
+    it with torch.cuda.set_device."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    return torch.cuda.current_device() if is_connected() else 0
 
 
 def run_processes(

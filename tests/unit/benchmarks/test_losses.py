@@ -13,7 +13,7 @@ def test_distances_of_curves() -> None:
 
 
 def test_memory_grows_by_what_the_last_steps_have_more() -> None:
-    assert growth([0, *[100] * 10, 150, *[300] * 10]) == 200
+    assert growth([0, *[100] * 13, 150, *[300] * 10]) == 200
     assert growth([50]) == 0
     assert growth([50, 70, 70]) == 0
 
