@@ -3,6 +3,7 @@
     make_tables      small values that large ones read are made once
     pad_products     products of matrices get sizes that tensor cores take
     overlap          the order: collectives beside everything else
+    keep_sums_apart  sums that a concatenation reads are buffers of their own
 
 Each keeps the values.
 """
@@ -14,6 +15,7 @@ from collections.abc import Collection
 from torch import fx
 
 from autopar.compile.alignment import pad_products
+from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.overlap import overlap
 from autopar.compile.tables import make_tables
 
@@ -21,4 +23,4 @@ from autopar.compile.tables import make_tables
 def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModule:
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
-    return overlap(pad_products(make_tables(module)), parameters)
+    return keep_sums_apart(overlap(pad_products(make_tables(module)), parameters))

@@ -53,7 +53,7 @@ def make_tables(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in _DEAR or not dear.isdisjoint(node.all_input_nodes):
             dear.add(node)
         if node in dear and node.target not in _VIEWS and _is_table(node):
-            _materialize(graph, node)
+            materialize(graph, node)
             dear.discard(node)
     return module
 
@@ -84,7 +84,8 @@ def _numel(node: fx.Node) -> int:
     return value.numel()
 
 
-def _materialize(graph: fx.Graph, node: fx.Node) -> None:
+def materialize(graph: fx.Graph, node: fx.Node) -> None:
+    """Makes a contiguous value a buffer: every reader loads it."""
     value: Tensor = node.meta["val"]
     with graph.inserting_after(node):
         args = (node, list(value.shape), list(value.stride()), 0)

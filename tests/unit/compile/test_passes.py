@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.compile import alignment
 from autopar.compile.alignment import pad_products
+from autopar.compile.concatenations import check_sums, keep_sums_apart
 from autopar.compile.overlap import AHEAD, AHEAD_BYTES, overlap
 from autopar.compile.tables import make_tables
 from autopar.errors import InternalError
@@ -84,6 +85,26 @@ def test_aligned_and_small_products_stay() -> None:
     assert aten.constant_pad_nd.default in targets(odd)
     for body in (lambda a, b: [a @ b[:, :512]], lambda a, b: [a[:7] @ b]):
         assert aten.constant_pad_nd.default not in targets(pad_products(traced(body, a, b)))
+
+
+def test_sums_that_are_joined_are_buffers() -> None:
+    """A sum that a concatenation reads as it is, or through a view; other operands stay."""
+
+    def body(x: Tensor, y: Tensor) -> list[Tensor]:
+        rows, columns = x.sum(1), x.sum(0, keepdim=True)
+        joined = torch.cat([columns, y, columns.exp(), rows.reshape(1, -1)], 1)
+        return [joined, rows + 1]
+
+    x, y = torch.randn(6, 5), torch.randn(1, 3)
+    module = traced(body, x, y)
+    with pytest.raises(InternalError, match="reads the sum"):
+        check_sums(module)
+    module = keep_sums_apart(module)
+    module.recompile()
+    buffers = module.graph.find_nodes(op="call_function", target=aten.as_strided.default)
+    assert {tuple(b.meta["val"].shape) for b in buffers} == {(1, 5), (6,)}
+    for got, want in zip(module(x, y), body(x, y), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_booleans_do_not_travel() -> None:
