@@ -171,11 +171,11 @@ def main() -> None:
         folder = args.out or Path(__file__).resolve().parent / "results"
         folder.mkdir(parents=True, exist_ok=True)
         stem = folder / f"losses-{case.name}-{record['date'].replace('-', '')}"
-        stem.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-        stem.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+        stem.with_name(f"{stem.name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        stem.with_name(f"{stem.name}.md").write_text(markdown(record), encoding="utf-8")
         curves = {name: r["losses"] for name, r in runners.items() if "losses" in r}
         if curves:
-            stem.with_suffix(".svg").write_text(svg(curves), encoding="utf-8")
+            stem.with_name(f"{stem.name}.svg").write_text(svg(curves), encoding="utf-8")
         print(f"Results: {stem}.json, .md, .svg")
 
 
