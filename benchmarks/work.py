@@ -169,6 +169,8 @@ def _trained(
             curve[number] = step()
             allocated.append(_allocated(job.device))
         dist.all_reduce(curve)
+        del step
+        _clean(job.device)
     return {"losses": (curve / job.size).tolist(), "allocated_bytes": allocated, **facts}
 
 
