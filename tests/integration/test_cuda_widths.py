@@ -4,6 +4,7 @@ kernels that real models get: small ones are summed, joined and tiled in other w
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -13,26 +14,29 @@ from autopar.api import parallelize
 from autopar.options import SearchOptions
 from autopar.runtime.comm import World
 from autopar.runtime.launch import run_processes
-from benchmarks.models import gpt, moe
+from benchmarks.models import gpt, llama, moe, t5
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
-ROWS = 16
 LIMIT = 1e-4  # of the norm, in float32
+
+# A model, its sizes, where batches come from, and rows of a batch.
+MODELS: dict[str, tuple[Any, Any, Any, int]] = {
+    "gpt": (gpt.GPT, gpt.GPTConfig(1024, 3, 16, vocab_size=1024, seq_len=1024), gpt, 16),
+    "llama": (llama.Llama, llama.LlamaConfig(1024, 2048, 2, 16, 4, 1024, 2048), llama, 8),
+    "moe": (moe.MoE, moe.MoEConfig(1024, 4, 16, 8, 2048, vocab_size=1024), moe, 16),
+    "t5": (t5.T5, t5.T5Config(512, 1024, 2, 8, vocab_size=1024), t5, 32),
+}
 
 
 def make(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """On the CPU, the same on every rank."""
+    factory, config, module, rows = MODELS[name]
     torch.manual_seed(0)
-    if name == "gpt":
-        model: nn.Module = gpt.GPT(gpt.GPTConfig(1024, 3, 16, vocab_size=1024, seq_len=1024))
-    else:
-        model = moe.MoE(moe.MoEConfig(1024, 4, 16, 8, 2048, vocab_size=1024, seq_len=1024))
-    tokens = torch.randint(0, 1024, (ROWS, 1025))
-    return model, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    return factory(config), module.example_batch(config, rows)
 
 
 def gradients(world: World, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -54,7 +58,7 @@ def gradients(world: World, name: str) -> tuple[dict[str, Tensor], dict[str, Ten
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("name", ["gpt", "moe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_steps_equal_interpreted_ones(name: str) -> None:
     for got, want in run_processes(
         gradients, 2, name, device_type="cuda", timeout=timedelta(seconds=120)
