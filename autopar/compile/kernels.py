@@ -2,6 +2,7 @@
 it cannot.
 
     convolutions                                          of operands with channels last
+    gelu, by tanh                                         a sigmoid
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     uniform, normal, .., padded_narrow, keep_on_first,
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
@@ -46,7 +48,10 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
     }
-    return {**table, **convolutions, **_OWN, **random, **dropout}
+    activations: Decompositions = {
+        target: partial(body, table[target]) for target, body in _ACTIVATIONS.items()
+    }
+    return {**table, **convolutions, **activations, **_OWN, **random, **dropout}
 
 
 def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:
@@ -86,6 +91,10 @@ class _KeyTable:
         return self._keys, self._rows[op_id]
 
 
+_ACTIVATIONS: Decompositions = {
+    aten.gelu.default: gelu,
+    aten.gelu_backward.default: gelu_backward,
+}
 _RANDOM: Decompositions = {
     own.uniform.default: counter_uniform,
     own.normal.default: counter_normal,

@@ -1,14 +1,21 @@
-"""Small values that large ones read, such as the angles of rotary embeddings, are made once.
+"""Values that Inductor would make anew in each kernel that reads them are made once.
 
-Inductor writes a pointwise value into each kernel that reads it, so that the cosine of a table of
-[sequence, head size] would be taken anew for every row, head and layer. `aten.as_strided` of a
-value as it is makes it a buffer, without a kernel of its own.
+    tables    small values that large ones read, such as the angles of rotary embeddings: the cosine
+              of a table of [sequence, head size] would be taken for every row, head and layer
+    sums      of two large values, read before and after a product of matrices, such as the stream
+              between the blocks of a transformer: a norm would read all products since a sum was
+              last in memory, and backward would be left its float32 result in place of the sum
+
+Inductor writes a pointwise value into its readers. `aten.as_strided` of a value as it is makes it a
+buffer, without a kernel of its own.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+
+from autopar.compile.overlap import is_heavy
 
 aten = torch.ops.aten
 
@@ -56,6 +63,31 @@ def make_tables(module: fx.GraphModule) -> fx.GraphModule:
             materialize(graph, node)
             dear.discard(node)
     return module
+
+
+def make_sums(module: fx.GraphModule) -> fx.GraphModule:
+    """The same values, in place. Pre: flat ATen graph with fake values. O(edges)."""
+    before: dict[fx.Node, int] = {}  # how many products
+    products = 0
+    for node in module.graph.nodes:
+        before[node] = products
+        products += is_heavy(node)
+    for node in list(before):
+        if not _is_large_sum(node):
+            continue
+        if len({before[reader] for reader in _readers(node)}) > 1:
+            materialize(module.graph, node)
+    return module
+
+
+def _is_large_sum(node: fx.Node) -> bool:
+    """Whether it is the sum of two values of its own size, both of which a reader would read."""
+    if node.target is not aten.add.Tensor:
+        return False
+    value: Tensor = node.meta["val"]
+    operands = node.all_input_nodes
+    whole = len(operands) == 2 and all(_numel(n) == value.numel() for n in operands)
+    return whole and value.is_contiguous()
 
 
 def _is_inlined(node: fx.Node) -> bool:

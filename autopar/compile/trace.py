@@ -1,8 +1,9 @@
 """A local program of one rank as a flat torch.fx graph of ATen operators and collectives.
 
-The program is played once on fake tensors and recorded: operators decompose into what Inductor
-lowers, arguments that differ between ranks become this rank's numbers. A collective starts where
-its instruction stands and is waited for by its first reader.
+The program, with repeated heads read once (`compile.heads`), is played once on fake tensors and
+recorded: operators decompose into what Inductor lowers, arguments that differ between ranks become
+this rank's numbers. A collective starts where its instruction stands and is waited for by its first
+reader.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autopar.compile.heads import group_heads
 from autopar.compile.kernels import decompositions
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
@@ -54,6 +56,7 @@ def trace(
     """inputs: examples of the program's inputs, then of its constants, in their order. groups: name
     and size of each mesh axis's process group. The graph returns the outputs in their order.
     Pre: is_traceable."""
+    program = group_heads(program)
     names = [port.ref.name for port in program.inputs.values()] + list(program.constants)
 
     def play(*tensors: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ the sums over the axes are all-reduced inside, or left pending.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -116,16 +117,22 @@ def _nll_backward(site: Site) -> tuple[Ref, ...]:
 
 def _cross_entropy(site: Site) -> tuple[Ref, ...]:
     """Maximum and sum over the axes that shard the classes; each device counts the rows whose
-    target it holds."""
+    target it holds. A device sums against its own maximum, so that Inductor finds both in one pass
+    over x; where it has padding alone the sum is 0."""
     axes = site.strategy.axes("vp")
     if not axes:
         return site.call_with({})
     emit, (x, target), ignore = site.emit, site.locals, site.call.args[2]
     narrow = site.call.dtypes[0]
     wide = _cast(emit, x, narrow, accumulation_dtype(narrow))
-    top = emit.all_reduce(emit.compute(aten.amax.default, wide, [1], True), axes, "max")
-    exp = emit.compute(aten.exp.default, emit.compute(aten.sub.Tensor, wide, top))
-    total = emit.all_reduce(emit.compute(aten.sum.dim_IntList, exp, [1], True), axes)
+    local_top = emit.compute(aten.amax.default, wide, [1], True)
+    exp = emit.compute(aten.exp.default, emit.compute(aten.sub.Tensor, wide, local_top))
+    local_total = emit.compute(aten.sum.dim_IntList, exp, [1], True)
+    nothing = emit.compute(aten.eq.Scalar, local_top, -math.inf)
+    local_total = emit.compute(aten.masked_fill.Scalar, local_total, nothing, 0)
+    top = emit.all_reduce(local_top, axes, "max")
+    scale = emit.compute(aten.exp.default, emit.compute(aten.sub.Tensor, local_top, top))
+    total = emit.all_reduce(emit.compute(aten.mul.Tensor, local_total, scale), axes)
     lse = emit.compute(aten.add.Tensor, emit.compute(aten.log.default, total), top)
     start = site.offset(site.call.operands[0], site.strategy.operands[0], 1)
     local, absent = _rows_here(emit, target, start, site.operand_shape(0)[1], ignore)

@@ -67,7 +67,7 @@ def test_what_is_predicted_is_what_inductor_holds(name: str) -> None:
     sample = SAMPLES[name]
     with torch.device("meta"):
         model: nn.Module = sample.kind(sample.config)
-        batch = sample.example_batch(sample.config, 16)
+        batch = sample.example_batch(sample.config, 24)
     predicted = {}
     for compiled in (False, True):
         options = SearchOptions(compiled=compiled, num_microbatches=1, cache=False)

@@ -15,7 +15,7 @@ from autopar.compile import alignment
 from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import check_sums, keep_sums_apart
 from autopar.compile.overlap import AHEAD, AHEAD_BYTES, overlap
-from autopar.compile.tables import make_tables
+from autopar.compile.tables import make_sums, make_tables
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
 
@@ -54,6 +54,35 @@ def test_what_is_read_once_is_no_table() -> None:
     x = torch.randn(16, 4)
     module = make_tables(traced(lambda x: [x.cos() * x, x.exp().sum()], x))
     assert aten.as_strided.default not in targets(module)
+
+
+def blocks(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """A stream that each block adds to, whose states are all read at the end, as by backward."""
+    found = []
+    for _ in range(3):
+        x = x + torch.rms_norm(x, [8]) @ weight
+        found.append(x)
+    return [torch.rms_norm(x, [8]) @ weight for x in found]
+
+
+def test_a_sum_that_products_part_is_a_buffer() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    module = make_sums(traced(blocks, x, weight))
+    sums = [n.args[0] for n in module.graph.nodes if n.target is aten.as_strided.default]
+    assert [node.target for node in sums] == [aten.add.Tensor] * 2  # the last is read at the end
+    for got, want in zip(module(x, weight), blocks(x, weight), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_sum_that_one_kernel_reads_is_no_buffer() -> None:
+    """Nor is one of a value and a vector, which costs its readers nothing."""
+    bodies: list[Callable[..., list[Tensor]]] = [
+        lambda x, w: [torch.rms_norm(x + x @ w, [8]) @ w],
+        lambda x, w: [((y := x @ w + w[0]).sin() @ w) * y.cos()],
+    ]
+    for body in bodies:
+        module = make_sums(traced(body, torch.randn(4, 8), torch.randn(8, 8)))
+        assert aten.as_strided.default not in targets(module)
 
 
 @pytest.mark.parametrize("bias_shape", [(13,), (1, 13), (9, 13)])

@@ -104,6 +104,14 @@ def test_sums_run_in_float32(dtype: torch.dtype) -> None:
         assert not wrong, str(wrong[0])
 
 
+def test_a_shard_of_padding_alone_adds_nothing_to_the_loss() -> None:
+    args = (torch.randn(8, 5).double(), torch.arange(8) % 5, 3)  # classes: 2, 2, 1 and none
+    sample = make_sample(torch.ops.autopar.cross_entropy.default, args)
+    generator = torch.Generator().manual_seed(0)
+    tried, wrong = disagreements(sample, LogicalMesh((4,)), generator=generator)
+    assert tried and not wrong, str(wrong[:1])
+
+
 def _without_linear(rule: Any) -> Any:
     from dataclasses import replace
 
