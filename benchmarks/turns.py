@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -23,21 +24,21 @@ class Turns:
         # not the job's own group: NCCL would keep the devices busy while it waits
         self._group = None if path is None else dist.new_group(backend="gloo")
         self._taken = False
+        self._file: TextIO | None = None
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """May be nested. A rank that fails gives the turn back by its end: the others may never
-        come to a barrier."""
+        """May be nested. A rank that fails keeps the turn until its process ends, as it keeps its
+        memory so long, and the others may never come to a barrier."""
         if self._path is None or self._taken:
             yield
             return
-        with Path(self._path).open("a", encoding="utf-8") as file:
-            if dist.get_rank() == 0:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            dist.barrier(self._group)
-            self._taken = True
-            try:
-                yield
-            finally:
-                self._taken = False
-            dist.barrier(self._group)
+        file = Path(self._path).open("a", encoding="utf-8")  # noqa: SIM115  (see above)
+        if dist.get_rank() == 0:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        dist.barrier(self._group)
+        self._taken, self._file = True, file
+        yield
+        self._taken, self._file = False, None
+        file.close()
+        dist.barrier(self._group)
