@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from autopar.actions import Action, ActionKind
 from autopar.errors import InternalError, PlanError
 from autopar.graph.program import Graph, GraphInput, InputKind
 from autopar.layout import local_shape
@@ -32,7 +33,6 @@ from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
-from autopar.schedule import Action, ActionKind
 
 _GRADIENTS_OF = (ActionKind.BACKWARD, ActionKind.WEIGHT)  # actions that may make gradients
 
