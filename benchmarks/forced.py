@@ -16,9 +16,10 @@ from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.graph.repeat import whole_graph
-from autopar.intraop.build import Choice, Node, StageContext, StageProblem, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution
+from autopar.intraop.stage_problem import Choice, Node, StageContext, StageProblem
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh

@@ -28,19 +28,13 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
-from autopar.intraop.build import (
-    Node,
-    ParameterChoice,
-    Part,
-    StageContext,
-    StageProblem,
-    build_problem,
-)
+from autopar.intraop.build import build_problem
 from autopar.intraop.execution import execution_of
 from autopar.intraop.free import Effort, Priced
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.stage_problem import Node, ParameterChoice, Part, StageContext, StageProblem
 from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat

@@ -9,7 +9,7 @@ import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind
-from autopar.intraop.build import StageContext
+from autopar.intraop.stage_problem import StageContext
 
 
 class Execution(StrEnum):

@@ -17,9 +17,9 @@ from dataclasses import replace
 from autopar.candidate import Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.intraop.build import Fold, StageContext
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import StageSolution
+from autopar.intraop.stage_problem import Fold, StageContext
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
-from autopar.intraop.build import StageContext
 from autopar.intraop.solver import NotWorth
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution, stage_program
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autopar.errors import NoFeasiblePlan
-from autopar.intraop.build import StageContext
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution
+from autopar.intraop.stage_problem import StageContext
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
 from autopar.search.clock import Clock
