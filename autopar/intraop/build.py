@@ -36,6 +36,7 @@ from autopar.graph.program import (
     Ref,
     TensorMeta,
 )
+from autopar.intraop.execution import exposed_share
 from autopar.intraop.problem import FloatArray, IntraOpProblem
 from autopar.intraop.stage_problem import (
     Node,
@@ -75,8 +76,7 @@ class _Builder:
         self.matrices: dict[Any, FloatArray] = {}
         self.reduced_after = reduced_after(graph)
         self.weights, self.gradients = parameter_values(graph), gradient_values(graph)
-        compiled = context.compiled and not context.offload
-        self.exposed = costs.exposed_share(graph, context.num_microbatches, compiled=compiled)
+        self.exposed = exposed_share(graph, costs, context)
 
     def add(
         self, node: Node, seconds: FloatArray, nbytes: FloatArray, part: Part, kind: str = ""
