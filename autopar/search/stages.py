@@ -42,7 +42,7 @@ class _Known:
 
 class Wanted(NamedTuple):
     """proven: with a MIP where the gap is above the target. worth_s: slower solutions are of no
-    use; a stage that has no others does not fit."""
+    use (NotWorth)."""
 
     proven: bool = False
     worth_s: float = math.inf
@@ -136,9 +136,9 @@ class StageSolver:
         *,
         target_gap: float | None = None,
     ) -> StageSolution:
-        """The fastest solution found that fits; NoFeasiblePlan where none does. target_gap: another
-        one than that of the others. Solved to a narrower gap, a stage keeps the faster solution:
-        the rounds within a budget may end elsewhere."""
+        """The fastest solution found that fits; NoFeasiblePlan where none does, NotWorth where what
+        fits is too slow. target_gap: another one than that of the others. Solved to a narrower
+        gap, a stage keeps the faster solution: the rounds within a budget may end elsewhere."""
         key = _told_key(ToldStage(stage, view, context, budget, wanted))
         gap = target_gap or self._gap(wanted.proven)
         known = self._known.get(key) or self._known.get((key, wanted.worth_s))
