@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -33,7 +35,7 @@ class Turns:
             return
         with Path(self._path).open("a", encoding="utf-8") as file:
             if dist.get_rank() == 0:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(file)
             dist.barrier(self._group)
             self._taken = True
             try:
@@ -41,3 +43,12 @@ class Turns:
             finally:
                 self._taken = False
             dist.barrier(self._group)
+
+
+def _lock(file: TextIO) -> None:
+    """Waits for whoever has it, and says so: it may take long. Freed by the holder's end."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for the devices: another job has {file.name}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
