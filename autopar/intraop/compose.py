@@ -95,7 +95,7 @@ def layer_points(
     there. alone: boundary values come and go for nothing, and seconds are lower bounds: no stage
     with the layer takes fewer for it."""
     built = build_problem(graph, table, costs, context)
-    problem = _without_boundary(built) if alone else _with_cycle(built, costs)
+    problem = without_boundary(built) if alone else _with_cycle(built, costs)
     effort = Effort(
         deadline=deadline,
         target_gap=_POINT_GAP,
@@ -146,7 +146,7 @@ def undominated(points: Iterable[Point]) -> Frontier:
     return tuple(kept)
 
 
-def _without_boundary(built: StageProblem) -> IntraOpProblem:
+def without_boundary(built: StageProblem) -> IntraOpProblem:
     """Received values cost nothing, in any layout."""
     seconds = tuple(
         np.where(np.isfinite(c_v), 0.0, c_v)
