@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autopar.actions import ActionKind
 from autopar.errors import MeshError, OptionError
 from autopar.graph.program import Graph, InputKind, Phase, Ref
 from autopar.intraop.stage import StageSolution
@@ -19,7 +20,7 @@ from autopar.lowering.stages import parameter_sources
 from autopar.mesh import LogicalMesh, Submesh, logical_meshes, submeshes
 from autopar.options import SearchOptions
 from autopar.plan import ParameterPlacement, StagePlan
-from autopar.schedule import ActionKind, ScheduleKind, build_schedule, in_flight_count
+from autopar.schedule import ScheduleKind, build_schedule, in_flight_count
 from autopar.simulate import StageCost, Timeline, Transfer, simulate
 from cost_models import Cluster
 

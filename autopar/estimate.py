@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from autopar.graph.hubs import is_hub
-from autopar.graph.program import Graph, Operator, Ref, TensorMeta
+from autopar.graph.program import Operator, Ref, TensorMeta
 from autopar.graph.work import is_contraction, is_view, operator_bytes, operator_flops
 from autopar.layout import PARTIAL, Dims, Layout, has_uneven, leaves_padding, local_share
 from autopar.mesh import LogicalMesh
@@ -96,6 +96,11 @@ class OptimizerModel:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def exchanges_rows(op: Operator) -> bool:
+    """Whether it may send rows between devices in numbers that are values."""
+    return op.target in _EXCHANGED
 
 
 class MeshCosts:
@@ -205,7 +210,7 @@ class MeshCosts:
     def _imbalance(self, op: Operator, choices: Sequence[Strategy]) -> FloatArray:
         """FLOPs of the busiest device over their mean."""
         sharded = np.zeros(len(choices), dtype=bool)
-        if op.target in _EXCHANGED:
+        if exchanges_rows(op):
             up = _EXCHANGED[op.target][0] + 3
             sharded[:] = [0 in strategy.operands[up] for strategy in choices]
         return np.where(sharded, EXPERT_IMBALANCE, 1.0)
@@ -239,7 +244,7 @@ class MeshCosts:
         choices: Sequence[Strategy],
         metas: Mapping[Ref, TensorMeta],
     ) -> FloatArray:
-        if op.target in _EXCHANGED:
+        if exchanges_rows(op):
             return self._exchange_seconds(op, call, choices, metas)
         count = _COMPOSITE_REDUCES.get(op.target, 0)
         out = np.zeros(len(choices))
@@ -267,17 +272,6 @@ class MeshCosts:
     def uneven(self, dims: Dims) -> Dims:
         """The dims where costs depend on them, none where every axis divides every atom."""
         return dims if has_uneven(dims, self.mesh.axis_sizes) else ()
-
-    def exposed_share(self, graph: Graph, num_microbatches: int, *, compiled: bool) -> float:
-        """Of the seconds of collectives that only parameters and their gradients need.
-
-        Others are hidden where the step is one compiled program: one stage has all devices and
-        plays one microbatch. compiled: the programs of the stage, which those that exchange rows
-        are not. graph: of the stage.
-        """
-        alone = self.mesh.num_devices == self.cluster.num_devices and num_microbatches == 1
-        exchanges = any(op.target in _EXCHANGED for op in graph.operators)
-        return EXPOSED_SHARE if alone and compiled and not exchanges else 1.0
 
     def reshard(
         self, dims: Dims, source: Layout, target: Layout, exposed: float = 1.0

@@ -31,19 +31,19 @@ from autopar.graph.program import (
     Phase,
     Ref,
 )
-from autopar.intraop.build import (
+from autopar.intraop.build import build_problem
+from autopar.intraop.execution import execution_of
+from autopar.intraop.memory_use import Alive, alive_at_peak
+from autopar.intraop.problem import FloatArray
+from autopar.intraop.shares import gradient_copy_seconds, optimizer_seconds, parameters_at_rest
+from autopar.intraop.stage_problem import (
     Choice,
     Node,
     ParameterChoice,
     Part,
     StageContext,
     StageProblem,
-    build_problem,
 )
-from autopar.intraop.execution import execution_of
-from autopar.intraop.memory_use import Alive, alive_at_peak
-from autopar.intraop.problem import FloatArray
-from autopar.intraop.shares import gradient_copy_seconds, optimizer_seconds, parameters_at_rest
 from autopar.layout import layout_text
 from autopar.lowering.lower import PreparedStage, stages_of_plan
 from autopar.lowering.stages import parameter_owners, parameter_sources

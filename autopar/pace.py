@@ -16,8 +16,9 @@ from math import fsum
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.actions import ActionKind
 from autopar.errors import ScheduleError
-from autopar.schedule import ActionKind, ScheduleKind, schedule_rows
+from autopar.schedule import ScheduleKind, schedule_rows
 from autopar.simulate import StageCost, Transfer
 
 FloatArray = NDArray[np.float64]

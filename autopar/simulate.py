@@ -39,16 +39,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Final
 
+from autopar.actions import Action, ActionKind, prerequisites
 from autopar.errors import ScheduleError
 from autopar.plan import StagePrediction
-from autopar.schedule import (
-    Action,
-    ActionKind,
-    Schedule,
-    check_schedule,
-    execution_order,
-    prerequisites,
-)
+from autopar.schedule import Schedule, check_schedule, execution_order
 
 COMPUTE_STREAM: Final = "compute"
 COLLECTIVE_STREAM: Final = "collective"

@@ -12,7 +12,9 @@ Combinations are left out only where
     max over workers of  B (sum of t_s over its stages s) + sum of f_r over stages before its first
 
 with t forward and backward of a microbatch and f forward, which any schedule takes at least, is
-above the best; and of a stage's choices those that another one beats in all seconds and bytes.
+above the best; a stage's choices of which it is proved, before they are solved, that
+B (t_s and its share of what comes once per step) is; and those that another one beats in all
+seconds and bytes. Cuts come in the order of such bounds.
 
 Stages are solved by the solver of the search without its fallback: exactly where memory is free.
 Where memory binds it may leave a gap, so that there the result is a comparison and no proof. The
@@ -27,9 +29,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ from autopar.plan import ParallelPlan, Remat
 from autopar.planner import find_plan
 from autopar.schedule import ScheduleKind, in_flight_count
 from benchmarks import jobs
-from benchmarks.forced import Forced, header_text, table_text
+from benchmarks.forced import Forced, ToldStages, header_text, table_text
 from cost_models import Cluster, device, link
 
 SEED = 20261122
@@ -230,9 +232,15 @@ def enumerate_all(
     submeshes, views = allowed_views(cluster, SearchOptions(), num_layers)
     found = Found(math.inf, "nothing fits", 0, 0)
     simulated = 0
-    for shape in _shapes(submeshes, cluster.num_devices, num_layers, counts):
+    shapes = [
+        (_shape_s(forced, shape, views), shape)
+        for shape in _shapes(submeshes, cluster.num_devices, num_layers, counts)
+    ]
+    for least_s, shape in sorted(shapes, key=lambda pair: (pair[1].takes_turns, pair[0])):
+        if least_s >= found.step_s:
+            continue
         options = [
-            _options(forced, shape, index, views[submesh])
+            _options(forced, shape, index, views[submesh], found.step_s)
             for index, submesh in enumerate(shape.submeshes)
         ]
         for stages in itertools.product(*options):
@@ -260,11 +268,44 @@ def _shapes(
                     yield Shape(count, (0, *inner, num_layers), packing * times, workers)
 
 
-def _options(
+class Choice(NamedTuple):
+    """A stage before it is solved; told has it at `position`. least_s: of a step with it."""
+
+    told: ToldStages
+    position: int
+    view: LogicalMesh
+    policy: Remat
+    flight: int
+    least_s: float
+
+
+def _choices(
     forced: Forced, shape: Shape, index: int, views: Sequence[LogicalMesh]
-) -> tuple[Option, ...]:
-    """Of one stage, those that no other beats in everything."""
+) -> tuple[Choice, ...]:
+    """Of one stage."""
     first, stop, num_layers = shape.bounds[index], shape.bounds[index + 1], shape.bounds[-1]
+    cuts = tuple(sorted({0, first, stop} - {num_layers}))
+    policies = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
+    found = []
+    for policy in policies[:1] if shape.takes_turns else policies:
+        told = forced.cut(
+            shape.count,
+            cuts,
+            tuple(policy if first <= layer < stop else Remat.NONE for layer in range(num_layers)),
+        )
+        position = cuts.index(first)
+        for view, flight in itertools.product(views, _flights(shape, index)):
+            least_s = 0.0
+            if not shape.takes_turns:
+                least_s = shape.count * forced.least_seconds(
+                    told, position, view, shape.count, flight
+                )
+            found.append(Choice(told, position, view, policy, flight, least_s))
+    return tuple(found)
+
+
+def _flights(shape: Shape, index: int) -> tuple[int, ...]:
+    """Microbatches that a stage holds under the schedules, each number once."""
     flights = {
         in_flight_count(
             kind,
@@ -275,25 +316,36 @@ def _options(
         )
         for kind in shape.schedules
     }
-    key = ("options", shape.count, first, stop, frozenset(flights), shape.takes_turns, tuple(views))
+    return tuple(sorted(flights))
+
+
+def _shape_s(forced: Forced, shape: Shape, views: Mapping[Submesh, Sequence[LogicalMesh]]) -> float:
+    """What a step takes at least."""
+    return max(
+        min(choice.least_s for choice in _choices(forced, shape, index, views[submesh]))
+        for index, submesh in enumerate(shape.submeshes)
+    )
+
+
+def _options(
+    forced: Forced, shape: Shape, index: int, views: Sequence[LogicalMesh], below_s: float
+) -> tuple[Option, ...]:
+    """Of one stage, those that may be in a step of less than below_s and that no other beats in
+    everything. below_s: never more than before."""
+    first, stop = shape.bounds[index], shape.bounds[index + 1]
+    flights = _flights(shape, index)
+    key = ("options", shape.count, first, stop, flights, shape.takes_turns, tuple(views))
     known = forced.remembered.get(key)
     if known is not None:
         return known  # type: ignore[no-any-return]
-    cuts = tuple(sorted({0, first, stop} - {num_layers}))
     options = []
-    policies = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
-    for policy in policies[:1] if shape.takes_turns else policies:
-        told = forced.cut(
-            shape.count,
-            cuts,
-            tuple(policy if first <= layer < stop else Remat.NONE for layer in range(num_layers)),
-        )
-        position = cuts.index(first)
-        for view, flight in itertools.product(views, sorted(flights)):
-            within = not shape.takes_turns
-            solution = forced.solve(told, position, view, shape.count, flight, within_budget=within)
-            if solution is not None:
-                options.append(Option(told.graphs[position], solution, policy))
+    for told, position, view, policy, flight, least_s in _choices(forced, shape, index, views):
+        if least_s >= below_s:
+            continue
+        within = not shape.takes_turns
+        solution = forced.solve(told, position, view, shape.count, flight, within_budget=within)
+        if solution is not None:
+            options.append(Option(told.graphs[position], solution, policy))
     kept: list[Option] = []
     for option in sorted(options, key=_costs):
         if not any(_beats(other, option) for other in kept):

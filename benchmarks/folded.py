@@ -34,10 +34,10 @@ from autopar.api import ModelWorkload
 from autopar.estimate import MeshCosts
 from autopar.graph.family import GraphFamily
 from autopar.graph.precision import Precision
-from autopar.intraop.build import StageContext
 from autopar.intraop.compose import layer_points, stage_seconds
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.stage import SolverOptions
+from autopar.intraop.stage_problem import StageContext
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.models import find_factory
 from autopar.plan import Remat

@@ -16,9 +16,11 @@ from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
 from autopar.graph.repeat import whole_graph
-from autopar.intraop.build import Choice, Node, StageContext, StageProblem, build_problem
+from autopar.intraop.build import build_problem
+from autopar.intraop.compose import without_boundary
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution
+from autopar.intraop.stage_problem import Choice, Node, StageContext, StageProblem
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
@@ -33,6 +35,8 @@ from cost_models import Cluster
 
 Keep = Callable[[Node, Choice], bool]
 Restriction = Callable[[PreparedStage, LogicalMesh], Keep]
+
+_ANY_GAP = 0.999  # of a solve that is asked for its bound
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +75,7 @@ class Forced:
         self._costs: dict[LogicalMesh, MeshCosts] = {}
         self._cuts: dict[Any, ToldStages] = {}
         self._known: dict[Any, tuple[Graph, StageSolution | None]] = {}
+        self._least_s: dict[Any, float] = {}
 
     def program(self, num_microbatches: int) -> Program:
         if num_microbatches not in self._programs:
@@ -166,6 +171,24 @@ class Forced:
             prediction = found.prediction
         return replace(renamed(found, graph, stage.graph), prediction=prediction)
 
+    def least_seconds(
+        self, told: ToldStages, index: int, view: LogicalMesh, num_microbatches: int, flight: int
+    ) -> float:
+        """No solution of a stage within the budget takes fewer, as few sweeps prove: forward and
+        backward of a microbatch with its share of what comes once per step, nothing received."""
+        key = (told.keys[index], view, flight)
+        if key not in self._least_s:
+            stage, built, costs, context = self._built(told, index, view, num_microbatches, flight)
+            built = replace(built, problem=without_boundary(built))
+            program = StageProgram(stage.graph, built, costs, context)
+            options = replace(self.solver, target_gap=_ANY_GAP, fallback=False)
+            try:
+                least_s = program.solved(budget_bytes=self.budget_bytes, options=options).bound
+            except NoFeasiblePlan:  # found none: no proof that there is none
+                least_s = 0.0
+            self._least_s[key] = least_s
+        return self._least_s[key]
+
     def _solved(
         self,
         told: ToldStages,
@@ -176,6 +199,19 @@ class Forced:
         budget: float | None,
         restriction: Restriction | None,
     ) -> StageSolution | None:
+        self.num_solves += 1
+        try:
+            stage, built, costs, context = self._built(told, index, view, num_microbatches, flight)
+            if restriction is not None:
+                built = restricted(built, restriction(stage, view))
+            program = StageProgram(stage.graph, built, costs, context)
+            return program.solved(budget_bytes=budget, options=self.solver)
+        except NoFeasiblePlan:
+            return None
+
+    def _built(
+        self, told: ToldStages, index: int, view: LogicalMesh, num_microbatches: int, flight: int
+    ) -> tuple[PreparedStage, StageProblem, MeshCosts, StageContext]:
         stage = told.prepared[index]
         folds = () if told.window is None else told.window.folds(index)
         context = StageContext(
@@ -185,14 +221,7 @@ class Forced:
         built = build_problem(stage.graph, stage.table, costs, context)
         if folds:
             built = fold_problem(built, stage.graph, folds)
-        self.num_solves += 1
-        try:
-            if restriction is not None:
-                built = restricted(built, restriction(stage, view))
-            program = StageProgram(stage.graph, built, costs, context)
-            return program.solved(budget_bytes=budget, options=self.solver)
-        except NoFeasiblePlan:
-            return None
+        return stage, built, costs, context
 
 
 def restricted(built: StageProblem, keep: Keep) -> StageProblem:

@@ -41,8 +41,8 @@ from autopar.graph.precision import Precision
 from autopar.graph.program import OutputKind, Ref
 from autopar.graph.repeat import Folded
 from autopar.graph.work import is_contraction, operator_flops
-from autopar.intraop.build import Choice, Node, ParameterChoice
 from autopar.intraop.stage import SolverOptions, StageSolution
+from autopar.intraop.stage_problem import Choice, Node, ParameterChoice
 from autopar.layout import REPLICATE, first_atom
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh, Submesh

@@ -26,9 +26,10 @@ from autopar.errors import AutoparError
 from autopar.estimate import MeshCosts
 from autopar.graph.capture import capture_graph
 from autopar.graph.layers import cluster_layers
-from autopar.intraop.build import StageContext, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.solver import Solver, solve
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import prepare_stages
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat

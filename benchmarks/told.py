@@ -21,8 +21,8 @@ from autopar.graph.family import GraphFamily
 from autopar.graph.parameters import parameter_values
 from autopar.graph.precision import Precision
 from autopar.graph.repeat import whole_graph
-from autopar.intraop.build import Choice, Node, ParameterChoice
 from autopar.intraop.stage import SolverOptions, StageSolution
+from autopar.intraop.stage_problem import Choice, Node, ParameterChoice
 from autopar.layout import first_atom
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh, Submesh

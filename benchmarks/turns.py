@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -35,10 +36,19 @@ class Turns:
             return
         file = Path(self._path).open("a", encoding="utf-8")  # noqa: SIM115  (see above)
         if dist.get_rank() == 0:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
         dist.barrier(self._group)
         self._taken, self._file = True, file
         yield
         self._taken, self._file = False, None
         file.close()
         dist.barrier(self._group)
+
+
+def _lock(file: TextIO) -> None:
+    """Waits for whoever has it, and says so: it may take long. Freed by the holder's end."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for the devices: another job has {file.name}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)

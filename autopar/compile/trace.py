@@ -25,7 +25,6 @@ from autopar.lowering.program import (
     Communicate,
     Compute,
     Exchange,
-    Instruction,
     LocalProgram,
 )
 from autopar.ops.random import random_op_ids
@@ -38,12 +37,8 @@ _TRAVELS_AS = {torch.bool: torch.uint8}
 def is_traceable(program: LocalProgram) -> bool:
     """Whether all shapes are known and all values are on the device: not where rows are exchanged
     in numbers that are values, nor where parameters come from the host."""
-    return not any(isinstance(i, Exchange) or _is_load(i) for i in program.body)
-
-
-def _is_load(instruction: Instruction) -> bool:
-    """Whether it copies from the host's memory to the device (`lowering.relayout`)."""
-    return isinstance(instruction, Compute) and bool(instruction.kwargs.get("non_blocking"))
+    on_host = any(port.host for port in program.inputs.values())
+    return not on_host and not any(isinstance(i, Exchange) for i in program.body)
 
 
 def trace(

@@ -28,19 +28,13 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
-from autopar.intraop.build import (
-    Node,
-    ParameterChoice,
-    Part,
-    StageContext,
-    StageProblem,
-    build_problem,
-)
+from autopar.intraop.build import build_problem
 from autopar.intraop.execution import execution_of
 from autopar.intraop.free import Effort, Priced
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.stage_problem import Node, ParameterChoice, Part, StageContext, StageProblem
 from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat
@@ -101,7 +95,7 @@ def layer_points(
     there. alone: boundary values come and go for nothing, and seconds are lower bounds: no stage
     with the layer takes fewer for it."""
     built = build_problem(graph, table, costs, context)
-    problem = _without_boundary(built) if alone else _with_cycle(built, costs)
+    problem = without_boundary(built) if alone else _with_cycle(built, costs)
     effort = Effort(
         deadline=deadline,
         target_gap=_POINT_GAP,
@@ -152,7 +146,7 @@ def undominated(points: Iterable[Point]) -> Frontier:
     return tuple(kept)
 
 
-def _without_boundary(built: StageProblem) -> IntraOpProblem:
+def without_boundary(built: StageProblem) -> IntraOpProblem:
     """Received values cost nothing, in any layout."""
     seconds = tuple(
         np.where(np.isfinite(c_v), 0.0, c_v)

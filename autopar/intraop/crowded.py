@@ -21,9 +21,9 @@ import numpy as np
 
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, OutputKind, Phase, Ref
-from autopar.intraop.build import StageProblem, weight
 from autopar.intraop.execution import Execution, overwritten
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.stage_problem import StageProblem, weight
 from autopar.layout import local_share
 from autopar.sharding.strategy import Strategy
 

@@ -1,4 +1,4 @@
-"""How the programs of a stage run, as far as memory depends on it."""
+"""How the programs of a stage run, as far as seconds and bytes depend on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from enum import StrEnum
 import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.estimate import EXPOSED_SHARE, MeshCosts, exchanges_rows
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind
-from autopar.intraop.build import StageContext
+from autopar.intraop.stage_problem import StageContext
 
 
 class Execution(StrEnum):
@@ -30,8 +31,21 @@ def execution_of(graph: Graph, context: StageContext) -> Execution:
     if not context.compiled:
         return Execution.OPERATORS
     alone = not (graph.inputs_of(InputKind.RECEIVED) or graph.outputs_of(OutputKind.SENT))
-    whole = alone and context.num_microbatches == 1 and not context.offload
-    return Execution.STEP if whole else Execution.PROGRAMS
+    return Execution.STEP if alone and _is_one_program(context) else Execution.PROGRAMS
+
+
+def exposed_share(graph: Graph, costs: MeshCosts, context: StageContext) -> float:
+    """Of the seconds of collectives that only parameters and their gradients need: the others are
+    hidden where the step is one compiled program, which one that exchanges rows is not. graph: of
+    the stage or of a layer of it, which has neighbours: the stage has none that has all devices."""
+    alone = costs.mesh.num_devices == costs.cluster.num_devices
+    hides = alone and _is_one_program(context) and not any(map(exchanges_rows, graph.operators))
+    return EXPOSED_SHARE if hides else 1.0
+
+
+def _is_one_program(context: StageContext) -> bool:
+    """Whether the step of a stage that is alone is one compiled program (`compile.step`)."""
+    return context.compiled and context.num_microbatches == 1 and not context.offload
 
 
 def overwritten(op: Operator, execution: Execution) -> int | None:

@@ -37,9 +37,9 @@ from autopar.graph.program import (
     Phase,
     Ref,
 )
-from autopar.intraop.build import Copy, Fold, Part, StageProblem
 from autopar.intraop.problem import FloatArray
 from autopar.intraop.reduce import Products
+from autopar.intraop.stage_problem import Copy, Fold, Part, StageProblem
 
 _PRIVATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT)
 
@@ -266,6 +266,7 @@ class _Folder:
             node_bytes=tuple(problem.node_bytes[i] * self._node_weight(i) for i in kept),
             edges=tuple(edges),
             edge_seconds=tuple(matrix for matrix, _ in edges.values()),
+            node_layers=tuple(problem.node_layers[i] for i in kept),
         )
         return replace(
             built,

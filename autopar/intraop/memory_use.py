@@ -37,8 +37,8 @@ from typing import NamedTuple
 from autopar.estimate import local_bytes
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
-from autopar.intraop.build import Copy, ParameterChoice, weight
 from autopar.intraop.execution import Execution, is_aligned, overwritten
+from autopar.intraop.stage_problem import Copy, ParameterChoice, weight
 from autopar.intraop.workspace import workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps

@@ -21,7 +21,7 @@ from autopar.graph.hubs import is_hub
 from autopar.graph.program import Graph, GraphInput, InputKind, Ref
 from autopar.graph.split import held_values, weight_operators
 from autopar.graph.work import is_view
-from autopar.intraop.build import Chosen, Part, StageContext, StageProblem, weight
+from autopar.intraop.stage_problem import Chosen, Part, StageContext, StageProblem, weight
 from autopar.layout import Layout
 
 

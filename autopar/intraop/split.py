@@ -13,13 +13,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-from autopar.graph.program import Graph
-from autopar.intraop.build import Fold, StageProblem
 from autopar.intraop.improve import Assignment
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.stage_problem import Fold, StageProblem
 
 
 class Split(NamedTuple):
@@ -68,17 +66,3 @@ def _mixed_seconds(pair: tuple[Assignment, Assignment], limit: float) -> float:
     fast, small = pair
     share = (limit - small.bytes) / (fast.bytes - small.bytes)
     return small.seconds + share * (fast.seconds - small.seconds)
-
-
-def with_layers(built: StageProblem, graph: Graph) -> StageProblem:
-    """The program that knows the layers of its nodes: an input's is that of its first reader, an
-    output's that of who makes it."""
-    made = {op.name: op.layer for op in graph.operators}
-    read: dict[str, int] = {}
-    for op in graph.operators:
-        for ref in op.operands:
-            read[ref.name] = min(read.get(ref.name, op.layer), op.layer)
-    leaves = {out.target or out.kind.value: made.get(out.ref.name, 0) for out in graph.outputs}
-    layers = {"operator": made, "input": read, "output": leaves}
-    numbers = tuple(layers[node.kind].get(node.name, 0) for node in built.nodes)
-    return replace(built, problem=replace(built.problem, node_layers=numbers))

@@ -19,14 +19,7 @@ from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts, local_bytes
 from autopar.graph.program import Graph, InputKind, OutputKind, TensorMeta
 from autopar.intraop.branch import is_small
-from autopar.intraop.build import (
-    Chosen,
-    ParameterChoice,
-    Part,
-    StageContext,
-    StageProblem,
-    build_problem,
-)
+from autopar.intraop.build import build_problem
 from autopar.intraop.crowded import with_moment
 from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
@@ -43,7 +36,8 @@ from autopar.intraop.memory_use import (
 from autopar.intraop.problem import IntraOpSolution, least_bytes, relative_gap
 from autopar.intraop.shares import held_parameters, parameters_at_rest, shares
 from autopar.intraop.solver import NotWorth, Solver, solve
-from autopar.intraop.split import Split, best_split, with_layers
+from autopar.intraop.split import Split, best_split
+from autopar.intraop.stage_problem import Chosen, ParameterChoice, Part, StageContext, StageProblem
 from autopar.layout import Dims, Layout, coarsen
 from autopar.mesh import LogicalMesh
 from autopar.plan import StagePrediction
@@ -133,8 +127,7 @@ class StageProgram:
         self, graph: Graph, built: StageProblem, costs: MeshCosts, context: StageContext
     ) -> None:
         self._graph, self._costs, self._context = graph, costs, context
-        self._built = with_layers(built, graph)
-        self._problem = self._built.problem
+        self._built, self._problem = built, built.problem
         self._execution = execution_of(graph, context)
         self._earlier = Earlier()
         self._free: _Found | None = None

@@ -391,7 +391,7 @@ def _gather_program(parameters: Sequence[StageParameter], mesh: LogicalMesh) -> 
     narrow = {}
     for p in parameters:
         if p.source == p.name:
-            at_rest = build.take(p.name, p.rest_meta, p.dims, p.rest)
+            at_rest = build.take(p.name, p.rest_meta, p.dims, p.rest, host=p.host)
             if p.host:
                 at_rest = build.load(at_rest, p.rest)
             narrow[p.name] = build.cast(at_rest, p.meta.dtype, p.rest)

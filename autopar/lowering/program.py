@@ -74,12 +74,13 @@ Instruction = Compute | Communicate | Exchange
 @dataclass(frozen=True, slots=True)
 class Port:
     """An input or output of a program: its value, global meta, dims and layout on the stage's
-    mesh."""
+    mesh. host: whether its shards are in the memory of the device's host, not on the device."""
 
     ref: Ref
     meta: TensorMeta
     dims: Dims
     layout: Layout
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,10 +26,12 @@ class Relayout:
         self._copies: list[Operator] = []
         self._outputs: dict[str, tuple[Ref, TensorMeta, Layout]] = {}
 
-    def take(self, name: str, meta: TensorMeta, dims: Dims, layout: Layout) -> Ref:
-        """An input of the program."""
+    def take(
+        self, name: str, meta: TensorMeta, dims: Dims, layout: Layout, *, host: bool = False
+    ) -> Ref:
+        """An input of the program. host: it is in the memory of the device's host."""
         ref = Ref(name)
-        self._inputs[name] = self._values[ref] = Port(ref, meta, dims, layout)
+        self._inputs[name] = self._values[ref] = Port(ref, meta, dims, layout, host)
         return ref
 
     def cast(self, ref: Ref, dtype: torch.dtype | None, layout: Layout) -> Ref:

@@ -8,6 +8,7 @@ O(operators).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -47,7 +48,7 @@ def lower_program(
     for number, (key, port) in enumerate(inputs.items()):
         local = Ref(f"in{number}_{port.ref.name}")
         emit.define(port.ref, port.dims, port.layout, local)
-        ports[key] = Port(local, port.meta, port.dims, port.layout)
+        ports[key] = replace(port, ref=local)
     for op in operators:
         strategy = strategies[op.name]
         emit.origin = op.name

@@ -13,9 +13,10 @@ from string import ascii_lowercase
 
 from rich.text import Text
 
+from autopar.actions import ActionKind
 from autopar.plan import ParallelPlan
 from autopar.report.units import percent_text, seconds_text
-from autopar.schedule import ActionKind, build_schedule
+from autopar.schedule import build_schedule
 from autopar.simulate import COMPUTE_STREAM, Event, StageCost, Timeline, simulate
 
 _IDLE = "."

@@ -87,7 +87,7 @@ class CapturedProgram:
 
     @property
     def lends(self) -> bool:
-        """Whether results of the last play are overwritten by the next one."""
+        """Once it is captured: they are in the graph's own memory."""
         return self._recording is not None
 
     def release(self) -> None:

@@ -48,6 +48,8 @@ class CompiledProgram:
     """Compiled for tensors like those of its first call: the strides that one program leaves are
     those that the next one is compiled for. Pre: trace.is_traceable(program)."""
 
+    lends = False
+
     def __init__(
         self,
         program: LocalProgram,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from autopar.actions import Action, ActionKind
 from autopar.errors import InternalError, PlanError
 from autopar.graph.program import Graph, GraphInput, InputKind
 from autopar.layout import local_shape
@@ -27,12 +28,10 @@ from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram, Port
 from autopar.ops.random import seed_tensor
 from autopar.runtime.accumulate import Accumulator, own_copies, storages
-from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
 from autopar.runtime.routes import Route, StageRoutes, Transport, stage_routes
-from autopar.schedule import Action, ActionKind
 
 _GRADIENTS_OF = (ActionKind.BACKWARD, ActionKind.WEIGHT)  # actions that may make gradients
 
@@ -238,7 +237,7 @@ class StagePlayer:
         assert executor.whole is not None and executor.whole_program is not None
         state.parameters = dict(self._inputs.parameters)
         outputs = executor.whole(self._program_inputs(executor.whole_program, {}, 0))
-        state.lent = isinstance(executor.whole, CapturedProgram) and executor.whole.lends
+        state.lent = executor.whole.lends
         state.loss = [t.clone() if state.lent else t for t in outputs.pop(LOSS)]
         state.buffers.update({name: outputs.pop(name) for name in state.buffers if name in outputs})
         state.gradients = own_copies(outputs)

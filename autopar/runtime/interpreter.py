@@ -37,6 +37,11 @@ class Collectives(Protocol):
 class ProgramPlayer(Protocol):
     """Plays one program."""
 
+    @property
+    def lends(self) -> bool:
+        """Whether results of the last call are overwritten by the next one."""
+        ...
+
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
         """`inputs` is emptied: whoever still needs a value keeps it elsewhere, and every other one
         is freed after its last reader."""
@@ -53,6 +58,8 @@ PlayerMaker = Callable[[LocalProgram], ProgramPlayer]
 
 class InterpretedProgram:
     """A program with what each run of it needs anew: constants on the device, last uses."""
+
+    lends = False
 
     def __init__(
         self,

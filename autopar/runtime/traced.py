@@ -40,6 +40,8 @@ def tracer(mesh: LogicalMesh, parameters: Collection[str], device: torch.device)
 class _TracedProgram:
     """Traced at its first call, once for each rank."""
 
+    lends = False
+
     def __init__(
         self,
         program: LocalProgram,

@@ -17,9 +17,10 @@ from dataclasses import replace
 from autopar.candidate import Cut, stage_transfers
 from autopar.errors import InternalError, NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
-from autopar.intraop.build import Fold, StageContext
 from autopar.intraop.fold import NotFoldable
+from autopar.intraop.solver import NotWorth
 from autopar.intraop.stage import StageSolution
+from autopar.intraop.stage_problem import Fold, StageContext
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.stages import cut_stages, parameter_owners
 from autopar.mesh import LogicalMesh
@@ -29,7 +30,7 @@ from autopar.search.mixture import stage_policies
 from autopar.search.prices import Level, Prices
 from autopar.search.program import Program, Run
 from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
-from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
+from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, Tries, UnsolvedStages
 from autopar.search.space import Space
 from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
 from autopar.search.window import Window, write_window
@@ -112,7 +113,7 @@ class ExactSolver:
         window = self._window(program, cut, policies)
         try:
             return self._solve_window(program, cut, window, policies)
-        except StageTooLarge as error:
+        except UnsolvedStages as error:
             raise error.reason from None
 
     def proved(self, program: Program, solved: SolvedCut) -> SolvedCut:
@@ -128,7 +129,7 @@ class ExactSolver:
             found = self._solve_window(
                 program, cut, best.window, best.policies, Wanted(proven=True)
             )
-        except (StageTooLarge, HoldsTooMuch):
+        except (UnsolvedStages, HoldsTooMuch):
             return best
         return min(found, best, key=lambda s: s.candidate.step_s)
 
@@ -144,7 +145,7 @@ class ExactSolver:
             window = self._window(program, cut, solved.policies, breaks)
             try:
                 found = self._solve_window(program, cut, window, solved.policies)
-            except (NotFoldable, StageTooLarge, HoldsTooMuch) as error:
+            except (NotFoldable, UnsolvedStages, HoldsTooMuch) as error:
                 _LOG.info("not split before layers %s: %s", sorted(more), error)
                 break
             if found.candidate.step_s >= solved.candidate.step_s * (1 - _NOTHING):
@@ -179,7 +180,7 @@ class ExactSolver:
         for attempt in range(_ATTEMPTS):
             try:
                 return self._attempt(program, cut, extra, tries)
-            except StageTooLarge as error:
+            except UnsolvedStages as error:
                 last = attempt == _ATTEMPTS - 1 or len(self.space.policies) == 1
                 if last or cut.num_workers is not None or extra[error.stages[0]] >= 1:
                     raise error.reason from None
@@ -211,13 +212,13 @@ class ExactSolver:
         for less in (*LESS, 0.0):
             if not open_ or self.clock.late:
                 break
-            back = {i for i in open_ if tries.may_fit(i, fewer[i] - less)}
+            back = {i for i in open_ if tries.may_help(i, fewer[i] - less)}
             trial = [e - less if i in back else e for i, e in enumerate(fewer)]
             try:
                 found = self._attempt(program, cut, trial, tries, Wanted(worth_s=worth_s))
             except HoldsTooMuch:
                 break
-            except StageTooLarge as error:
+            except UnsolvedStages as error:
                 back -= set(error.stages)
             else:
                 solved = min(solved, found, key=lambda s: s.candidate.step_s)
@@ -238,12 +239,12 @@ class ExactSolver:
             race = tries.race(extra)
             try:
                 tries.known[policies] = self._under(program, cut, policies, wanted, race)
-            except StageTooLarge as error:
+            except UnsolvedStages as error:
                 tries.known[policies] = error
         found = tries.known[policies]
         if isinstance(found, SolvedCut):
             return found
-        tries.failed(found.stages, extra)
+        tries.failed(found, extra)
         raise found
 
     def _under(
@@ -358,6 +359,7 @@ class ExactSolver:
                 self._ahead(prepared, cut, window, contexts, wanted)
             written = []
             too_large: list[int] = []
+            too_slow: list[int] = []
             reason: NoFeasiblePlan | None = None
             for index, stage in enumerate(prepared):
                 views = cut.views[window.stage_of.index(index)]
@@ -365,7 +367,7 @@ class ExactSolver:
                     written.append(self._solve_stage(stage, cut, views, contexts[index], wanted))
                 except NoFeasiblePlan as error:
                     alike = window.stands_for(index)
-                    too_large += alike
+                    (too_slow if isinstance(error, NotWorth) else too_large).extend(alike)
                     reason = reason or NoFeasiblePlan(
                         f"stage {alike[0]} of {cut.num_stages}: {error}",
                         least_bytes=error.least_bytes,
@@ -373,7 +375,7 @@ class ExactSolver:
                     if self.clock.late:
                         break
             if reason is not None:
-                raise StageTooLarge(tuple(too_large), reason)
+                raise UnsolvedStages(too_large, too_slow, reason)
             stages = tuple(
                 _with_flight(written[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from autopar.errors import OptionError
 from autopar.estimate import MeshCosts
-from autopar.intraop.build import StageContext, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.compose import (
     PRICES,
     Frontier,
@@ -37,6 +37,7 @@ from autopar.intraop.compose import (
     stage_seconds,
     undominated,
 )
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat

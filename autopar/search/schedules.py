@@ -8,11 +8,12 @@ from dataclasses import replace
 from math import fsum
 from typing import NamedTuple
 
+from autopar.actions import ActionKind
 from autopar.candidate import Candidate, Cut
 from autopar.errors import NoFeasiblePlan
 from autopar.intraop.stage import StageSolution
 from autopar.pace import Pace, pace
-from autopar.schedule import ActionKind, ScheduleKind
+from autopar.schedule import ScheduleKind
 from autopar.search.space import WEIGHT_SHARE, Space
 from autopar.simulate import StageCost, Transfer
 

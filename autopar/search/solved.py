@@ -36,12 +36,20 @@ class SlowerCut(Exception):
     """A cut is seen to be slower than another one before it is solved."""
 
 
-class StageTooLarge(Exception):
-    """Stages that do not fit as their layers recompute now. reason: of the first."""
+class UnsolvedStages(Exception):
+    """Stages that have no solution of use as their layers recompute now. too_large: nothing fits.
+    too_slow: what fits takes longer than was asked for. reason: of the first."""
 
-    def __init__(self, stages: tuple[int, ...], reason: NoFeasiblePlan) -> None:
+    def __init__(
+        self, too_large: Sequence[int], too_slow: Sequence[int], reason: NoFeasiblePlan
+    ) -> None:
         super().__init__(str(reason))
-        self.stages, self.reason = stages, reason
+        self.too_large, self.too_slow = tuple(too_large), tuple(too_slow)
+        self.reason = reason
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return tuple(sorted((*self.too_large, *self.too_slow)))
 
 
 class Race(NamedTuple):
@@ -57,22 +65,23 @@ class Tries:
     layers that recompute beyond what the tables say. known: by the policies of all layers."""
 
     def __init__(self, num_stages: int, known_s: float) -> None:
-        self.known: dict[tuple[Remat, ...], SolvedCut | StageTooLarge] = {}
+        self.known: dict[tuple[Remat, ...], SolvedCut | UnsolvedStages] = {}
         self.known_s = known_s
-        self._too_little = [-math.inf] * num_stages  # the most with which a stage did not fit
+        self._in_vain = [-math.inf] * num_stages  # the most with which a stage was unsolved
 
-    def failed(self, stages: Sequence[int], extra: Sequence[float]) -> None:
-        for stage in stages:
-            self._too_little[stage] = max(self._too_little[stage], extra[stage])
+    def failed(self, unsolved: UnsolvedStages, extra: Sequence[float]) -> None:
+        for stage in unsolved.stages:
+            self._in_vain[stage] = max(self._in_vain[stage], extra[stage])
 
-    def may_fit(self, stage: int, extra: float) -> bool:
-        """What did not fit does not with fewer layers that recompute either."""
-        return extra > self._too_little[stage]
+    def may_help(self, stage: int, extra: float) -> bool:
+        """What did not fit does not with fewer layers that recompute either, and what had to give
+        up speed to fit has to give up more."""
+        return extra > self._in_vain[stage]
 
     def final(self, extra: Sequence[float]) -> frozenset[int]:
         """Stages of which no fewer layers will recompute."""
         return frozenset(
-            i for i, e in enumerate(extra) if not any(self.may_fit(i, e - less) for less in LESS)
+            i for i, e in enumerate(extra) if not any(self.may_help(i, e - less) for less in LESS)
         )
 
     def race(self, extra: Sequence[float]) -> Race | None:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph
-from autopar.intraop.build import StageContext
 from autopar.intraop.solver import NotWorth
 from autopar.intraop.stage import SolverOptions, StageProgram, StageSolution, stage_program
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.options import SearchOptions
@@ -33,15 +33,16 @@ _STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the oth
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Known:
-    """A stage graph and its solution, or why nothing fits."""
+    """A stage graph and its solution, or why nothing fits. target_gap: that it was solved to."""
 
     graph: Graph
     answer: StageSolution | NoFeasiblePlan
+    target_gap: float
 
 
 class Wanted(NamedTuple):
     """proven: with a MIP where the gap is above the target. worth_s: slower solutions are of no
-    use; a stage that has no others does not fit."""
+    use (NotWorth)."""
 
     proven: bool = False
     worth_s: float = math.inf
@@ -104,8 +105,9 @@ class StageSolver:
 
             answers = each(solved, new)
         for i, answer in zip(new, answers, strict=True):
+            gap = self._gap(told[i].wanted.proven)
             for key, found in answer.items():
-                self._known.setdefault(key, _Known(told[i].stage.graph, found))
+                self._known.setdefault(key, _Known(told[i].stage.graph, found, gap))
 
     def free(
         self,
@@ -119,8 +121,9 @@ class StageSolver:
         key = _key(stage, view, context, proven)
         known = self._known.get(key)
         if known is None:
-            found = self._solved(stage, view, context, None, Wanted(proven))
-            known = self._known[key] = _Known(stage.graph, found)
+            gap = self._gap(proven)
+            found = self._solved(stage, view, context, None, Wanted(proven), gap)
+            known = self._known[key] = _Known(stage.graph, found, gap)
         return _taken(known, stage, context)
 
     def within(
@@ -133,23 +136,28 @@ class StageSolver:
         *,
         target_gap: float | None = None,
     ) -> StageSolution:
-        """The fastest solution found that fits; NoFeasiblePlan where none does. target_gap: another
-        one than that of the others."""
-        told = ToldStage(stage, view, context, budget, wanted)
-        key = _told_key(told, target_gap)
-        if key not in self._known and (key, wanted.worth_s) in self._known:
-            key = key, wanted.worth_s
-        if key not in self._known:
+        """The fastest solution found that fits; NoFeasiblePlan where none does, NotWorth where what
+        fits is too slow. target_gap: another one than that of the others. Solved to a narrower
+        gap, a stage keeps the faster solution: the rounds within a budget may end elsewhere."""
+        key = _told_key(ToldStage(stage, view, context, budget, wanted))
+        gap = target_gap or self._gap(wanted.proven)
+        known = self._known.get(key) or self._known.get((key, wanted.worth_s))
+        if known is None or known.target_gap > gap:
+            answer: StageSolution | NoFeasiblePlan
             try:
-                found = self.free(stage, view, context, proven=wanted.proven)
-                if found.prediction.peak_bytes > budget:
-                    found = self._solved(stage, view, context, budget, wanted, target_gap)
-                self._known[key] = _Known(stage.graph, found)
+                answer = self.free(stage, view, context, proven=wanted.proven)
+                if answer.prediction.peak_bytes > budget:
+                    answer = self._solved(stage, view, context, budget, wanted, gap)
             except NoFeasiblePlan as error:
+                answer = error
                 if isinstance(error, NotWorth):
                     key = key, wanted.worth_s
-                self._known[key] = _Known(stage.graph, error)
-        return _taken(self._known[key], stage, context)
+            known = _faster(_Known(stage.graph, answer, gap), known)
+            self._known[key] = known
+        return _taken(known, stage, context)
+
+    def _gap(self, proven: bool) -> float:
+        return self._options.target_gap if proven else self._target_gap
 
     def _solved(
         self,
@@ -158,11 +166,10 @@ class StageSolver:
         context: StageContext,
         budget: float | None,
         wanted: Wanted,
-        target_gap: float | None = None,
+        gap: float,
     ) -> StageSolution:
         proven = wanted.proven
         limit_s = self._clock.left_s * (_PROOF_SHARE if proven else _STAGE_SHARE)
-        gap = target_gap or (self._options.target_gap if proven else self._target_gap)
         options = SolverOptions(self._options.solver, limit_s, gap, proven, wanted.worth_s)
         return self._program(stage, view, context, proven).solved(
             budget_bytes=budget, options=options
@@ -195,10 +202,23 @@ def _key(
     return hashlib.sha256(text.encode()).hexdigest(), view
 
 
-def _told_key(one: ToldStage, target_gap: float | None = None) -> object:
+def _told_key(one: ToldStage) -> object:
     """Of its solution within the budget."""
     key = _key(one.stage, one.view, one.context, one.wanted.proven)
-    return key, one.context.in_flight, one.budget, target_gap
+    return key, one.context.in_flight, one.budget
+
+
+def _faster(new: _Known, old: _Known | None) -> _Known:
+    """The faster solution of the two, with what both prove."""
+    if old is None or isinstance(old.answer, NoFeasiblePlan):
+        return new
+    if isinstance(new.answer, NoFeasiblePlan):
+        return replace(old, target_gap=new.target_gap)
+    bound = max(new.answer.bound, old.answer.bound)
+    known = old if old.answer.seconds < new.answer.seconds else new
+    assert isinstance(known.answer, StageSolution)
+    answer = replace(known.answer, bound=min(bound, known.answer.seconds))
+    return replace(known, answer=answer, target_gap=new.target_gap)
 
 
 def _taken(known: _Known, stage: PreparedStage, context: StageContext) -> StageSolution:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from autopar.errors import InternalError
 from autopar.graph.program import Graph
 from autopar.graph.repeat import Folded, with_copies
-from autopar.intraop.build import Fold
 from autopar.intraop.fold import NotFoldable
 from autopar.intraop.split import Split
+from autopar.intraop.stage_problem import Fold
 from autopar.plan import Remat
 from autopar.simulate import Transfer
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cost_models",),
     ("autopar.errors", "autopar.cache", "autopar.forks", "autopar.garbage"),
-    ("autopar.mesh", "autopar.ops", "autopar.layout"),
+    ("autopar.mesh", "autopar.ops", "autopar.layout", "autopar.actions"),
     ("autopar.graph",),
     ("autopar.sharding", "autopar.schedule"),
     ("autopar.plan",),
@@ -46,7 +46,7 @@ NO_TORCH = (
     *(f"autopar.intraop.{name}" for name in ("memory", "improve")),
     *(f"autopar.interop.{name}" for name in ("problem", "dp", "tables", "infeasible")),
     *("autopar.schedule", "autopar.simulate", "autopar.pace", "autopar.plan", "autopar.mesh"),
-    "autopar.errors",
+    *("autopar.actions", "autopar.errors"),
 )
 # Calls torch.distributed; the others may name its tensor and placement types.
 DISTRIBUTED = ("autopar.runtime.comm",)

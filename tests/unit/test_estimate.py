@@ -7,7 +7,6 @@ import torch
 
 from autopar.estimate import (
     EXPERT_IMBALANCE,
-    EXPOSED_SHARE,
     MeshCosts,
     OptimizerModel,
     local_bytes,
@@ -46,16 +45,6 @@ def test_reshards() -> None:
     table = costs.reshard_seconds((), [(0,), (REPLICATE,)], [(0,), (1,), (0,)], 1e6)
     assert table.shape == (2, 3) and table[0, 0] == table[0, 2] == 0.0
     assert table[0, 1] == costs.reshard((), (0,), (1,)).seconds(1e6)
-
-
-def test_a_collective_of_a_parameter_is_hidden_in_a_compiled_step_alone() -> None:
-    """One stage, one microbatch, no rows exchanged."""
-    graph, mesh = stage_of("mlp").graph, LogicalMesh((2,))
-    for text, share in (("h100:1x2", EXPOSED_SHARE), ("h100:1x4", 1.0)):
-        found = MeshCosts(Cluster.parse(text), mesh)
-        assert found.exposed_share(graph, 1, compiled=True) == share
-        assert found.exposed_share(graph, 2, compiled=True) == 1.0
-        assert found.exposed_share(graph, 1, compiled=False) == 1.0
 
 
 def test_only_what_stays_in_a_node_is_hidden() -> None:

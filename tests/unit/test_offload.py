@@ -12,8 +12,9 @@ import torch
 
 from autopar.errors import NoFeasiblePlan, OptionError
 from autopar.explain import ONCE_PER_STEP, Kind, explained_stages, ledger
-from autopar.intraop.build import StageContext, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.stage import solve_stage
+from autopar.intraop.stage_problem import StageContext
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
 from autopar.planner import make_plan

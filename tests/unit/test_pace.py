@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from autopar.actions import ActionKind
 from autopar.pace import pace
-from autopar.schedule import ActionKind, ScheduleKind, build_schedule
+from autopar.schedule import ScheduleKind, build_schedule
 from autopar.simulate import StageCost, Transfer, simulate
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from autopar.actions import Action, ActionKind, prerequisites
 from autopar.errors import ScheduleError
 from autopar.schedule import (
-    Action,
-    ActionKind,
     Cell,
     Schedule,
     ScheduleKind,
@@ -19,7 +18,6 @@ from autopar.schedule import (
     in_flight_count,
     interleaved,
     one_f_one_b,
-    prerequisites,
     zb_h1,
 )
 

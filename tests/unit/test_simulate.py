@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.actions import Action, ActionKind, prerequisites
 from autopar.errors import ScheduleError
 from autopar.schedule import (
-    Action,
-    ActionKind,
     Schedule,
     ScheduleKind,
     build_schedule,
@@ -22,7 +21,6 @@ from autopar.schedule import (
     in_flight,
     interleaved,
     one_f_one_b,
-    prerequisites,
     zb_h1,
 )
 from autopar.simulate import (

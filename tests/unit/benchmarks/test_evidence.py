@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from autopar.api import ModelWorkload
+from autopar.candidate import allowed_views
 from autopar.graph.family import GraphFamily
+from autopar.options import SearchOptions
 from autopar.plan import Remat
 from benchmarks import exhaustive, folded, handmade
 from benchmarks.forced import Forced
@@ -20,6 +22,29 @@ torch.set_num_threads(1)
 def test_no_plan_of_a_small_graph_is_better(number: int) -> None:
     found = exhaustive.compare(number)
     assert found.ratio <= 1 + exhaustive.EQUAL, found
+
+
+def test_what_a_stage_takes_at_least_is_no_more_than_it_takes() -> None:
+    """Under a budget that some stages fit with other solutions than their fastest ones."""
+    instance = exhaustive.random_instance(12)
+    workload = ModelWorkload(GraphFamily(instance.model, instance.batch), instance.counts)
+    forced = Forced(workload, instance.cluster, 34e6, folded=False)
+    count, fits = instance.counts[0], []
+    layers = forced.program(count).num_layers
+    submeshes, views = allowed_views(instance.cluster, SearchOptions(), layers)
+    shapes = exhaustive._shapes(submeshes, instance.cluster.num_devices, layers, [count])
+    for shape in (shape for shape in shapes if not shape.takes_turns):
+        for index, submesh in enumerate(shape.submeshes):
+            for choice in exhaustive._choices(forced, shape, index, views[submesh]):
+                told = choice.told, choice.position, choice.view, count, choice.flight
+                free = forced.solve(*told, within_budget=False)
+                found = forced.solve(*told)
+                if found is not None and free is not None:
+                    p = found.prediction
+                    least_s = count * (p.forward_s + p.backward_s) + p.step_s
+                    assert choice.least_s <= least_s * (1 + 1e-9)
+                    fits.append(found.seconds > free.seconds * (1 + 1e-6))
+    assert any(fits) and not all(fits)
 
 
 @pytest.mark.parametrize(

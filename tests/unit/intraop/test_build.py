@@ -12,17 +12,14 @@ from autopar.errors import OptionError
 from autopar.estimate import EXPOSED_SHARE, MeshCosts
 from autopar.graph.hubs import is_save
 from autopar.graph.program import InputKind, OutputKind, Phase
-from autopar.intraop.build import (
-    ParameterChoice,
-    Part,
-    StageContext,
-    build_problem,
-    parameter_choices,
-)
+from autopar.intraop.build import build_problem, parameter_choices
+from autopar.intraop.stage_problem import ParameterChoice, Part, StageContext
 from autopar.layout import coarsen, local_atoms
+from autopar.lowering.lower import prepare_stages
 from autopar.mesh import LogicalMesh
+from autopar.plan import Remat
 from cost_models import Cluster, CollectiveKind, collective_coefficients
-from tests.unit.intraop.stages import costs_of, stage_of
+from tests.unit.intraop.stages import costs_of, gpt2_graph, stage_of
 
 CONTEXT = StageContext(num_microbatches=4, in_flight=3)
 
@@ -196,3 +193,21 @@ def test_phases_of_operators() -> None:
     for op in stage.graph.operators:
         want = Part.FORWARD if op.phase is Phase.FORWARD else Part.BACKWARD
         assert parts[op.name] is want
+
+
+def test_nodes_know_their_layers() -> None:
+    """A parameter that two layers read is in the first of them."""
+    graph = gpt2_graph(4, 32, 2, n_embd=32, n_head=4, n_positions=32, vocab_size=64)
+    (stage,) = prepare_stages(graph, Remat.NONE, [0])
+    built = build_problem(stage.graph, stage.table, costs_of((2,)), StageContext())
+    pairs = zip(built.nodes, built.problem.node_layers, strict=True)
+    layers = {(node.kind, node.name): layer for node, layer in pairs}
+    made = {op.name: op.layer for op in stage.graph.operators}
+    for op in stage.graph.operators:
+        assert layers["operator", op.name] == op.layer
+    for inp in stage.graph.inputs:
+        read_by = [op.layer for op in stage.graph.operators if inp.ref in op.operands]
+        assert layers["input", inp.name] == min(read_by, default=0)
+    for out in stage.graph.outputs:
+        name = out.target or out.kind.value
+        assert layers["output", name] == made.get(out.ref.name, 0)

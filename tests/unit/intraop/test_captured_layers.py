@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from autopar.graph.program import Graph
-from autopar.intraop.build import StageContext, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.problem import IntraOpProblem, IntraOpSolution
 from autopar.intraop.solver import Solver, solve
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import stage_graph

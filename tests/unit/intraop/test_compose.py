@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from autopar.graph.program import Graph, Operator, Phase, Ref, TensorMeta
-from autopar.intraop.build import StageContext
 from autopar.intraop.compose import (
     Point,
     boundary_bytes,
@@ -16,6 +15,7 @@ from autopar.intraop.compose import (
     stage_seconds,
 )
 from autopar.intraop.stage import SolverOptions, solve_stage
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import stage_graph

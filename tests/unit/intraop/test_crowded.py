@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from autopar.graph.program import Phase
-from autopar.intraop.build import Fold, StageContext, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.crowded import with_moment
 from autopar.intraop.execution import execution_of
 from autopar.intraop.fold import fold_problem
 from autopar.intraop.memory_use import crowded_moment, transient_bytes
+from autopar.intraop.stage_problem import Fold, StageContext
 from autopar.lowering.lower import prepare_stages
 from autopar.plan import Remat
 from tests.unit.intraop.stages import costs_of, gpt2_graph

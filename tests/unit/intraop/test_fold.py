@@ -16,11 +16,12 @@ from autopar.errors import OptionError
 from autopar.graph.capture import capture_graph
 from autopar.graph.layers import cluster_layers
 from autopar.graph.program import Graph
-from autopar.intraop.build import Copy, Fold, StageContext, StageProblem, build_problem
+from autopar.intraop.build import build_problem
 from autopar.intraop.fold import NotFoldable, fold_problem, match_layers
 from autopar.intraop.memory_use import transient_bytes
 from autopar.intraop.split import Split
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.intraop.stage_problem import Copy, Fold, StageContext, StageProblem
 from autopar.lowering.lower import PreparedStage, prepare_stage
 from autopar.lowering.recompute import apply_recompute
 from autopar.lowering.stages import stage_graph

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from autopar.errors import NoFeasiblePlan, SolverError
-from autopar.intraop.build import StageContext
 from autopar.intraop.solver import Solver
 from autopar.intraop.stage import SolverOptions, StageSolution, solve_stage
+from autopar.intraop.stage_problem import StageContext
 from tests.unit.intraop.stages import costs_of, stage_of
 
 W = 64 * 256 * 4  # bytes of one weight of the MLP

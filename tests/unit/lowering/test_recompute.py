@@ -13,7 +13,8 @@ import torch
 from autopar.graph.execute import run_graph
 from autopar.graph.inline import inlined
 from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Phase, Ref, TensorMeta
-from autopar.intraop.build import StageContext, build_problem
+from autopar.intraop.build import build_problem
+from autopar.intraop.stage_problem import StageContext
 from autopar.lowering.lower import prepare_stages
 from autopar.lowering.recompute import apply_recompute, may_recompute
 from autopar.plan import Remat

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 
+from autopar.actions import ActionKind
 from autopar.report.trace import trace_record
-from autopar.schedule import ActionKind, interleaved
+from autopar.schedule import interleaved
 from autopar.simulate import StageCost, Transfer, simulate
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from autopar.compile.trace import is_traceable
 from autopar.graph.precision import Precision
+from autopar.graph.program import Ref
 from autopar.lowering.lower import LoweredPlan, lower_plan
 from autopar.lowering.program import Compute
 from autopar.runtime.module import ParallelModel
@@ -70,6 +73,16 @@ def test_each_shard_is_cast_before_the_next_one_comes() -> None:
     loads = [number for number, kwargs in enumerate(copies) if "device" in kwargs]
     assert len(loads) == sum(p.host and p.source == p.name for p in stage.parameters) > 5
     assert all("dtype" in copies[number + 1] for number in loads)
+
+
+def test_what_comes_from_the_host_is_not_compiled() -> None:
+    """A copy of the model's own is, whatever it waits for."""
+    (stage,) = _lowered(_case(), [(2,)]).stages
+    assert not is_traceable(stage.gather) and is_traceable(stage.forward)
+    copy = torch.ops.aten._to_copy.default
+    *before, last = stage.forward.body
+    own = Compute("own", copy, (Ref(before[-1].name),), {"non_blocking": True})
+    assert is_traceable(replace(stage.forward, body=(*before, own, last)))
 
 
 def test_a_state_dict_comes_back() -> None:
