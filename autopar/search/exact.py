@@ -7,11 +7,10 @@ folded, and equal stages are written and solved once (`search.window`).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from autopar.candidate import Cut, stage_transfers
@@ -31,7 +30,14 @@ from autopar.search.program import Program, Run
 from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
 from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, StageTooLarge, Tries
 from autopar.search.space import Space
-from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
+from autopar.search.stages import (
+    ANYTHING,
+    StageSolver,
+    ToldStage,
+    TooBusy,
+    Wanted,
+    busy_seconds,
+)
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
 
@@ -206,7 +212,8 @@ class ExactSolver:
         } - set(tries.final(extra))
         closed = set(range(cut.num_stages)) - open_
         stages = solved.candidate.stages
-        if any(_busy_s(cut, stages[i]) >= tries.known_s for i in closed):
+        count = cut.num_microbatches
+        if any(busy_seconds(stages[i], count) >= tries.known_s for i in closed):
             return solved
         for less in (*LESS, 0.0):
             if not open_ or self.clock.late:
@@ -352,56 +359,33 @@ class ExactSolver:
                 owned = frozenset(o for o, holder in owners.items() if holder == written_index)
                 index = window.stage_of.index(written_index)
                 contexts.append(self._context(cut, index, owned, window.folds(written_index)))
-            if race is not None:
-                self._check_race(race, prepared, cut, window, contexts)
+            asked = [_asked(wanted, race, window.stands_for(i)) for i in range(len(prepared))]
             if cut.num_workers is None:
-                self._ahead(prepared, cut, window, contexts, wanted)
-            written = []
-            too_large: list[int] = []
-            reason: NoFeasiblePlan | None = None
-            for index, stage in enumerate(prepared):
+                self._ahead(prepared, cut, window, contexts, asked)
+            written: dict[int, StageSolution] = {}
+            too_large: dict[int, NoFeasiblePlan] = {}
+            for index in _racers_first(asked):
+                stage = prepared[index]
                 views = cut.views[window.stage_of.index(index)]
                 try:
-                    written.append(self._solve_stage(stage, cut, views, contexts[index], wanted))
-                except NoFeasiblePlan as error:
-                    alike = window.stands_for(index)
-                    too_large += alike
-                    reason = reason or NoFeasiblePlan(
-                        f"stage {alike[0]} of {cut.num_stages}: {error}",
-                        least_bytes=error.least_bytes,
+                    written[index] = self._solve_stage(
+                        stage, cut, views, contexts[index], asked[index]
                     )
+                except NoFeasiblePlan as error:
+                    too_large[index] = error
                     if self.clock.late:
                         break
-            if reason is not None:
-                raise StageTooLarge(tuple(too_large), reason)
+            if too_large:
+                raise _stage_too_large(window, too_large)
+            chosen = [written[index] for index in range(len(prepared))]
             stages = tuple(
-                _with_flight(written[number], cut.in_flight(index))
+                _with_flight(chosen[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)
             )
         with self.clock.passes("simulate", label):
-            transfers = window.all_transfers(stage_transfers(graphs, written))
+            transfers = window.all_transfers(stage_transfers(graphs, chosen))
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
-
-    def _check_race(
-        self,
-        race: Race,
-        prepared: Sequence[PreparedStage],
-        cut: Cut,
-        window: Window,
-        contexts: Sequence[StageContext],
-    ) -> None:
-        """SlowerCut where a final stage takes too long whatever its bytes."""
-        for index, stage in enumerate(prepared):
-            if not race.final.intersection(window.stands_for(index)):
-                continue
-            least_s = math.inf
-            for _, view in cut.views[window.stage_of.index(index)]:
-                with contextlib.suppress(OptionError):  # a pin that this view cannot honour
-                    fastest = self.stages.free(stage, view, contexts[index])
-                    least_s = min(least_s, _busy_s(cut, fastest))
-            if least_s > _CLOSE * race.known_s:
-                raise SlowerCut(f"a step takes {least_s:.3g} s at least")
 
     def _ahead(
         self,
@@ -409,12 +393,12 @@ class ExactSolver:
         cut: Cut,
         window: Window,
         contexts: Sequence[StageContext],
-        wanted: Wanted,
+        asked: Sequence[Wanted],
     ) -> None:
         """All written stages on all their views, several at a time."""
         told = [
-            ToldStage(stage, view, contexts[index], self._budget(cut, view), wanted)
-            for index, stage in enumerate(prepared)
+            ToldStage(prepared[index], view, contexts[index], self._budget(cut, view), asked[index])
+            for index in _racers_first(asked)
             for _, view in cut.views[window.stage_of.index(index)]
         ]
         self.stages.ahead(told)
@@ -427,7 +411,8 @@ class ExactSolver:
         context: StageContext,
         wanted: Wanted,
     ) -> StageSolution:
-        """A written stage, on the best of the views that the tables put first."""
+        """A written stage, on the best of the views that the tables put first. SlowerCut where it
+        is too busy on all of them."""
         best: StageSolution | None = None
         failures: list[NoFeasiblePlan] = []
         refused: list[OptionError] = []
@@ -444,6 +429,8 @@ class ExactSolver:
                 continue
             if best is None or found.seconds < best.seconds:
                 best = found
+        if best is None and failures and all(isinstance(f, TooBusy) for f in failures):
+            raise SlowerCut(str(failures[0]))
         if best is None:
             raise failures[0] if failures else refused[0]
         return best
@@ -480,10 +467,24 @@ class ExactSolver:
         return free
 
 
-def _busy_s(cut: Cut, stage: StageSolution) -> float:
-    """In a step: no schedule is faster."""
-    p = stage.prediction
-    return cut.num_microbatches * (p.forward_s + p.backward_s) + p.step_s
+def _stage_too_large(window: Window, errors: Mapping[int, NoFeasiblePlan]) -> StageTooLarge:
+    """errors: by written stage."""
+    alike = [stage for index in sorted(errors) for stage in window.stands_for(index)]
+    first = errors[min(errors)]
+    text = f"stage {alike[0]} of {len(window.stage_of)}: {first}"
+    return StageTooLarge(tuple(alike), NoFeasiblePlan(text, least_bytes=first.least_bytes))
+
+
+def _racers_first(asked: Sequence[Wanted]) -> list[int]:
+    """Numbers of stages: one that is too busy ends the cut."""
+    return sorted(range(len(asked)), key=lambda index: asked[index].race_s)
+
+
+def _asked(wanted: Wanted, race: Race | None, stages: Collection[int]) -> Wanted:
+    """Of a written stage that stands for these of the model."""
+    if race is None or race.final.isdisjoint(stages):
+        return wanted
+    return wanted._replace(race_s=_CLOSE * race.known_s)
 
 
 def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:

@@ -28,6 +28,7 @@ from autopar.search.unfold import renamed, same_structure
 
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 _WORTH_A_FORK = 1200  # operators
+_FAILED, _BUSY = 1, 2  # of a stage on a view
 _STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the others get some
 
 
@@ -41,13 +42,19 @@ class _Known:
 
 class Wanted(NamedTuple):
     """proven: with a MIP where the gap is above the target. worth_s: slower solutions are of no
-    use; a stage that has no others does not fit."""
+    use; a stage that has no others does not fit. race_s: of a step, TooBusy where the stage is busy
+    for longer, whatever its bytes."""
 
     proven: bool = False
     worth_s: float = math.inf
+    race_s: float = math.inf
 
 
 ANYTHING = Wanted()
+
+
+class TooBusy(NotWorth):
+    """A stage that takes longer than another cut's step."""
 
 
 class ToldStage(NamedTuple):
@@ -76,9 +83,9 @@ class StageSolver:
         self._open: tuple[object, StageProgram] | None = None  # the last one
 
     def ahead(self, told: Sequence[ToldStage]) -> None:
-        """Solves stages within their budgets, several at a time, equal ones once. Late in a search
-        it ends where one fits on none of its views; what is not solved then is once it is asked
-        for."""
+        """Solves stages within their budgets, several at a time, equal ones once. It ends where one
+        is too busy on all of its views, and late in a search where one fits on none of them; what
+        is not solved then is once it is asked for."""
         first: dict[object, int] = {}
         alike = [first.setdefault(_told_key(one), i) for i, one in enumerate(told)]
         new = [i for key, i in first.items() if key not in self._known]
@@ -91,12 +98,15 @@ class StageSolver:
 
             def solved(number: int) -> dict[object, StageSolution | NoFeasiblePlan]:
                 one, before = told[number], set(self._known)
-                if self._clock.late and any(all(failed[i] for i in v) for v in views.values()):
+                enough = _FAILED if self._clock.late else _BUSY
+                if any(all(failed[i] >= enough for i in v) for v in views.values()):
                     return {}
                 try:
                     self.within(one.stage, one.view, one.context, one.budget, one.wanted)
+                except TooBusy:
+                    failed[number] = _BUSY
                 except NoFeasiblePlan:
-                    failed[number] = 1
+                    failed[number] = _FAILED
                 except OptionError:  # whoever asks for it is told
                     pass
                 found = self._known.keys() - before
@@ -137,17 +147,19 @@ class StageSolver:
         one than that of the others."""
         told = ToldStage(stage, view, context, budget, wanted)
         key = _told_key(told, target_gap)
-        if key not in self._known and (key, wanted.worth_s) in self._known:
-            key = key, wanted.worth_s
+        if key not in self._known and (key, wanted) in self._known:
+            key = key, wanted
         if key not in self._known:
             try:
                 found = self.free(stage, view, context, proven=wanted.proven)
+                if busy_seconds(found, context.num_microbatches) > wanted.race_s:
+                    raise TooBusy(f"a step takes more than {wanted.race_s:.3g} s")
                 if found.prediction.peak_bytes > budget:
                     found = self._solved(stage, view, context, budget, wanted, target_gap)
                 self._known[key] = _Known(stage.graph, found)
             except NoFeasiblePlan as error:
                 if isinstance(error, NotWorth):
-                    key = key, wanted.worth_s
+                    key = key, wanted
                 self._known[key] = _Known(stage.graph, error)
         return _taken(self._known[key], stage, context)
 
@@ -177,6 +189,12 @@ class StageSolver:
             costs = self._mesh_costs(view)
             self._open = key, stage_program(stage.graph, stage.table, costs, context)
         return self._open[1]
+
+
+def busy_seconds(stage: StageSolution, num_microbatches: int) -> float:
+    """In a step: no schedule is faster."""
+    p = stage.prediction
+    return num_microbatches * (p.forward_s + p.backward_s) + p.step_s
 
 
 def _key(
