@@ -111,7 +111,7 @@ def layer_points(
         near=10 * _POINT_GAP,
         max_sweeps=_POINT_SWEEPS,
     )
-    points: dict[Point, None] = {}
+    points: dict[tuple[int, ...], Point] = {}  # by choice
     priced = Priced(problem)
     warm: WarmMessages = {}
     free_rate = 0.0
@@ -122,7 +122,9 @@ def layer_points(
         found = priced.minimise(rate, effort=effort, warm=warm)
         if found.choice is None:
             raise infeasible(problem)
-        point = _point(graph, built, found.choice, costs, context, remat)
+        point = points.get(found.choice)
+        if point is None:
+            point = _point(graph, built, found.choice, costs, context, remat)
         if alone:
             nbytes = zip(problem.node_bytes, found.choice, strict=True)
             bound = found.bound - rate * math.fsum(float(m[i]) for m, i in nbytes)
@@ -130,8 +132,8 @@ def layer_points(
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
             free_rate = point.seconds / total if total else 0.0
-        points[point] = None
-    return undominated(points)
+        points[found.choice] = point
+    return undominated(points.values())
 
 
 def undominated(points: Iterable[Point]) -> Frontier:
