@@ -95,11 +95,13 @@ def layer_points(
     prices: Sequence[float] = PRICES,
     deadline: float = math.inf,
     alone: bool = False,
+    optimistic: bool = False,
 ) -> Frontier:
     """The layer's solutions at each price, duplicates removed, the fastest first. remat: the policy
     that the graph was recomputed with. deadline: of time.monotonic(); the free solution is always
     there. alone: boundary values come and go for nothing, and seconds are lower bounds: no stage
-    with the layer takes fewer for it."""
+    with the layer takes fewer for it. optimistic: one point, with the seconds of the fastest
+    solution and the fewest bytes of any."""
     built = build_problem(graph, table, costs, context)
     problem = _without_boundary(built) if alone else _with_cycle(built, costs)
     effort = Effort(
@@ -133,6 +135,8 @@ def layer_points(
             total = point.standing_bytes + point.saved_bytes
             free_rate = point.seconds / total if total else 0.0
         points[found.choice] = point
+    if optimistic:
+        return (_with_fewest_bytes(next(iter(points.values())), built),)
     return undominated(points.values())
 
 
@@ -227,6 +231,18 @@ def _point(
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],
+    )
+
+
+def _with_fewest_bytes(point: Point, built: StageProblem) -> Point:
+    nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
+    for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
+        nbytes[name] += float(sizes.min())
+    return replace(
+        point,
+        standing_bytes=nbytes["parameter"] + nbytes["gradient"],
+        saved_bytes=nbytes["saved"],
+        transient_bytes=0.0,
     )
 
 

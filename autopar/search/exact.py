@@ -204,7 +204,9 @@ class ExactSolver:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
         fewer = list(extra)
-        worth_s = _WAITS * solved.candidate.step_s / cut.num_microbatches
+        waits = _WAITS if cut.num_stages > 1 else 1.0
+        least_s = min(solved.candidate.step_s, tries.known_s)
+        worth_s = waits * least_s / cut.num_microbatches
         open_ = {
             index
             for index, written in enumerate(solved.window.stage_of)
