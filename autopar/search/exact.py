@@ -362,24 +362,7 @@ class ExactSolver:
                 index = window.stage_of.index(written_index)
                 contexts.append(self._context(cut, index, owned, window.folds(written_index)))
             asked = [_asked(wanted, race, window.stands_for(i)) for i in range(len(prepared))]
-            if cut.num_workers is None:
-                self._ahead(prepared, cut, window, contexts, asked)
-            written: dict[int, StageSolution] = {}
-            too_large: dict[int, NoFeasiblePlan] = {}
-            for index in _racers_first(asked):
-                stage = prepared[index]
-                views = cut.views[window.stage_of.index(index)]
-                try:
-                    written[index] = self._solve_stage(
-                        stage, cut, views, contexts[index], asked[index]
-                    )
-                except NoFeasiblePlan as error:
-                    too_large[index] = error
-                    if self.clock.late:
-                        break
-            if too_large:
-                raise _stage_too_large(window, too_large)
-            chosen = [written[index] for index in range(len(prepared))]
+            chosen = self._solve_stages(prepared, cut, window, contexts, asked)
             stages = tuple(
                 _with_flight(chosen[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)
@@ -389,53 +372,58 @@ class ExactSolver:
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
-    def _ahead(
+    def _solve_stages(
         self,
         prepared: Sequence[PreparedStage],
         cut: Cut,
         window: Window,
         contexts: Sequence[StageContext],
         asked: Sequence[Wanted],
-    ) -> None:
-        """All written stages on all their views, several at a time."""
-        told = [
-            ToldStage(prepared[index], view, contexts[index], self._budget(cut, view), asked[index])
-            for index in _racers_first(asked)
-            for _, view in cut.views[window.stage_of.index(index)]
-        ]
-        self.stages.ahead(told)
-
-    def _solve_stage(
-        self,
-        stage: PreparedStage,
-        cut: Cut,
-        views: Sequence[tuple[float, LogicalMesh]],
-        context: StageContext,
-        wanted: Wanted,
-    ) -> StageSolution:
-        """A written stage, on the best of the views that the tables put first. SlowerCut where it
-        is too busy on all of them."""
-        best: StageSolution | None = None
-        failures: list[NoFeasiblePlan] = []
+    ) -> list[StageSolution]:
+        """The written stages, several at a time: each on the view that the tables put first, then
+        on the next one where that may be better. SlowerCut where one is too busy on all of its
+        views, StageTooLarge where some fit on none."""
+        views = [cut.views[window.stage_of.index(i)] for i in range(len(prepared))]
+        best: dict[int, StageSolution] = {}
+        failures: list[list[NoFeasiblePlan]] = [[] for _ in prepared]
         refused: list[OptionError] = []
-        for least, view in views:
-            if best is not None and best.seconds <= _CLOSE * least:
-                break
-            try:
-                found = self._on_view(stage, view, context, cut, wanted)
-            except NoFeasiblePlan as error:
-                failures.append(error)
-                continue
-            except OptionError as error:  # a pin that this view cannot honour
-                refused.append(error)
-                continue
-            if best is None or found.seconds < best.seconds:
-                best = found
-        if best is None and failures and all(isinstance(f, TooBusy) for f in failures):
-            raise SlowerCut(str(failures[0]))
-        if best is None:
-            raise failures[0] if failures else refused[0]
-        return best
+        too_large: dict[int, NoFeasiblePlan] = {}
+        open_ = sorted(range(len(prepared)), key=lambda i: asked[i].race_s)  # one may end the cut
+        for number in range(max(map(len, views))):
+            open_ = [i for i in open_ if number < len(views[i])]
+            open_ = [
+                i for i in open_ if i not in best or best[i].seconds > _CLOSE * views[i][number][0]
+            ]
+            last = [i not in best and number == len(views[i]) - 1 for i in open_]
+            on = [views[i][number][1] for i in open_]
+            if cut.num_workers is None:
+                told = [
+                    ToldStage(prepared[i], v, contexts[i], self._budget(cut, v), asked[i], end)
+                    for i, v, end in zip(open_, on, last, strict=True)
+                ]
+                self.stages.ahead(told)
+            for i, view, end in zip(open_, on, last, strict=True):
+                try:
+                    found = self._on_view(prepared[i], view, contexts[i], cut, asked[i])
+                except NoFeasiblePlan as error:
+                    failures[i].append(error)
+                except OptionError as error:  # a pin that this view cannot honour
+                    refused.append(error)
+                else:
+                    best[i] = min(best.get(i, found), found, key=lambda s: s.seconds)
+                    continue
+                if not end:
+                    continue
+                if not failures[i]:
+                    raise refused[0]
+                if all(isinstance(f, TooBusy) for f in failures[i]):
+                    raise SlowerCut(str(failures[i][0]))
+                too_large[i] = failures[i][0]
+                if self.clock.late:
+                    raise _stage_too_large(window, too_large)
+        if too_large:
+            raise _stage_too_large(window, too_large)
+        return [best[i] for i in range(len(prepared))]
 
     def _context(
         self, cut: Cut, stage: int, owned: frozenset[str], folds: tuple[Fold, ...]
@@ -475,11 +463,6 @@ def _stage_too_large(window: Window, errors: Mapping[int, NoFeasiblePlan]) -> St
     first = errors[min(errors)]
     text = f"stage {alike[0]} of {len(window.stage_of)}: {first}"
     return StageTooLarge(tuple(alike), NoFeasiblePlan(text, least_bytes=first.least_bytes))
-
-
-def _racers_first(asked: Sequence[Wanted]) -> list[int]:
-    """Numbers of stages: one that is too busy ends the cut."""
-    return sorted(range(len(asked)), key=lambda index: asked[index].race_s)
 
 
 def _asked(wanted: Wanted, race: Race | None, stages: Collection[int]) -> Wanted:

@@ -58,13 +58,15 @@ class TooBusy(NotWorth):
 
 
 class ToldStage(NamedTuple):
-    """A stage to be solved on a view within a budget."""
+    """A stage to be solved on a view within a budget. last: it has fitted on no other view, and has
+    none left."""
 
     stage: PreparedStage
     view: LogicalMesh
     context: StageContext
     budget: float
     wanted: Wanted
+    last: bool = True
 
 
 class StageSolver:
@@ -84,22 +86,20 @@ class StageSolver:
 
     def ahead(self, told: Sequence[ToldStage]) -> None:
         """Solves stages within their budgets, several at a time, equal ones once. It ends where one
-        is too busy on all of its views, and late in a search where one fits on none of them; what
-        is not solved then is once it is asked for."""
+        is too busy on its last view, and late in a search where one does not fit there; what is not
+        solved then is once it is asked for."""
         first: dict[object, int] = {}
         alike = [first.setdefault(_told_key(one), i) for i, one in enumerate(told)]
         new = [i for key, i in first.items() if key not in self._known]
         if sum(len(told[i].stage.graph.operators) for i in new) < _WORTH_A_FORK:
             return
-        views: dict[int, list[int]] = {}
-        for i, one in zip(alike, told, strict=True):
-            views.setdefault(id(one.stage), []).append(i)
+        ends = [i for i, one in zip(alike, told, strict=True) if one.last]
         with mmap.mmap(-1, len(told)) as failed:  # all forks see it
 
             def solved(number: int) -> dict[object, StageSolution | NoFeasiblePlan]:
                 one, before = told[number], set(self._known)
                 enough = _FAILED if self._clock.late else _BUSY
-                if any(all(failed[i] >= enough for i in v) for v in views.values()):
+                if any(failed[i] >= enough for i in ends):
                     return {}
                 try:
                     self.within(one.stage, one.view, one.context, one.budget, one.wanted)

@@ -37,7 +37,11 @@ def test_what_is_ahead_of_a_stage_that_is_too_busy_is_left(monkeypatch: pytest.M
     monkeypatch.setattr("autopar.search.stages._WORTH_A_FORK", 0)
     monkeypatch.setattr("autopar.search.pool.num_processors", lambda: 1)
     stages = solver()
-    lost = [ToldStage(stage_of("mlp"), v, CONTEXT, math.inf, Wanted(race_s=0.0)) for v in VIEWS]
+    none = Wanted(race_s=0.0)
+    lost = [
+        ToldStage(stage_of("mlp"), view, CONTEXT, math.inf, none, last=view is VIEWS[-1])
+        for view in VIEWS
+    ]
     other = ToldStage(stage_of("tied"), VIEWS[0], CONTEXT, math.inf, ANYTHING)
     asked = []
     solve = StageSolver.within
