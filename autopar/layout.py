@@ -152,7 +152,6 @@ def local_shape(dims: Dims, layout: Layout, mesh: MeshSizes) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=65536)
-@lru_cache(maxsize=65536)
 def local_share(dims: Dims, layout: Layout, mesh: MeshSizes) -> float:
     """Part of a tensor that a shard is, padding included: local bytes / bytes of the tensor. No
     dims: of any tensor that is divided evenly."""

@@ -44,14 +44,12 @@ class TensorMeta:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    numel: int = field(init=False, repr=False, compare=False)
+    nbytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", math.prod(self.shape))
+        object.__setattr__(self, "nbytes", self.numel * self.dtype.itemsize)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -209,6 +207,7 @@ class Graph:
     batch_spec: Any = None
     layer_names: tuple[str, ...] = ()
     weights: Mapping[Ref, int] = field(default_factory=dict)
+    _metas: Mapping[Ref, TensorMeta] | None = field(default=None, init=False, repr=False)
 
     def inputs_of(self, kind: InputKind) -> tuple[GraphInput, ...]:
         return tuple(i for i in self.inputs if i.kind is kind)
@@ -216,14 +215,15 @@ class Graph:
     def outputs_of(self, kind: OutputKind) -> tuple[GraphOutput, ...]:
         return tuple(o for o in self.outputs if o.kind is kind)
 
-    def metas(self) -> dict[Ref, TensorMeta]:
-        """Meta of every value. O(values)."""
-        metas: dict[Ref, TensorMeta] = {i.ref: i.meta for i in self.inputs}
-        for op in self.operators:
-            for index, meta in enumerate(op.results):
-                if meta is not None:
-                    metas[Ref(op.name, index)] = meta
-        return metas
+    def metas(self) -> Mapping[Ref, TensorMeta]:
+        """Meta of every value, collected once. O(values)."""
+        if self._metas is None:
+            metas = {i.ref: i.meta for i in self.inputs}
+            for op in self.operators:
+                metas.update(zip(op.refs, filter(None, op.results), strict=True))
+            object.__setattr__(self, "_metas", metas)
+            return metas
+        return self._metas
 
     def readers(self) -> dict[Ref, list[Operator]]:
         """Operators that read each value, in execution order, each once. O(edges)."""

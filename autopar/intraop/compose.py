@@ -89,11 +89,13 @@ def layer_points(
     prices: Sequence[float] = PRICES,
     deadline: float = math.inf,
     alone: bool = False,
+    optimistic: bool = False,
 ) -> Frontier:
     """The layer's solutions at each price, duplicates removed, the fastest first. remat: the policy
     that the graph was recomputed with. deadline: of time.monotonic(); the free solution is always
     there. alone: boundary values come and go for nothing, and seconds are lower bounds: no stage
-    with the layer takes fewer for it."""
+    with the layer takes fewer for it. optimistic: one point, with the seconds of the fastest
+    solution and the fewest bytes of any."""
     built = build_problem(graph, table, costs, context)
     problem = without_boundary(built) if alone else _with_cycle(built, costs)
     effort = Effort(
@@ -105,7 +107,7 @@ def layer_points(
         near=10 * _POINT_GAP,
         max_sweeps=_POINT_SWEEPS,
     )
-    points: dict[Point, None] = {}
+    points: dict[tuple[int, ...], Point] = {}  # by choice
     priced = Priced(problem)
     warm: WarmMessages = {}
     free_rate = 0.0
@@ -116,7 +118,9 @@ def layer_points(
         found = priced.minimise(rate, effort=effort, warm=warm)
         if found.choice is None:
             raise infeasible(problem)
-        point = _point(graph, built, found.choice, costs, context, remat)
+        point = points.get(found.choice)
+        if point is None:
+            point = _point(graph, built, found.choice, costs, context, remat)
         if alone:
             nbytes = zip(problem.node_bytes, found.choice, strict=True)
             bound = found.bound - rate * math.fsum(float(m[i]) for m, i in nbytes)
@@ -124,8 +128,10 @@ def layer_points(
         if price == 0.0:
             total = point.standing_bytes + point.saved_bytes
             free_rate = point.seconds / total if total else 0.0
-        points[point] = None
-    return undominated(points)
+        points[found.choice] = point
+    if optimistic:
+        return (_with_fewest_bytes(next(iter(points.values())), built),)
+    return undominated(points.values())
 
 
 def undominated(points: Iterable[Point]) -> Frontier:
@@ -219,6 +225,18 @@ def _point(
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],
+    )
+
+
+def _with_fewest_bytes(point: Point, built: StageProblem) -> Point:
+    nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
+    for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
+        nbytes[name] += float(sizes.min())
+    return replace(
+        point,
+        standing_bytes=nbytes["parameter"] + nbytes["gradient"],
+        saved_bytes=nbytes["saved"],
+        transient_bytes=0.0,
     )
 
 

@@ -46,7 +46,7 @@ class DualResult:
     constant.
 
     slack[v][s]: an assignment with x_v = s costs at least bound + slack[v][s]; s over living
-    strategies.
+    strategies. messages: the last ones.
     """
 
     choice: dict[int, int]
@@ -54,6 +54,7 @@ class DualResult:
     bound: float
     sweeps: int
     slack: dict[int, FloatArray]
+    messages: WarmMessages
 
 
 def ascend(
@@ -92,13 +93,14 @@ def ascend(
             if _finished(best, history, close_enough, near) or _fixes(messages, history[-1], best):
                 break
         messages.backward()
+    last_messages = messages.by_edge()
     if warm is not None:
-        messages.save(warm)
+        warm |= last_messages
     choice = {
         v: int(graph.labels[v][s]) for v, s in zip(messages.nodes, best_position, strict=True)
     }
     slack = messages.by_node(messages.slack())
-    return DualResult(choice, best, min(bound, best), len(history) - 1, slack)
+    return DualResult(choice, best, min(bound, best), len(history) - 1, slack, last_messages)
 
 
 def _fused(graph: Graph, messages: TreeReweighted, last: list[IntArray]) -> tuple[float, IntArray]:

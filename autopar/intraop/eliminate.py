@@ -44,7 +44,7 @@ def elimination_order(graph: Graph, limit: int) -> EliminationOrder | None:
     """
     near = {v: set(neighbours) for v, neighbours in graph.adj.items()}
     size = {v: len(c_v) for v, c_v in graph.unary.items()}
-    joint = {v: size[v] * prod(size[w] for w in near[v]) for v in near}
+    joint = {v: size[v] * prod(map(size.__getitem__, near[v])) for v in near}
     heap = [(entries, v) for v, entries in joint.items()]
     heapify(heap)
     order: list[int] = []
@@ -62,7 +62,7 @@ def elimination_order(graph: Graph, limit: int) -> EliminationOrder | None:
         for u in neighbours:
             near[u] |= neighbours
             near[u] -= {u, v}
-            joint[u] = size[u] * prod(size[w] for w in near[u])
+            joint[u] = size[u] * prod(map(size.__getitem__, near[u]))
             heappush(heap, (joint[u], u))
     return EliminationOrder(tuple(order), largest)
 

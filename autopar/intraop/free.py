@@ -8,7 +8,7 @@ is dropped (reduced-cost fixing). Few survive, so exact elimination usually ends
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from autopar.errors import SolverError
 from autopar.intraop.dual import CLOSED_GAP, MAX_SWEEPS, DualResult, ascend
 from autopar.intraop.eliminate import eliminate, elimination_order
 from autopar.intraop.mathopt import Engine, solve_mathopt
-from autopar.intraop.problem import FloatArray, IntraOpProblem
+from autopar.intraop.problem import FloatArray, IntArray, IntraOpProblem
 from autopar.intraop.reduce import Graph
 from autopar.intraop.sweep import WarmMessages
 
@@ -141,7 +141,7 @@ def minimise(
 
 def _minimise(graph: Graph, effort: Effort, warm: WarmMessages | None) -> FreeResult:
     best = _Best()
-    for attempt in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         graph.reduce()
         if not graph.keep_allowed() or graph.constant == np.inf:
             best.bound = best.value  # nothing better than the incumbent is left
@@ -154,15 +154,17 @@ def _minimise(graph: Graph, effort: Effort, warm: WarmMessages | None) -> FreeRe
             close_enough=effort.close_enough,
             near=effort.near,
             max_sweeps=effort.max_sweeps,
-            warm=warm if attempt == 0 else None,
+            warm=warm,
         )
         best.sweeps += dual.sweeps
         best.offer(graph, dual.choice, dual.primal + graph.constant)
         best.bound = max(best.bound, dual.bound + graph.constant)
         if best.gap() <= effort.close_enough:
             return best.result()
+        before = dict(graph.labels)
         fixed = _fix(graph, dual, best.value - graph.constant)
         best.fixed += fixed
+        warm = _kept(dual.messages, before, graph)
         if fixed == 0 or time.monotonic() > effort.deadline:
             break
     graph.reduce()
@@ -177,6 +179,16 @@ def _fix(graph: Graph, dual: DualResult, primal: float) -> int:
         return 0
     margin = 1e-12 * max(abs(primal), abs(dual.bound))
     return graph.keep({v: dual.bound + s_v <= primal + margin for v, s_v in dual.slack.items()})
+
+
+def _kept(messages: WarmMessages, before: Mapping[int, IntArray], graph: Graph) -> WarmMessages:
+    """Those to the strategies that are left. before: labels that they were made for."""
+    index = {
+        v: before[v].searchsorted(labels)
+        for v, labels in graph.labels.items()
+        if len(labels) < len(before[v])
+    }
+    return {(v, w): m[index[w]] if w in index else m for (v, w), m in messages.items()}
 
 
 def _eliminated(graph: Graph, best: _Best, limit: int) -> bool:

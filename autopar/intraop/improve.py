@@ -33,11 +33,12 @@ class Assignment:
 class Neighbourhood:
     """The program's edges by node: adj[v] = [(w, R_wv oriented [n_w, n_v])], for local costs."""
 
-    __slots__ = ("_adj", "_problem")
+    __slots__ = ("_adj", "_heavy", "_problem")
 
     def __init__(self, problem: IntraOpProblem) -> None:
         products = Products()
         self._problem = problem
+        self._heavy = [bool(m_v.any()) for m_v in problem.node_bytes]
         self._adj: list[list[tuple[int, FloatArray]]] = [[] for _ in problem.node_names]
         for (u, v), r_uv in zip(problem.edges, problem.edge_seconds, strict=True):
             self._adj[v].append((u, r_uv))
@@ -135,20 +136,22 @@ class Neighbourhood:
         seen = [np.inf] * len(choice)  # bytes when a node was looked at; inf: neighbours moved
         for _ in range(_MAX_PASSES):
             moved = False
-            for v, (c_v, m_v) in enumerate(
-                zip(problem.node_seconds, problem.node_bytes, strict=True)
-            ):
+            for v, c_v in enumerate(problem.node_seconds):
                 if num_bytes >= seen[v]:
                     continue
                 local = c_v.copy()
                 for w, r_wv in self._adj[v]:
                     local += r_wv[choice[w]]
-                after = num_bytes + m_v - m_v[choice[v]]
-                if problem.budget_bytes is not None:
-                    local[~(after <= max(problem.budget_bytes, num_bytes))] = np.inf
-                s = int(np.argmin(local))
+                after = None
+                if self._heavy[v]:
+                    m_v = problem.node_bytes[v]
+                    after = num_bytes + m_v - m_v[choice[v]]
+                    if problem.budget_bytes is not None:
+                        local[~(after <= max(problem.budget_bytes, num_bytes))] = np.inf
+                s = int(local.argmin())
                 if s != choice[v] and local[s] < local[choice[v]] - worth:
-                    choice[v], num_bytes, moved = s, float(after[s]), True
+                    choice[v], moved = s, True
+                    num_bytes = num_bytes if after is None else float(after[s])
                     for w, _ in self._adj[v]:
                         seen[w] = np.inf
                 seen[v] = num_bytes

@@ -30,6 +30,7 @@ values).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from math import fsum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -39,10 +40,34 @@ from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
 from autopar.intraop.execution import Execution, is_aligned, overwritten
 from autopar.intraop.stage_problem import Copy, ParameterChoice, weight
-from autopar.intraop.workspace import workspace_bytes
+from autopar.intraop.workspace import has_workspace, workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
+
+
+class _Step(NamedTuple):
+    """An operator, and what its memory depends on whatever the strategies."""
+
+    op: Operator
+    is_save: bool
+    aliases: bool  # its first operand
+    overwrites: int | None  # the operand whose memory it takes
+    works: bool  # in a workspace
+
+
+@lru_cache(maxsize=16)  # graphs: a layer is asked about at several prices, a stage under limits
+def _steps(graph: Graph, execution: Execution) -> tuple[_Step, ...]:
+    return tuple(
+        _Step(
+            op,
+            is_save(op),
+            bool(op.operands) and holds_nothing(op),
+            overwritten(op, execution),
+            has_workspace(op),
+        )
+        for op in graph.operators
+    )
 
 
 class _Copy(NamedTuple):
@@ -104,12 +129,11 @@ def _peaks(
     """Most transient bytes of each phase, and when."""
     metas = graph.metas()
     saved = fsum(
-        weight(copies, op.name)
-        * local_bytes(
-            metas[Ref(op.name)], dims[Ref(op.name)], strategies[op.name].results[0], sizes
-        )
-        for op in graph.operators
-        if is_save(op)
+        weight(copies, step.op.name)
+        * local_bytes(metas[ref], dims[ref], strategies[step.op.name].results[0], sizes)
+        for step in _steps(graph, execution)
+        if step.is_save
+        for ref in step.op.refs
     )
     found = {}
     for phase in Phase:
@@ -261,13 +285,14 @@ class _Lives:
             received = inp.kind is InputKind.RECEIVED and inp.phase is phase
             if received or inp.kind is InputKind.BATCH:
                 self._live(_Copy(inp.ref, inputs[inp.name]))
-        for op in graph.operators:
-            if op.phase is phase:
+        for step in _steps(graph, execution):
+            if step.op.phase is phase:
                 self._time += 1
-                self._note_turn(op)
-                self._operator(op)
+                if copies:
+                    self._note_turn(step.op)
+                self._operator(step)
             else:
-                self._other_phase(op)
+                self._other_phase(step)
 
     def peak(self, outputs: Mapping[str, Layout]) -> tuple[float, int]:
         """Largest sum of sizes alive at one time, outputs kept to the end in their layouts; and
@@ -350,21 +375,22 @@ class _Lives:
         self._born.setdefault(copy, self._time)
         self._last[copy] = self._time
 
-    def _other_phase(self, op: Operator) -> None:
+    def _other_phase(self, step: _Step) -> None:
         """What the other phase makes stands here if it is saved, or is not there at all."""
+        op = step.op
         for ref in op.refs:
             self._define(ref, self._strategies[op.name].results[ref.index])
-            if self._phase is Phase.BACKWARD and is_save(op):
+            if step.is_save and self._phase is Phase.BACKWARD:
                 self._live(self._held[ref][0])
                 self._saved[self._held[ref][0]] = op.name
 
-    def _operator(self, op: Operator) -> None:
-        strategy = self._strategies[op.name]
+    def _operator(self, step: _Step) -> None:
+        op, strategy = step.op, self._strategies[step.op.name]
         read = [
             self._read(ref, layout)
             for ref, layout in zip(op.operands, strategy.operands, strict=True)
         ]
-        memory = self._memory_of(op, read)
+        memory = self._memory_of(step, read)
         for ref in op.refs:
             layout = strategy.results[ref.index]
             if memory is not None:
@@ -378,18 +404,19 @@ class _Lives:
         ):  # one more value of its size
             sizes = [self._bytes(ref, strategy.results[ref.index]) for ref in op.refs]
             self._at_once(max(sizes, default=0.0))
-        self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
+        if step.works:
+            self._at_once(workspace_bytes(op, strategy, self._metas, self._sizes))
         if strategy.fills:  # copies with their padding filled
             filled = {fill.operand for fill in strategy.fills}
             self._at_once(fsum(self._bytes(op.operands[i], strategy.operands[i]) for i in filled))
-        if is_save(op):
+        if step.is_save:
             self._kept[read[0]] = op.name
 
-    def _memory_of(self, op: Operator, read: Sequence[_Copy]) -> _Copy | None:
+    def _memory_of(self, step: _Step, read: Sequence[_Copy]) -> _Copy | None:
         """What it reads and makes no memory beside."""
-        if read and holds_nothing(op):
+        if step.aliases:
             return read[0]
-        place = overwritten(op, self._execution)
+        op, place = step.op, step.overwrites
         if place is None:
             return None
         ref, layout = op.operands[place], self._strategies[op.name].operands[place]

@@ -169,9 +169,9 @@ class Graph:
             for w in list(self.adj[v]):
                 if w in kept and w < v:
                     continue  # done from w
-                everything = np.arange(self.adj[v][w].shape[1], dtype=np.intp)
-                cols = kept.get(w, everything)
-                self._set_edge(v, w, self.products.take(self.adj[v][w], kept[v], cols))
+                matrix = self.adj[v][w]
+                cols = kept[w] if w in kept else np.arange(matrix.shape[1], dtype=np.intp)
+                self._set_edge(v, w, self.products.take(matrix, kept[v], cols))
         return sum(int(len(masks[v]) - len(index)) for v, index in kept.items())
 
     def keep_allowed(self) -> bool:

@@ -131,6 +131,7 @@ class StageProgram:
         self._execution = execution_of(graph, context)
         self._earlier = Earlier()
         self._free: _Found | None = None
+        self._crowded = False
         self._options = SolverOptions()
         self._deadline = math.inf
         self._worth: Worth | None = None
@@ -144,10 +145,12 @@ class StageProgram:
         self._worth = None
         if self._free is None:
             self._free = self._within(None, fallback=options.fallback)
-            self._crowd(self._free)
         free = self._free.stage
         if budget_bytes is None or free.prediction.peak_bytes <= budget_bytes:
             return free
+        if not self._crowded:
+            self._crowd(self._free)
+            self._crowded = True
         if not math.isinf(options.worth_s):
             self._worth = Worth(options.worth_s, budget_bytes)
         first, limit = self._tight(budget_bytes)

@@ -101,10 +101,12 @@ class TreeReweighted:
                 if last is not None and len(last) == len(vector):
                     vector[:] = last
 
-    def save(self, warm: WarmMessages) -> None:
-        """Put the messages where a later solve can start from them."""
+    def by_edge(self) -> WarmMessages:
+        """For a later solve to start from."""
+        found: WarmMessages = {}
         for (v, w), to_w, to_v in zip(self._pairs, *self._vectors(), strict=True):
-            warm[v, w], warm[w, v] = to_w, to_v
+            found[v, w], found[w, v] = to_w, to_v
+        return found
 
     def _vectors(self) -> tuple[list[FloatArray], list[FloatArray]]:
         """Per edge its message to the later end, and the one back."""

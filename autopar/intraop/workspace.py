@@ -25,11 +25,16 @@ _FORWARD = torch.ops.autopar.experts.default
 _BACKWARD = torch.ops.autopar.experts_backward.default
 
 
+def has_workspace(op: Operator) -> bool:
+    """Whether it is one of experts."""
+    return op.target in (_FORWARD, _BACKWARD)
+
+
 def workspace_bytes(
     op: Operator, strategy: Strategy, metas: Mapping[Ref, TensorMeta], sizes: tuple[int, ...]
 ) -> float:
     """On the busiest device; 0 for any operator that is not one of experts."""
-    if op.target not in (_FORWARD, _BACKWARD):
+    if not has_workspace(op):
         return 0.0
     x, index, _, up = op.operands[0 if op.target is _FORWARD else 1 :][:4]
     _, parts, width, hidden = metas[up].shape

@@ -7,11 +7,10 @@ folded, and equal stages are written and solved once (`search.window`).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from autopar.candidate import Cut, stage_transfers
@@ -32,7 +31,14 @@ from autopar.search.program import Program, Run
 from autopar.search.schedules import HoldsTooMuch, best_schedule, room_for_faster
 from autopar.search.solved import LESS, Race, SlowerCut, SolvedCut, Tries, UnsolvedStages
 from autopar.search.space import Space
-from autopar.search.stages import ANYTHING, StageSolver, ToldStage, Wanted
+from autopar.search.stages import (
+    ANYTHING,
+    StageSolver,
+    ToldStage,
+    TooBusy,
+    Wanted,
+    busy_seconds,
+)
 from autopar.search.window import Window, write_window
 from autopar.sharding.registry import RuleTable
 
@@ -199,7 +205,9 @@ class ExactSolver:
         """With fewer layers that recompute, where that fits too and is faster: layers alone need
         more than a whole stage. Each stage goes as far as it can, all of them at a time."""
         fewer = list(extra)
-        worth_s = _WAITS * solved.candidate.step_s / cut.num_microbatches
+        waits = _WAITS if cut.num_stages > 1 else 1.0
+        least_s = min(solved.candidate.step_s, tries.known_s)
+        worth_s = waits * least_s / cut.num_microbatches
         open_ = {
             index
             for index, written in enumerate(solved.window.stage_of)
@@ -207,7 +215,8 @@ class ExactSolver:
         } - set(tries.final(extra))
         closed = set(range(cut.num_stages)) - open_
         stages = solved.candidate.stages
-        if any(_busy_s(cut, stages[i]) >= tries.known_s for i in closed):
+        count = cut.num_microbatches
+        if any(busy_seconds(stages[i], count) >= tries.known_s for i in closed):
             return solved
         for less in (*LESS, 0.0):
             if not open_ or self.clock.late:
@@ -353,102 +362,69 @@ class ExactSolver:
                 owned = frozenset(o for o, holder in owners.items() if holder == written_index)
                 index = window.stage_of.index(written_index)
                 contexts.append(self._context(cut, index, owned, window.folds(written_index)))
-            if race is not None:
-                self._check_race(race, prepared, cut, window, contexts)
-            if cut.num_workers is None:
-                self._ahead(prepared, cut, window, contexts, wanted)
-            written = []
-            too_large: list[int] = []
-            too_slow: list[int] = []
-            reason: NoFeasiblePlan | None = None
-            for index, stage in enumerate(prepared):
-                views = cut.views[window.stage_of.index(index)]
-                try:
-                    written.append(self._solve_stage(stage, cut, views, contexts[index], wanted))
-                except NoFeasiblePlan as error:
-                    alike = window.stands_for(index)
-                    (too_slow if isinstance(error, NotWorth) else too_large).extend(alike)
-                    reason = reason or NoFeasiblePlan(
-                        f"stage {alike[0]} of {cut.num_stages}: {error}",
-                        least_bytes=error.least_bytes,
-                    )
-                    if self.clock.late:
-                        break
-            if reason is not None:
-                raise UnsolvedStages(too_large, too_slow, reason)
+            asked = [_asked(wanted, race, window.stands_for(i)) for i in range(len(prepared))]
+            chosen = self._solve_stages(prepared, cut, window, contexts, asked)
             stages = tuple(
-                _with_flight(written[number], cut.in_flight(index))
+                _with_flight(chosen[number], cut.in_flight(index))
                 for index, number in enumerate(window.stage_of)
             )
         with self.clock.passes("simulate", label):
-            transfers = window.all_transfers(stage_transfers(graphs, written))
+            transfers = window.all_transfers(stage_transfers(graphs, chosen))
             candidate = best_schedule(self.space, cut, transfers, stages)
         return SolvedCut(candidate, window, policies, prepared, self.alike)
 
-    def _check_race(
-        self,
-        race: Race,
-        prepared: Sequence[PreparedStage],
-        cut: Cut,
-        window: Window,
-        contexts: Sequence[StageContext],
-    ) -> None:
-        """SlowerCut where a final stage takes too long whatever its bytes."""
-        for index, stage in enumerate(prepared):
-            if not race.final.intersection(window.stands_for(index)):
-                continue
-            least_s = math.inf
-            for _, view in cut.views[window.stage_of.index(index)]:
-                with contextlib.suppress(OptionError):  # a pin that this view cannot honour
-                    fastest = self.stages.free(stage, view, contexts[index])
-                    least_s = min(least_s, _busy_s(cut, fastest))
-            if least_s > _CLOSE * race.known_s:
-                raise SlowerCut(f"a step takes {least_s:.3g} s at least")
-
-    def _ahead(
+    def _solve_stages(
         self,
         prepared: Sequence[PreparedStage],
         cut: Cut,
         window: Window,
         contexts: Sequence[StageContext],
-        wanted: Wanted,
-    ) -> None:
-        """All written stages on all their views, several at a time."""
-        told = [
-            ToldStage(stage, view, contexts[index], self._budget(cut, view), wanted)
-            for index, stage in enumerate(prepared)
-            for _, view in cut.views[window.stage_of.index(index)]
-        ]
-        self.stages.ahead(told)
-
-    def _solve_stage(
-        self,
-        stage: PreparedStage,
-        cut: Cut,
-        views: Sequence[tuple[float, LogicalMesh]],
-        context: StageContext,
-        wanted: Wanted,
-    ) -> StageSolution:
-        """A written stage, on the best of the views that the tables put first."""
-        best: StageSolution | None = None
-        failures: list[NoFeasiblePlan] = []
+        asked: Sequence[Wanted],
+    ) -> list[StageSolution]:
+        """The written stages, several at a time: each on the view that the tables put first, then
+        on the next one where that may be better. SlowerCut where one is too busy on all of its
+        views, UnsolvedStages where some fit on none."""
+        views = [cut.views[window.stage_of.index(i)] for i in range(len(prepared))]
+        best: dict[int, StageSolution] = {}
+        failures: list[list[NoFeasiblePlan]] = [[] for _ in prepared]
         refused: list[OptionError] = []
-        for least, view in views:
-            if best is not None and best.seconds <= _CLOSE * least:
-                break
-            try:
-                found = self._on_view(stage, view, context, cut, wanted)
-            except NoFeasiblePlan as error:
-                failures.append(error)
-                continue
-            except OptionError as error:  # a pin that this view cannot honour
-                refused.append(error)
-                continue
-            if best is None or found.seconds < best.seconds:
-                best = found
-        if best is None:
-            raise failures[0] if failures else refused[0]
-        return best
+        unsolved: dict[int, NoFeasiblePlan] = {}
+        open_ = sorted(range(len(prepared)), key=lambda i: asked[i].race_s)  # one may end the cut
+        for number in range(max(map(len, views))):
+            open_ = [i for i in open_ if number < len(views[i])]
+            open_ = [
+                i for i in open_ if i not in best or best[i].seconds > _CLOSE * views[i][number][0]
+            ]
+            last = [i not in best and number == len(views[i]) - 1 for i in open_]
+            on = [views[i][number][1] for i in open_]
+            if cut.num_workers is None:
+                told = [
+                    ToldStage(prepared[i], v, contexts[i], self._budget(cut, v), asked[i], end)
+                    for i, v, end in zip(open_, on, last, strict=True)
+                ]
+                self.stages.ahead(told)
+            for i, view, end in zip(open_, on, last, strict=True):
+                try:
+                    found = self._on_view(prepared[i], view, contexts[i], cut, asked[i])
+                except NoFeasiblePlan as error:
+                    failures[i].append(error)
+                except OptionError as error:  # a pin that this view cannot honour
+                    refused.append(error)
+                else:
+                    best[i] = min(best.get(i, found), found, key=lambda s: s.seconds)
+                    continue
+                if not end:
+                    continue
+                if not failures[i]:
+                    raise refused[0]
+                if all(isinstance(f, TooBusy) for f in failures[i]):
+                    raise SlowerCut(str(failures[i][0]))
+                unsolved[i] = failures[i][0]
+                if self.clock.late:
+                    raise _unsolved(window, unsolved)
+        if unsolved:
+            raise _unsolved(window, unsolved)
+        return [best[i] for i in range(len(prepared))]
 
     def _context(
         self, cut: Cut, stage: int, owned: frozenset[str], folds: tuple[Fold, ...]
@@ -482,10 +458,23 @@ class ExactSolver:
         return free
 
 
-def _busy_s(cut: Cut, stage: StageSolution) -> float:
-    """In a step: no schedule is faster."""
-    p = stage.prediction
-    return cut.num_microbatches * (p.forward_s + p.backward_s) + p.step_s
+def _unsolved(window: Window, errors: Mapping[int, NoFeasiblePlan]) -> UnsolvedStages:
+    """errors: by written stage."""
+    too_large: list[int] = []
+    too_slow: list[int] = []
+    for index, error in errors.items():
+        (too_slow if isinstance(error, NotWorth) else too_large).extend(window.stands_for(index))
+    written = min(errors)
+    text = f"stage {window.stands_for(written)[0]} of {len(window.stage_of)}: {errors[written]}"
+    reason = NoFeasiblePlan(text, least_bytes=errors[written].least_bytes)
+    return UnsolvedStages(too_large, too_slow, reason)
+
+
+def _asked(wanted: Wanted, race: Race | None, stages: Collection[int]) -> Wanted:
+    """Of a written stage that stands for these of the model."""
+    if race is None or race.final.isdisjoint(stages):
+        return wanted
+    return wanted._replace(race_s=_CLOSE * race.known_s)
 
 
 def _with_flight(stage: StageSolution, in_flight: int) -> StageSolution:

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from autopar.errors import OptionError
 from autopar.estimate import MeshCosts
-from autopar.intraop.build import build_problem
 from autopar.intraop.compose import (
     PRICES,
     Frontier,
@@ -38,7 +37,6 @@ from autopar.intraop.compose import (
     undominated,
 )
 from autopar.intraop.stage_problem import StageContext
-from autopar.lowering.lower import PreparedStage
 from autopar.mesh import LogicalMesh
 from autopar.plan import Remat
 from autopar.search.clock import Clock
@@ -286,25 +284,11 @@ class Prices:
                 prices=PRICES if job.level is Level.FULL else PRICES[:1],
                 deadline=self._clock.deadline,
                 alone=self._alone,
+                optimistic=job.level is Level.SCALED,
             )
-            if job.level is Level.SCALED:
-                points = (_fewest_bytes(points[0], stage, costs, context),)
         except OptionError as error:
             return (Point(_REFUSED_S, 0.0, 0.0, 0.0, job.policy),), error
         return points, None
-
-
-def _fewest_bytes(
-    fastest: Point, stage: PreparedStage, costs: MeshCosts, context: StageContext
-) -> Point:
-    """The seconds of the fastest solution with the fewest bytes of any."""
-    built = build_problem(stage.graph, stage.table, costs, context)
-    nbytes = dict.fromkeys(("parameter", "gradient", "saved", ""), 0.0)
-    for name, sizes in zip(built.byte_kinds, built.problem.node_bytes, strict=True):
-        nbytes[name] += float(sizes.min())
-    standing = nbytes["parameter"] + nbytes["gradient"]
-    least = (standing, nbytes["saved"], 0.0)
-    return Point(fastest.seconds, *least, fastest.remat, fastest.once_s)
 
 
 def _refused(seconds: FloatArray) -> FloatArray:

@@ -28,6 +28,7 @@ from autopar.search.unfold import renamed, same_structure
 
 _PROOF_SHARE = 0.25  # of the time left: what proving one stage of the winner may take
 _WORTH_A_FORK = 1200  # operators
+_FAILED, _BUSY = 1, 2  # of a stage on a view
 _STAGE_SHARE = 0.5  # of the time left: what one stage may take, so that the others get some
 
 
@@ -42,23 +43,31 @@ class _Known:
 
 class Wanted(NamedTuple):
     """proven: with a MIP where the gap is above the target. worth_s: slower solutions are of no
-    use (NotWorth)."""
+    use (NotWorth). race_s: of a step, TooBusy where the stage is busy for longer, whatever its
+    bytes."""
 
     proven: bool = False
     worth_s: float = math.inf
+    race_s: float = math.inf
 
 
 ANYTHING = Wanted()
 
 
+class TooBusy(NotWorth):
+    """A stage that takes longer than another cut's step."""
+
+
 class ToldStage(NamedTuple):
-    """A stage to be solved on a view within a budget."""
+    """A stage to be solved on a view within a budget. last: it has fitted on no other view, and has
+    none left."""
 
     stage: PreparedStage
     view: LogicalMesh
     context: StageContext
     budget: float
     wanted: Wanted
+    last: bool = True
 
 
 class StageSolver:
@@ -77,27 +86,28 @@ class StageSolver:
         self._open: tuple[object, StageProgram] | None = None  # the last one
 
     def ahead(self, told: Sequence[ToldStage]) -> None:
-        """Solves stages within their budgets, several at a time, equal ones once. Late in a search
-        it ends where one fits on none of its views; what is not solved then is once it is asked
-        for."""
+        """Solves stages within their budgets, several at a time, equal ones once. It ends where one
+        is too busy on its last view, and late in a search where one does not fit there; what is not
+        solved then is once it is asked for."""
         first: dict[object, int] = {}
         alike = [first.setdefault(_told_key(one), i) for i, one in enumerate(told)]
         new = [i for key, i in first.items() if key not in self._known]
         if sum(len(told[i].stage.graph.operators) for i in new) < _WORTH_A_FORK:
             return
-        views: dict[int, list[int]] = {}
-        for i, one in zip(alike, told, strict=True):
-            views.setdefault(id(one.stage), []).append(i)
+        ends = [i for i, one in zip(alike, told, strict=True) if one.last]
         with mmap.mmap(-1, len(told)) as failed:  # all forks see it
 
             def solved(number: int) -> dict[object, StageSolution | NoFeasiblePlan]:
                 one, before = told[number], set(self._known)
-                if self._clock.late and any(all(failed[i] for i in v) for v in views.values()):
+                enough = _FAILED if self._clock.late else _BUSY
+                if any(failed[i] >= enough for i in ends):
                     return {}
                 try:
                     self.within(one.stage, one.view, one.context, one.budget, one.wanted)
+                except TooBusy:
+                    failed[number] = _BUSY
                 except NoFeasiblePlan:
-                    failed[number] = 1
+                    failed[number] = _FAILED
                 except OptionError:  # whoever asks for it is told
                     pass
                 found = self._known.keys() - before
@@ -141,17 +151,19 @@ class StageSolver:
         gap, a stage keeps the faster solution: the rounds within a budget may end elsewhere."""
         key = _told_key(ToldStage(stage, view, context, budget, wanted))
         gap = target_gap or self._gap(wanted.proven)
-        known = self._known.get(key) or self._known.get((key, wanted.worth_s))
+        known = self._known.get(key) or self._known.get((key, wanted))
         if known is None or known.target_gap > gap:
             answer: StageSolution | NoFeasiblePlan
             try:
                 answer = self.free(stage, view, context, proven=wanted.proven)
+                if busy_seconds(answer, context.num_microbatches) > wanted.race_s:
+                    raise TooBusy(f"a step takes more than {wanted.race_s:.3g} s")
                 if answer.prediction.peak_bytes > budget:
                     answer = self._solved(stage, view, context, budget, wanted, gap)
             except NoFeasiblePlan as error:
                 answer = error
                 if isinstance(error, NotWorth):
-                    key = key, wanted.worth_s
+                    key = key, wanted
             known = _faster(_Known(stage.graph, answer, gap), known)
             self._known[key] = known
         return _taken(known, stage, context)
@@ -184,6 +196,12 @@ class StageSolver:
             costs = self._mesh_costs(view)
             self._open = key, stage_program(stage.graph, stage.table, costs, context)
         return self._open[1]
+
+
+def busy_seconds(stage: StageSolution, num_microbatches: int) -> float:
+    """In a step: no schedule is faster."""
+    p = stage.prediction
+    return num_microbatches * (p.forward_s + p.backward_s) + p.step_s
 
 
 def _key(
