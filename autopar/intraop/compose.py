@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
+from autopar.graph.split import weight_operators
 from autopar.intraop.build import (
     Node,
     ParameterChoice,
@@ -41,6 +42,7 @@ from autopar.intraop.free import Effort, Priced
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.shares import weight_bytes
 from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
 from autopar.plan import Remat
@@ -62,7 +64,9 @@ _POINT_TABLE = 200_000  # entries that elimination may build
 @dataclass(frozen=True, slots=True)
 class Point:
     """One solution of one layer on one mesh view. Seconds per microbatch, bytes per device.
-    once_s: the share of seconds that comes once per step, spread over its microbatches."""
+    once_s: the share of seconds that comes once per step, spread over its microbatches.
+    held_bytes: what a microbatch holds between B and W in place of its saved bytes, where the
+    schedule splits backward."""
 
     seconds: float
     standing_bytes: float
@@ -70,6 +74,7 @@ class Point:
     transient_bytes: float
     remat: Remat = Remat.NONE
     once_s: float = 0.0
+    held_bytes: float = 0.0
 
     def scaled(self, factor: float) -> Point:
         """As if a microbatch had `factor` times the rows."""
@@ -79,7 +84,13 @@ class Point:
             saved_bytes=self.saved_bytes * factor,
             transient_bytes=self.transient_bytes * factor,
             once_s=self.once_s * factor,
+            held_bytes=self.held_bytes * factor,
         )
+
+    def waiting(self, share: float) -> Point:
+        """As if that share of the microbatches in flight waited for W."""
+        held = share * self.held_bytes + (1 - share) * self.saved_bytes
+        return replace(self, saved_bytes=held)
 
 
 Frontier = tuple[Point, ...]
@@ -135,7 +146,8 @@ def layer_points(
 
 
 def undominated(points: Iterable[Point]) -> Frontier:
-    """The points that no other one beats in seconds and all bytes, the fastest first."""
+    """The points that no other one beats in seconds and all bytes but those held for W, the
+    fastest first."""
     ordered = sorted(
         dict.fromkeys(points),
         key=lambda p: (p.seconds, p.standing_bytes, p.saved_bytes, p.transient_bytes),
@@ -225,6 +237,7 @@ def _point(
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],
+        held_bytes=weight_bytes(graph, built, chosen, sizes, weight_operators(graph)),
     )
 
 

@@ -30,7 +30,7 @@ from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.schedule import ScheduleKind, in_flight_count
 from autopar.search.clock import Clock
-from autopar.search.prices import Level, Prices, StagePrices
+from autopar.search.prices import CLOSE, Level, Prices, SplitFlight, StagePrices
 from autopar.search.program import Program
 from autopar.search.schedules import Expected, expected_seconds, rough_seconds
 from autopar.search.space import Space
@@ -42,7 +42,6 @@ _VIEWS = 2  # of a stage's submesh that are solved exactly
 WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
 _MOVES_GAIN = 1.1  # at most, about: cuts further away are left as they are
 _WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
-_CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
 _PROGRAM_GAP = 1e-3  # of the inter-op program
@@ -86,6 +85,8 @@ class _Tables:
         self.problem: InterOpProblem | None = None
         self.version = 0
         self._once: dict[tuple[int, int, int], float] = {}
+        self._best_view: dict[tuple[int, int, int], LogicalMesh] = {}
+        self._split: dict[tuple[int, LogicalMesh, int, int], float] = {}
         self._known: dict[StageChoice, Expected] = {}
         self._played: dict[tuple[StageChoice, ...], float] = {}
 
@@ -106,6 +107,8 @@ class _Tables:
             return self.problem
         self.version += 1
         self._once.clear()
+        self._best_view.clear()
+        self._split.clear()
         self._known.clear()
         layers = search.num_layers
         table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
@@ -184,27 +187,55 @@ class _Tables:
         """From now on the cut's step is that of its schedule, played."""
         space, count = self._search.space, self.count
         kinds = [space.table_schedule]
-        if ScheduleKind.ZB_H1 in space.schedules and self._has_room(stages):
+        if self._has_room(stages):
             kinds.append(ScheduleKind.ZB_H1)
         expected = list(map(self._expected, stages))
         seconds = (expected_seconds(expected, count, kind) for kind in dict.fromkeys(kinds))
         self._played[tuple(stages)] = min(seconds)
 
     def _has_room(self, stages: Sequence[StageChoice]) -> bool:
-        """Whether as many microbatches as the first stage holds slow none down: under ZB-H1 they
-        all hold about so many, as what waits for its W counts."""
-        assert self.problem is not None
-        row = self.problem.stage_seconds[self.problem.in_flight[len(stages) - 1] - 1]
-        transfer = self.problem.transfer_seconds
-        return all(
-            row[s.first_layer, s.last_layer, s.submesh] + transfer[s.first_layer, s.submesh]
-            <= _CLOSE * s.seconds
-            for s in stages
+        """Whether ZB-H1 is allowed, and what waits for its W slows no stage down."""
+        return ScheduleKind.ZB_H1 in self._search.space.schedules and all(
+            self._split_seconds(stage, index, len(stages))
+            <= CLOSE * (stage.seconds - self._received(stage))
+            for index, stage in enumerate(stages)
         )
+
+    def _split_seconds(self, stage: StageChoice, index: int, num_stages: int) -> float:
+        """Of a microbatch, where backward is split; transfers not included."""
+        search = self._search
+        row, view = self._row_and_view(stage)
+        key = row, view, index, num_stages
+        if key not in self._split:
+            self._split[key] = float(
+                search.prices.split_seconds(
+                    view,
+                    self.count,
+                    search.counts[row, None],
+                    SplitFlight.zb_h1(index, num_stages, self.count),
+                    search.space.budget_of(view),
+                )[0]
+            )
+        return self._split[key]
+
+    def _row_and_view(self, stage: StageChoice) -> tuple[int, LogicalMesh]:
+        """The stage's row of `counts`, and its best view."""
+        search = self._search
+        row = int(search.index[stage.first_layer, stage.last_layer])
+        key = row, stage.submesh, stage.in_flight
+        if key not in self._best_view:
+            views = search.space.views[search.space.submeshes[stage.submesh]]
+            self._best_view[key] = min(
+                views, key=lambda v: float(self._parts[v].seconds[stage.in_flight - 1, row])
+            )
+        return row, self._best_view[key]
+
+    def _received(self, stage: StageChoice) -> float:
+        return float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
 
     def _expected(self, stage: StageChoice) -> Expected:
         if stage not in self._known:
-            received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
+            received_s = self._received(stage)
             once_s = self._once_seconds(stage)
             seconds = max(0.0, stage.seconds - received_s - once_s)
             self._known[stage] = Expected(seconds, received_s, self.count * once_s)
@@ -213,11 +244,9 @@ class _Tables:
     def _once_seconds(self, stage: StageChoice) -> float:
         """Of a microbatch, on the stage's best view."""
         search = self._search
-        row = int(search.index[stage.first_layer, stage.last_layer])
+        row, view = self._row_and_view(stage)
         key = row, stage.submesh, stage.in_flight
         if key not in self._once:
-            views = search.space.views[search.space.submeshes[stage.submesh]]
-            view = min(views, key=lambda v: float(self._parts[v].seconds[stage.in_flight - 1, row]))
             self._once[key] = search.prices.once_seconds(
                 view,
                 self.count,
@@ -236,7 +265,7 @@ class _Tables:
         for order, view in enumerate(search.space.views[search.space.submeshes[stage.submesh]]):
             seconds, exact, fits = (part[stage.in_flight - 1, row] for part in self._parts[view])
             entries.append((order, RankedView(float(seconds), view, bool(exact), bool(fits))))
-        close = _CLOSE * min(ranked.seconds for _, ranked in entries)
+        close = CLOSE * min(ranked.seconds for _, ranked in entries)
 
         def place(entry: tuple[int, RankedView]) -> tuple[float, bool, int, int]:
             order, ranked = entry

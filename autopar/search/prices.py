@@ -46,6 +46,7 @@ from autopar.search.program import Program
 
 FloatArray = NDArray[np.float64]
 
+CLOSE = 1.005  # seconds that are about equal
 _WORTH_A_FORK = 600  # operators
 _REFUSED_S = 1e18  # of a layer that a pin keeps from a view: finite, as a stage may have none of it
 
@@ -63,6 +64,20 @@ class StagePrices(NamedTuple):
     seconds: FloatArray
     exact: NDArray[np.bool_]
     fits: NDArray[np.bool_]
+
+
+class SplitFlight(NamedTuple):
+    """Microbatches that a stage holds at most where backward is split: those whose B has not ended,
+    and those whose W has not."""
+
+    begun: int
+    waiting: int
+
+    @classmethod
+    def zb_h1(cls, stage: int, num_stages: int, num_microbatches: int) -> SplitFlight:
+        """While a W is played: what waits for it is seldom less than what is saved."""
+        waiting = min(stage + 1, num_microbatches)
+        return cls(min(num_stages - stage - 1, num_microbatches - waiting), waiting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +242,22 @@ class Prices:
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
 
+    def split_seconds(
+        self,
+        view: LogicalMesh,
+        count: int,
+        counts: NDArray[np.int64] | FloatArray,
+        flight: SplitFlight,
+        budget_bytes: float,
+    ) -> FloatArray:
+        """Of the same stages where backward is split; inf where what is known does not fit."""
+        if not self.known(view, count):
+            return np.full(counts.shape[0], np.inf)
+        share = flight.waiting / (flight.begun + flight.waiting)
+        frontiers = [tuple(p.waiting(share) for p in f) for f in self.frontiers(view, count)]
+        in_flight = flight.begun + flight.waiting
+        return _refused(stage_seconds(frontiers, counts, in_flight, budget_bytes))
+
     def once_seconds(
         self,
         view: LogicalMesh,
@@ -337,4 +368,5 @@ def _between(large: Point, small: Point, weight: float) -> Point:
         mix(large.transient_bytes, small.transient_bytes),
         large.remat,
         mix(large.once_s, small.once_s),
+        mix(large.held_bytes, small.held_bytes),
     )

@@ -37,7 +37,7 @@ from autopar.graph.program import InputKind
 from autopar.graph.work import operator_flops
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
-from autopar.search.prices import Level, Prices
+from autopar.search.prices import CLOSE, Level, Prices, SplitFlight
 from autopar.search.program import Program
 from autopar.search.schedules import Expected, rough_seconds
 from autopar.search.space import Space
@@ -241,7 +241,8 @@ class _Uniform:
     def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
         """The first pipeline that is exact says what memory adds to an estimate."""
         free = self._seconds(pipeline, math.inf)
-        self._memory = max(1.0, seconds / self._step_s(pipeline, free, 0.0))
+        free_s = self._step_s(pipeline, free, 0.0, bubble=self._space.bubble)
+        self._memory = max(1.0, seconds / free_s)
 
     def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
         """Of one of its stages, by the prices of its view."""
@@ -253,14 +254,27 @@ class _Uniform:
         return float(priced.seconds[0])
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
-        """(seconds, exact, whether the fastest solutions fit)."""
+        """(seconds, exact, whether the fastest solutions fit). What is not exact is taken to have
+        room for every schedule."""
         seconds, exact, fits = self._stage(pipeline)
         if math.isinf(seconds):
             return seconds, exact, fits
-        step_s = self._step_s(pipeline, seconds, self._once(pipeline))
+        has_room = not exact or self._has_room(pipeline, seconds)
+        bubble = self._space.bubble if has_room else 1.0
+        step_s = self._step_s(pipeline, seconds, self._once(pipeline), bubble=bubble)
         return step_s * self._trust(pipeline, exact, fits), exact, fits
 
-    def _step_s(self, pipeline: _Pipeline, seconds: float, once_s: float) -> float:
+    def _has_room(self, pipeline: _Pipeline, seconds: float) -> bool:
+        """Whether splitting backward does not slow the last stage down: there most waits for W."""
+        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
+        flight = SplitFlight.zb_h1(stages - 1, stages, count)
+        share, budget = self._counts[None] / stages, self._space.budget_of(view)
+        split = self._prices.split_seconds(view, count, share, flight, budget)
+        return float(split[0]) <= CLOSE * seconds
+
+    def _step_s(
+        self, pipeline: _Pipeline, seconds: float, once_s: float, *, bubble: float
+    ) -> float:
         """Of stages of so many seconds per microbatch in the mean, of which a share comes once."""
         count, receive_s = pipeline.num_microbatches, self._transfer(pipeline)
         each_s = max(0.0, seconds - once_s)
@@ -268,7 +282,7 @@ class _Uniform:
             Expected(each_s * weight, receive_s if index else 0.0, count * once_s)
             for index, weight in enumerate(self._weights(pipeline.num_stages))
         ]
-        return rough_seconds(stages, count, self._space.bubble)
+        return rough_seconds(stages, count, bubble)
 
     def _weights(self, num_stages: int) -> list[float]:
         """The work of each of so many stages over the mean: layers are not divided."""
