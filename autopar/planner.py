@@ -32,7 +32,7 @@ from autopar.options import SearchOptions, runs_compiled
 from autopar.plan import ParallelPlan, Remat, SearchRecord
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
-from autopar.search.cuts import FEW_LAYERS, WORTH_SOLVING, CutSearch
+from autopar.search.cuts import WORTH_SOLVING, CutSearch
 from autopar.search.exact import ExactSolver
 from autopar.search.infeasible import explain
 from autopar.search.interleave import interleaved_cuts
@@ -42,6 +42,7 @@ from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.solved import SlowerCut, SolvedCut
 from autopar.search.space import Space
+from autopar.search.tables import FEW_LAYERS
 from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
 from autopar.search.unfold import write_stages
 from autopar.search.workload import Workload, one_graph

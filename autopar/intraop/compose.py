@@ -87,11 +87,6 @@ class Point:
             held_bytes=self.held_bytes * factor,
         )
 
-    def waiting(self, share: float) -> Point:
-        """As if that share of the microbatches in flight waited for W."""
-        held = share * self.held_bytes + (1 - share) * self.saved_bytes
-        return replace(self, saved_bytes=held)
-
 
 Frontier = tuple[Point, ...]
 
@@ -324,23 +319,39 @@ def eased_mixture(
     return Mixture(steps[0], steps[0], 0.0)
 
 
-def once_seconds(
+class StageParts(NamedTuple):
+    """Of a stage that takes t(f, n): the share that comes once per step; bytes whatever is in
+    flight; bytes of a microbatch until B, and from then on until W."""
+
+    once_s: float
+    rest_bytes: float
+    saved_bytes: float
+    held_bytes: float
+
+
+def stage_parts(
     frontiers: Sequence[Frontier],
     counts: IntArray | FloatArray,
     in_flight: int,
     budget_bytes: float,
-) -> float:
-    """The share of t(f, n) of one stage that comes once per step; of its fastest points where
-    nothing fits."""
+) -> StageParts:
+    """Of one stage; of its fastest points where nothing fits. counts: [classes]."""
     mixture = stage_mixture(frontiers, counts, in_flight, budget_bytes)
     mixture = mixture or stage_mixture(frontiers, counts, in_flight, math.inf)
     assert mixture is not None
-    pairs = zip(mixture.fast, mixture.small, strict=True)
-    share = mixture.share
-    return math.fsum(
-        float(n) * ((1 - share) * fast.once_s + share * small.once_s)
-        for n, (fast, small) in zip(counts, pairs, strict=True)
+    sums = np.zeros(4)
+    for points, weight in ((mixture.fast, 1 - mixture.share), (mixture.small, mixture.share)):
+        for point, n in zip(points, counts.tolist(), strict=True):
+            kept = point.once_s, point.standing_bytes, point.saved_bytes, point.held_bytes
+            sums += weight * n * np.array(kept)
+    transient = max(
+        point.transient_bytes
+        for points in (mixture.fast, mixture.small)
+        for point, n in zip(points, counts.tolist(), strict=True)
+        if n
     )
+    once_s, standing, saved, held = sums.tolist()
+    return StageParts(once_s, standing + transient, saved, held)
 
 
 def smallest_points(frontiers: Sequence[Frontier], counts: IntArray, in_flight: int) -> Frontier:

@@ -32,8 +32,9 @@ from autopar.intraop.compose import (
     PRICES,
     Frontier,
     Point,
+    StageParts,
     layer_points,
-    once_seconds,
+    stage_parts,
     stage_seconds,
     undominated,
 )
@@ -46,7 +47,7 @@ from autopar.search.program import Program
 
 FloatArray = NDArray[np.float64]
 
-CLOSE = 1.005  # seconds that are about equal
+_ROUNDING = 1 + 1e-9
 _WORTH_A_FORK = 600  # operators
 _REFUSED_S = 1e18  # of a layer that a pin keeps from a view: finite, as a stage may have none of it
 
@@ -78,6 +79,10 @@ class SplitFlight(NamedTuple):
         """While a W is played: what waits for it is seldom less than what is saved."""
         waiting = min(stage + 1, num_microbatches)
         return cls(min(num_stages - stage - 1, num_microbatches - waiting), waiting)
+
+    def fits(self, parts: StageParts, budget_bytes: float) -> bool:
+        held = self.begun * parts.saved_bytes + self.waiting * parts.held_bytes
+        return parts.rest_bytes + held <= budget_bytes * _ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,35 +247,18 @@ class Prices:
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
 
-    def split_seconds(
-        self,
-        view: LogicalMesh,
-        count: int,
-        counts: NDArray[np.int64] | FloatArray,
-        flight: SplitFlight,
-        budget_bytes: float,
-    ) -> FloatArray:
-        """Of the same stages where backward is split; inf where what is known does not fit."""
-        if not self.known(view, count):
-            return np.full(counts.shape[0], np.inf)
-        share = flight.waiting / (flight.begun + flight.waiting)
-        frontiers = [tuple(p.waiting(share) for p in f) for f in self.frontiers(view, count)]
-        in_flight = flight.begun + flight.waiting
-        return _refused(stage_seconds(frontiers, counts, in_flight, budget_bytes))
-
-    def once_seconds(
+    def stage_parts(
         self,
         view: LogicalMesh,
         count: int,
         counts: NDArray[np.int64] | FloatArray,
         in_flight: int,
         budget_bytes: float,
-    ) -> float:
-        """The share of `stage_seconds` of one stage, counts[classes], that comes once per step; 0
-        where nothing is known."""
+    ) -> StageParts:
+        """Of one stage, counts[classes]; nothing where nothing is known."""
         if not self.known(view, count):
-            return 0.0
-        return once_seconds(self.frontiers(view, count), counts, in_flight, budget_bytes)
+            return StageParts(0.0, 0.0, 0.0, 0.0)
+        return stage_parts(self.frontiers(view, count), counts, in_flight, budget_bytes)
 
     def least_seconds(
         self,

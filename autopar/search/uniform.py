@@ -35,9 +35,10 @@ import numpy as np
 from autopar.estimate import MeshCosts
 from autopar.graph.program import InputKind
 from autopar.graph.work import operator_flops
+from autopar.intraop.compose import StageParts
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
-from autopar.search.prices import CLOSE, Level, Prices, SplitFlight
+from autopar.search.prices import Level, Prices, SplitFlight
 from autopar.search.program import Program
 from autopar.search.schedules import Expected, rough_seconds
 from autopar.search.space import Space
@@ -259,18 +260,16 @@ class _Uniform:
         seconds, exact, fits = self._stage(pipeline)
         if math.isinf(seconds):
             return seconds, exact, fits
-        has_room = not exact or self._has_room(pipeline, seconds)
+        has_room = not exact or self._has_room(pipeline)
         bubble = self._space.bubble if has_room else 1.0
         step_s = self._step_s(pipeline, seconds, self._once(pipeline), bubble=bubble)
         return step_s * self._trust(pipeline, exact, fits), exact, fits
 
-    def _has_room(self, pipeline: _Pipeline, seconds: float) -> bool:
-        """Whether splitting backward does not slow the last stage down: there most waits for W."""
-        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
-        flight = SplitFlight.zb_h1(stages - 1, stages, count)
-        share, budget = self._counts[None] / stages, self._space.budget_of(view)
-        split = self._prices.split_seconds(view, count, share, flight, budget)
-        return float(split[0]) <= CLOSE * seconds
+    def _has_room(self, pipeline: _Pipeline) -> bool:
+        """Whether ZB-H1 fits the last stage: there most waits for W."""
+        stages, count = pipeline.num_stages, pipeline.num_microbatches
+        budget = self._space.budget_of(pipeline.view)
+        return SplitFlight.zb_h1(stages - 1, stages, count).fits(self._parts(pipeline), budget)
 
     def _step_s(
         self, pipeline: _Pipeline, seconds: float, once_s: float, *, bubble: float
@@ -312,12 +311,14 @@ class _Uniform:
 
     def _once(self, pipeline: _Pipeline) -> float:
         """The share of a stage's seconds that comes once per step."""
-        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
-        if not self._prices.known(view, count):
+        if not self._prices.known(pipeline.view, pipeline.num_microbatches):
             return 0.0 if pipeline.submesh in self.small else self._reduction(pipeline)
-        budget = self._space.budget_of(view)
-        share = self._counts / stages
-        return self._prices.once_seconds(view, count, share, min(count, stages), budget)
+        return self._parts(pipeline).once_s
+
+    def _parts(self, pipeline: _Pipeline) -> StageParts:
+        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
+        budget, share = self._space.budget_of(view), self._counts / stages
+        return self._prices.stage_parts(view, count, share, min(count, stages), budget)
 
     def _trust(self, pipeline: _Pipeline, exact: bool, fits: bool) -> float:
         """What a bound is expected to rise by: bounds are loose, and without it nearly everything
