@@ -94,6 +94,7 @@ class CutSearch:
         self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
         self._transfers: dict[int, FloatArray] = {}
         self._best = math.inf
+        self._solved_s = 0.0
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
         self._narrow = narrow
@@ -146,9 +147,20 @@ class CutSearch:
                 yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
                 self._push(count)
-            elif step_s < _WORTH_PRICING * self._best:
+            elif step_s < _WORTH_PRICING * self._worth_s():
                 self.raise_views(inexact, count)
                 self._push(count)
+
+    def solved(self, step_s: float) -> None:
+        """The best step of a cut that is solved: what the tables put below it may be faster."""
+        self._solved_s = step_s
+
+    def _worth_s(self) -> float:
+        """What a cut has to be below to be priced. On large clusters, where prices are dear, the
+        tables are believed."""
+        if self._large:
+            return self._best
+        return max(self._best, min(self._solved_s, WORTH_SOLVING * self._best))
 
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
