@@ -38,7 +38,7 @@ from autopar.graph.work import operator_flops
 from autopar.intraop.compose import StageParts
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
-from autopar.search.prices import Level, Prices, SplitFlight
+from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
 from autopar.search.schedules import Expected, rough_seconds
 from autopar.search.space import Space
@@ -242,8 +242,7 @@ class _Uniform:
     def calibrate(self, pipeline: _Pipeline, seconds: float) -> None:
         """The first pipeline that is exact says what memory adds to an estimate."""
         free = self._seconds(pipeline, math.inf)
-        free_s = self._step_s(pipeline, free, 0.0, bubble=self._space.bubble)
-        self._memory = max(1.0, seconds / free_s)
+        self._memory = max(1.0, seconds / self._step_s(pipeline, free, 0.0))
 
     def _seconds(self, pipeline: _Pipeline, budget_bytes: float) -> float:
         """Of one of its stages, by the prices of its view."""
@@ -255,25 +254,15 @@ class _Uniform:
         return float(priced.seconds[0])
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
-        """(seconds, exact, whether the fastest solutions fit). What is not exact is taken to have
-        room for every schedule."""
+        """(seconds, exact, whether the fastest solutions fit). Each is taken to have room for
+        ZB-H1: what has not may be interleaved."""
         seconds, exact, fits = self._stage(pipeline)
         if math.isinf(seconds):
             return seconds, exact, fits
-        has_room = not exact or self._has_room(pipeline)
-        bubble = self._space.bubble if has_room else 1.0
-        step_s = self._step_s(pipeline, seconds, self._once(pipeline), bubble=bubble)
+        step_s = self._step_s(pipeline, seconds, self._once(pipeline))
         return step_s * self._trust(pipeline, exact, fits), exact, fits
 
-    def _has_room(self, pipeline: _Pipeline) -> bool:
-        """Whether ZB-H1 fits the last stage: there most waits for W."""
-        stages, count = pipeline.num_stages, pipeline.num_microbatches
-        budget = self._space.budget_of(pipeline.view)
-        return SplitFlight.zb_h1(stages - 1, stages, count).fits(self._parts(pipeline), budget)
-
-    def _step_s(
-        self, pipeline: _Pipeline, seconds: float, once_s: float, *, bubble: float
-    ) -> float:
+    def _step_s(self, pipeline: _Pipeline, seconds: float, once_s: float) -> float:
         """Of stages of so many seconds per microbatch in the mean, of which a share comes once."""
         count, receive_s = pipeline.num_microbatches, self._transfer(pipeline)
         each_s = max(0.0, seconds - once_s)
@@ -281,7 +270,7 @@ class _Uniform:
             Expected(each_s * weight, receive_s if index else 0.0, count * once_s)
             for index, weight in enumerate(self._weights(pipeline.num_stages))
         ]
-        return rough_seconds(stages, count, bubble)
+        return rough_seconds(stages, count, self._space.bubble)
 
     def _weights(self, num_stages: int) -> list[float]:
         """The work of each of so many stages over the mean: layers are not divided."""
