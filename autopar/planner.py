@@ -15,6 +15,7 @@ time limit or an interrupt ends the search: then it is the best so far.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from autopar.options import SearchOptions, runs_compiled
 from autopar.plan import ParallelPlan, Remat, SearchRecord
 from autopar.schedule import ScheduleKind
 from autopar.search.clock import Clock
-from autopar.search.cuts import FEW_LAYERS, WORTH_SOLVING, CutSearch
+from autopar.search.cuts import WORTH_SOLVING, CutSearch
 from autopar.search.exact import ExactSolver
 from autopar.search.infeasible import explain
 from autopar.search.interleave import interleaved_cuts
@@ -42,6 +43,7 @@ from autopar.search.program import Program
 from autopar.search.remembered import plan_key, remember_plan, remembered_plan
 from autopar.search.solved import SlowerCut, SolvedCut
 from autopar.search.space import Space
+from autopar.search.tables import FEW_LAYERS
 from autopar.search.thorough import TARGET_GAP, ThoroughSearch, is_small
 from autopar.search.unfold import write_stages
 from autopar.search.workload import Workload, one_graph
@@ -161,13 +163,13 @@ class _Search:
         try:
             small = is_small(self.space, reference)
             exact = self._solver(prices, alike=not small)
-            self._look(reference, prices, exact, narrow=True)
+            search = self._look(reference, prices, exact, narrow=True)
             if small and not self.cut_short:
                 self._try_all(reference, exact)
             if not self.solved and prices.refused is None and not self.clock.expired:
-                self._look(reference, prices, exact, narrow=False)
+                search = self._look(reference, prices, exact, narrow=False)
             if self.solved and not small:
-                self._interleave(prices)
+                self._interleave(search, prices)
         except KeyboardInterrupt:
             if not self.solved:
                 raise
@@ -206,7 +208,7 @@ class _Search:
 
     def _look(
         self, reference: Program, prices: Prices, exact: ExactSolver, *, narrow: bool
-    ) -> None:
+    ) -> CutSearch:
         """Solves cuts exactly, the most promising first, until no other is worth it. narrow: among
         the fast ones only; near the budget tables and whole stages differ, and none may fit."""
         search = CutSearch(
@@ -224,6 +226,7 @@ class _Search:
             if not self.solved:  # it seldom loses: its graph is captured while it is solved
                 self.workload.expect(cut.num_microbatches)
             num_looked_at += self._solve(exact, cut)
+            search.solved(self._best_s())
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
@@ -234,6 +237,7 @@ class _Search:
         self.failures += search.failures
         if narrow and search.note:
             self.narrowed = search.note
+        return search
 
     def _best_s(self) -> float:
         return min((s.candidate.step_s for s in self.solved), default=math.inf)
@@ -289,21 +293,22 @@ class _Search:
             return self.failures[-1]  # what binds is not memory
         return error
 
-    def _interleave(self, prices: Prices) -> None:
-        """Solves the winner with several stages per device, where that may be faster and fits."""
+    def _interleave(self, search: CutSearch, prices: Prices) -> None:
+        """Solves cuts with several stages per device, where they may be faster and fit."""
         options = self.space.options
         pinned = options.num_stages is not None and options.schedule is None
         if pinned or ScheduleKind.INTERLEAVED not in self.space.schedules or self.cut_short:
             return
-        cut = min(self.solved, key=lambda s: s.candidate.step_s).candidate.cut
-        program = self.program(cut.num_microbatches)
         exact = self._solver(prices, alike=True)
-        for shorter in interleaved_cuts(program, prices, cut):
-            try:
-                self.solved.append(exact.solve(program, shorter))
-            except NoFeasiblePlan as error:
-                _LOG.info("interleaved, %s stages: %s", shorter.num_stages, error)
+        cuts = interleaved_cuts(search, self._best_s)
+        for cut in itertools.islice(cuts, options.candidates):
+            if self.clock.expired:
                 break
+            try:
+                program = self.program(cut.num_microbatches)
+                self.solved.append(exact.solve(program, cut))
+            except NoFeasiblePlan as error:
+                _LOG.info("interleaved, %s stages: %s", cut.num_stages, error)
 
     def _proved(self, best: SolvedCut, prices: Prices) -> SolvedCut:
         """The winner, its stages solved again where their gap is above the target."""

@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 
 from autopar.estimate import MeshCosts
 from autopar.graph.program import Graph, Ref
+from autopar.graph.split import weight_operators
 from autopar.intraop.build import build_problem
 from autopar.intraop.execution import execution_of
 from autopar.intraop.free import Effort, Priced
 from autopar.intraop.ilp import infeasible
 from autopar.intraop.memory_use import gradient_bytes, transient_bytes
 from autopar.intraop.problem import IntraOpProblem
+from autopar.intraop.shares import weight_bytes
 from autopar.intraop.stage_problem import Node, ParameterChoice, Part, StageContext, StageProblem
 from autopar.intraop.sweep import WarmMessages
 from autopar.layout import Layout
@@ -56,7 +58,9 @@ _POINT_TABLE = 200_000  # entries that elimination may build
 @dataclass(frozen=True, slots=True)
 class Point:
     """One solution of one layer on one mesh view. Seconds per microbatch, bytes per device.
-    once_s: the share of seconds that comes once per step, spread over its microbatches."""
+    once_s: the share of seconds that comes once per step, spread over its microbatches.
+    held_bytes: what a microbatch holds between B and W in place of its saved bytes, where the
+    schedule splits backward."""
 
     seconds: float
     standing_bytes: float
@@ -64,6 +68,7 @@ class Point:
     transient_bytes: float
     remat: Remat = Remat.NONE
     once_s: float = 0.0
+    held_bytes: float = 0.0
 
     def scaled(self, factor: float) -> Point:
         """As if a microbatch had `factor` times the rows."""
@@ -73,6 +78,7 @@ class Point:
             saved_bytes=self.saved_bytes * factor,
             transient_bytes=self.transient_bytes * factor,
             once_s=self.once_s * factor,
+            held_bytes=self.held_bytes * factor,
         )
 
 
@@ -135,7 +141,8 @@ def layer_points(
 
 
 def undominated(points: Iterable[Point]) -> Frontier:
-    """The points that no other one beats in seconds and all bytes, the fastest first."""
+    """The points that no other one beats in seconds and all bytes but those held for W, the
+    fastest first."""
     ordered = sorted(
         dict.fromkeys(points),
         key=lambda p: (p.seconds, p.standing_bytes, p.saved_bytes, p.transient_bytes),
@@ -225,6 +232,7 @@ def _point(
         ),
         remat=remat,
         once_s=built.part_seconds(choice)[Part.STEP],
+        held_bytes=weight_bytes(graph, built, chosen, sizes, weight_operators(graph)),
     )
 
 
@@ -323,23 +331,39 @@ def eased_mixture(
     return Mixture(steps[0], steps[0], 0.0)
 
 
-def once_seconds(
+class StageParts(NamedTuple):
+    """Of a stage that takes t(f, n): the share that comes once per step; bytes whatever is in
+    flight; bytes of a microbatch until B, and from then on until W."""
+
+    once_s: float
+    rest_bytes: float
+    saved_bytes: float
+    held_bytes: float
+
+
+def stage_parts(
     frontiers: Sequence[Frontier],
     counts: IntArray | FloatArray,
     in_flight: int,
     budget_bytes: float,
-) -> float:
-    """The share of t(f, n) of one stage that comes once per step; of its fastest points where
-    nothing fits."""
+) -> StageParts:
+    """Of one stage; of its fastest points where nothing fits. counts: [classes]."""
     mixture = stage_mixture(frontiers, counts, in_flight, budget_bytes)
     mixture = mixture or stage_mixture(frontiers, counts, in_flight, math.inf)
     assert mixture is not None
-    pairs = zip(mixture.fast, mixture.small, strict=True)
-    share = mixture.share
-    return math.fsum(
-        float(n) * ((1 - share) * fast.once_s + share * small.once_s)
-        for n, (fast, small) in zip(counts, pairs, strict=True)
+    sums = np.zeros(4)
+    for points, weight in ((mixture.fast, 1 - mixture.share), (mixture.small, mixture.share)):
+        for point, n in zip(points, counts.tolist(), strict=True):
+            kept = point.once_s, point.standing_bytes, point.saved_bytes, point.held_bytes
+            sums += weight * n * np.array(kept)
+    transient = max(
+        point.transient_bytes
+        for points in (mixture.fast, mixture.small)
+        for point, n in zip(points, counts.tolist(), strict=True)
+        if n
     )
+    once_s, standing, saved, held = sums.tolist()
+    return StageParts(once_s, standing + transient, saved, held)
 
 
 def smallest_points(frontiers: Sequence[Frontier], counts: IntArray, in_flight: int) -> Frontier:

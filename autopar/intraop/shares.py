@@ -64,7 +64,7 @@ def shares(
     once_s = context.num_microbatches * seconds[Part.STEP]
     return Shares(
         weight_s=min(_weight_seconds(built, choice, weights), seconds[Part.BACKWARD]),
-        weight_bytes=_weight_bytes(graph, built, chosen, costs.mesh.axis_sizes, weights),
+        weight_bytes=weight_bytes(graph, built, chosen, costs.mesh.axis_sizes, weights),
         gather_s=max(0.0, once_s - reduce_s - optimizer_seconds(kept, costs)),
         reduce_s=reduce_s,
     )
@@ -134,13 +134,14 @@ def _reduce_seconds(built: StageProblem, choice: Sequence[int]) -> float:
     )
 
 
-def _weight_bytes(
+def weight_bytes(
     graph: Graph,
     built: StageProblem,
     chosen: Chosen,
     sizes: tuple[int, ...],
     weights: frozenset[str],
 ) -> float:
+    """Of a microbatch. weights: the operators of W. O(edges)."""
     made = {op.name: op for op in graph.operators}
     received = {inp.name for inp in graph.inputs_of(InputKind.RECEIVED)}
     metas = graph.metas()

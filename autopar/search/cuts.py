@@ -13,11 +13,9 @@ runs for each number of microbatches, the most promising first.
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +24,13 @@ from autopar.candidate import Cut
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import MeshCosts
 from autopar.interop import dp
-from autopar.interop.problem import InterOpProblem, InterOpSolution, StageChoice
+from autopar.interop.problem import InterOpProblem, InterOpSolution
 from autopar.mesh import LogicalMesh, Submesh
-from autopar.schedule import ScheduleKind, in_flight_count
 from autopar.search.clock import Clock
-from autopar.search.prices import Level, Prices, StagePrices
+from autopar.search.prices import Level, Prices
 from autopar.search.program import Program
-from autopar.search.schedules import Expected, expected_seconds, rough_seconds
 from autopar.search.space import Space
+from autopar.search.tables import FEW_LAYERS, RankedView, Tables
 from autopar.search.uniform import focus
 
 FloatArray = NDArray[np.float64]
@@ -41,12 +38,10 @@ FloatArray = NDArray[np.float64]
 _VIEWS = 2  # of a stage's submesh that are solved exactly
 WORTH_SOLVING = 1.06  # a view or cut whose table value is this much above the best is not
 _MOVES_GAIN = 1.1  # at most, about: cuts further away are left as they are
-_WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
-_CLOSE = 1.005  # seconds that are about equal
 _WORTH_PRICING = 0.995  # of the best exact cut: what cannot be faster than that is not priced
 _SMALL_CLUSTER = 16  # devices: so few that every size and number of microbatches is looked at
 _PROGRAM_GAP = 1e-3  # of the inter-op program
-FEW_LAYERS, _COUNT_MARGIN_FEW = 8, 1.5  # of few layers the tables know less
+_COUNT_MARGIN_FEW = 1.5  # where there are few layers
 _COUNT_MARGIN = 1.05  # a number of stages this much worse than the best one is not followed
 _ONCE_MARGIN = 1.25  # the inter-op program counts once-per-step work of every stage
 
@@ -57,7 +52,7 @@ class _Found:
     optimal while nothing on their paths has been priced higher since."""
 
     by_stages: dict[int, InterOpSolution]
-    steps: dict[int, float] = field(default_factory=dict)  # see _Tables.step_seconds
+    steps: dict[int, float] = field(default_factory=dict)  # see Tables.step_seconds
     done: set[int] = field(default_factory=set)
 
     @property
@@ -66,198 +61,6 @@ class _Found:
         left = [s for s in self.by_stages if s not in self.done]
         found = min(left, key=lambda s: (self.steps[s], s), default=None)
         return None if found is None else (self.steps[found], self.by_stages[found])
-
-
-class _Tables:
-    """Stage costs at one number of microbatches: per in-flight row and distinct stage, the best
-    view of each submesh."""
-
-    def __init__(self, search: CutSearch, count: int) -> None:
-        space = search.space
-        pinned = space.options.num_stages
-        least = min(s.num_devices for s in search.sizes[count])
-        limit = pinned or min(search.num_layers, space.cluster.num_devices // least)
-        self.count, self.stage_limit = count, limit
-        self.flights = [in_flight_count(space.table_schedule, s + 1, count) for s in range(limit)]
-        self.rows = sorted(set(self.flights))
-        self._search = search
-        self._levels: dict[LogicalMesh, tuple[int, int, bool]] = {}
-        self._parts: dict[LogicalMesh, StagePrices] = {}
-        self.problem: InterOpProblem | None = None
-        self.version = 0
-        self._once: dict[tuple[int, int, int], float] = {}
-        self._known: dict[StageChoice, Expected] = {}
-        self._played: dict[tuple[StageChoice, ...], float] = {}
-
-    def refresh(self) -> InterOpProblem:
-        """The inter-op program at the levels that the views have reached by now."""
-        search, space = self._search, self._search.space
-        changed = self.problem is None
-        sizes = search.sizes[self.count]
-        for submesh in sizes:
-            for view in space.views[submesh]:
-                state = search.prices.state(view, self.count)
-                if self._levels.get(view) != state:
-                    self._levels[view] = state
-                    self._parts[view] = self._priced(view)
-                    changed = True
-        if not changed:
-            assert self.problem is not None
-            return self.problem
-        self.version += 1
-        self._once.clear()
-        self._known.clear()
-        layers = search.num_layers
-        table = np.full((len(self.rows), layers, layers, len(space.submeshes)), math.inf)
-        first, last = np.triu_indices(layers)
-        for m, submesh in enumerate(space.submeshes):
-            if submesh in sizes:
-                seconds = np.min([self._parts[v][0] for v in space.views[submesh]], axis=0)
-                table[:, first, last, m] = seconds[:, search.index[first, last]]
-        self.problem = InterOpProblem(
-            num_layers=layers,
-            num_devices=tuple(group.num_devices for group in space.cluster.groups),
-            submesh_devices=tuple(s.num_devices for s in space.submeshes),
-            submesh_groups=tuple(s.group for s in space.submeshes),
-            num_microbatches=self.count,
-            stage_seconds=table,
-            transfer_seconds=search.transfers(self.count),
-            in_flight=tuple(self.rows.index(f) + 1 for f in self.flights),
-            max_stages=self.stage_limit,
-            bubble=search.space.bubble if self.count > 1 and layers > FEW_LAYERS else 1.0,
-        )
-        return self.problem
-
-    def _priced(self, view: LogicalMesh) -> StagePrices:
-        search = self._search
-        rows = [
-            search.prices.stage_seconds(
-                view, self.count, search.counts, flight, search.space.budget_of(view)
-            )
-            for flight in self.rows
-        ]
-        return StagePrices(*(np.stack(parts) for parts in zip(*rows, strict=True)))
-
-    def step_seconds(self, stages: Sequence[StageChoice]) -> float:
-        """Of a cut, as its schedule was played, or roughly."""
-        known = self._played.get(tuple(stages))
-        if known is not None:
-            return known
-        bubble = self._search.space.bubble if self._has_room(stages) else 1.0
-        return rough_seconds(list(map(self._expected, stages)), self.count, bubble)
-
-    def moved(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
-        """The cut with layers moved from stage to stage while its step gets shorter: the inter-op
-        program holds transfers against the slowest stage, which it need not wait for. Of few
-        layers the step is known too little for that."""
-        best, best_s = tuple(stages), self.step_seconds(stages)
-        while self._search.num_layers > FEW_LAYERS:
-            moves = [self._with_sizes(best, sizes) for sizes in _moves(best)]
-            steps = [self.step_seconds(trial) if trial else math.inf for trial in moves]
-            least = min(steps, default=math.inf)
-            if least >= best_s * _WORTH_MOVING:
-                return best
-            best, best_s = moves[steps.index(least)], least
-        return best
-
-    def _with_sizes(
-        self, stages: Sequence[StageChoice], sizes: Sequence[int]
-    ) -> tuple[StageChoice, ...]:
-        """The stages with so many layers each; none where some stage does not fit."""
-        assert self.problem is not None
-        found, first = [], 0
-        for stage, size in zip(stages, sizes, strict=True):
-            last = first + size - 1
-            row = self.problem.stage_seconds[stage.in_flight - 1]
-            seconds = float(row[first, last, stage.submesh])
-            seconds += float(self.problem.transfer_seconds[first, stage.submesh])
-            if math.isinf(seconds):
-                return ()
-            found.append(StageChoice(first, last, stage.submesh, stage.in_flight, seconds))
-            first = last + 1
-        return tuple(found)
-
-    def played(self, stages: Sequence[StageChoice]) -> bool:
-        return tuple(stages) in self._played
-
-    def play(self, stages: Sequence[StageChoice]) -> None:
-        """From now on the cut's step is that of its schedule, played."""
-        space, count = self._search.space, self.count
-        kinds = [space.table_schedule]
-        if ScheduleKind.ZB_H1 in space.schedules and self._has_room(stages):
-            kinds.append(ScheduleKind.ZB_H1)
-        expected = list(map(self._expected, stages))
-        seconds = (expected_seconds(expected, count, kind) for kind in dict.fromkeys(kinds))
-        self._played[tuple(stages)] = min(seconds)
-
-    def _has_room(self, stages: Sequence[StageChoice]) -> bool:
-        """Whether as many microbatches as the first stage holds slow none down: under ZB-H1 they
-        all hold about so many, as what waits for its W counts."""
-        assert self.problem is not None
-        row = self.problem.stage_seconds[self.problem.in_flight[len(stages) - 1] - 1]
-        transfer = self.problem.transfer_seconds
-        return all(
-            row[s.first_layer, s.last_layer, s.submesh] + transfer[s.first_layer, s.submesh]
-            <= _CLOSE * s.seconds
-            for s in stages
-        )
-
-    def _expected(self, stage: StageChoice) -> Expected:
-        if stage not in self._known:
-            received_s = float(self._search.transfers(self.count)[stage.first_layer, stage.submesh])
-            once_s = self._once_seconds(stage)
-            seconds = max(0.0, stage.seconds - received_s - once_s)
-            self._known[stage] = Expected(seconds, received_s, self.count * once_s)
-        return self._known[stage]
-
-    def _once_seconds(self, stage: StageChoice) -> float:
-        """Of a microbatch, on the stage's best view."""
-        search = self._search
-        row = int(search.index[stage.first_layer, stage.last_layer])
-        key = row, stage.submesh, stage.in_flight
-        if key not in self._once:
-            views = search.space.views[search.space.submeshes[stage.submesh]]
-            view = min(views, key=lambda v: float(self._parts[v].seconds[stage.in_flight - 1, row]))
-            self._once[key] = search.prices.once_seconds(
-                view,
-                self.count,
-                search.counts[row],
-                self.rows[stage.in_flight - 1],
-                search.space.budget_of(view),
-            )
-        return self._once[key]
-
-    def ranked_views(self, stage: StageChoice) -> list[RankedView]:
-        """Of the stage's submesh, the best first; of those that are about equal the exact ones, and
-        those of fewer axes, which are priced sooner."""
-        search = self._search
-        row = search.index[stage.first_layer, stage.last_layer]
-        entries = []
-        for order, view in enumerate(search.space.views[search.space.submeshes[stage.submesh]]):
-            seconds, exact, fits = (part[stage.in_flight - 1, row] for part in self._parts[view])
-            entries.append((order, RankedView(float(seconds), view, bool(exact), bool(fits))))
-        close = _CLOSE * min(ranked.seconds for _, ranked in entries)
-
-        def place(entry: tuple[int, RankedView]) -> tuple[float, bool, int, int]:
-            order, ranked = entry
-            near = ranked.seconds <= close
-            return (
-                close if near else ranked.seconds,
-                not ranked.exact,
-                ranked.view.num_axes,
-                order,
-            )
-
-        return [ranked for _, ranked in sorted(entries, key=place)]
-
-
-class RankedView(NamedTuple):
-    """A view of a stage, with the stage's seconds on it: see `StagePrices`."""
-
-    seconds: float
-    view: LogicalMesh
-    exact: bool
-    fits: bool
 
 
 class CutSearch:
@@ -285,12 +88,13 @@ class CutSearch:
         self.stage_limit = pinned or min(self.num_layers, space.cluster.num_devices // smallest)
         self.failures: list[NoFeasiblePlan] = []
         self._mesh_costs, self._clock = mesh_costs, clock
-        self._by_count: dict[int, _Tables] = {}
+        self._by_count: dict[int, Tables] = {}
         self._heap: list[tuple[float, int]] = []  # least step, number of microbatches
         self._found: dict[int, _Found] = {}
         self._least: dict[tuple[LogicalMesh, int, int], FloatArray] = {}
         self._transfers: dict[int, FloatArray] = {}
         self._best = math.inf
+        self._solved_s = 0.0
         margin = _COUNT_MARGIN if self.num_layers > FEW_LAYERS else _COUNT_MARGIN_FEW
         self.margin = margin if narrow else math.inf
         self._narrow = narrow
@@ -343,9 +147,20 @@ class CutSearch:
                 yield self._cut(count, best, ranked, step_s)
                 self._found[count].done.add(len(best.stages))
                 self._push(count)
-            elif step_s < _WORTH_PRICING * self._best:
+            elif step_s < _WORTH_PRICING * self._worth_s():
                 self.raise_views(inexact, count)
                 self._push(count)
+
+    def solved(self, step_s: float) -> None:
+        """The best step of a cut that is solved: what the tables put below it may be faster."""
+        self._solved_s = step_s
+
+    def _worth_s(self) -> float:
+        """What a cut has to be below to be priced. On large clusters, where prices are dear, the
+        tables are believed."""
+        if self._large:
+            return self._best
+        return max(self._best, min(self._solved_s, WORTH_SOLVING * self._best))
 
     def transfers(self, count: int) -> FloatArray:
         """[K, M] seconds per microbatch that a stage spends receiving."""
@@ -404,10 +219,13 @@ class CutSearch:
             )
         return float(self._least[key][self.index[first, stop - 1]])
 
-    def tables(self, count: int) -> _Tables:
+    def tables(self, count: int) -> Tables:
         """Made when they are asked for."""
         if count not in self._by_count:
-            self._by_count[count] = _Tables(self, count)
+            stages, transfers = (self.counts, self.index), self.transfers(count)
+            self._by_count[count] = Tables(
+                self.space, self.sizes[count], self.prices, stages, transfers, count
+            )
         return self._by_count[count]
 
     def _push(self, count: int) -> None:
@@ -466,18 +284,6 @@ class CutSearch:
             num_microbatches=count,
             schedule=self.space.table_schedule,
         )
-
-
-def _moves(stages: Sequence[StageChoice]) -> Iterator[list[int]]:
-    """Numbers of layers: one moved to a neighbour, or from the slowest stage to any other."""
-    sizes = [stage.last_layer - stage.first_layer + 1 for stage in stages]
-    slowest = max(range(len(stages)), key=lambda i: stages[i].seconds)
-    for source, target in itertools.permutations(range(len(stages)), 2):
-        if sizes[source] > 1 and (source == slowest or abs(source - target) == 1):
-            moved = list(sizes)
-            moved[source] -= 1
-            moved[target] += 1
-            yield moved
 
 
 def _still_holds(found: InterOpSolution, problem: InterOpProblem) -> bool:

@@ -31,8 +31,9 @@ from autopar.intraop.compose import (
     PRICES,
     Frontier,
     Point,
+    StageParts,
     layer_points,
-    once_seconds,
+    stage_parts,
     stage_seconds,
     undominated,
 )
@@ -45,6 +46,7 @@ from autopar.search.program import Program
 
 FloatArray = NDArray[np.float64]
 
+_ROUNDING = 1 + 1e-9
 _WORTH_A_FORK = 600  # operators
 _REFUSED_S = 1e18  # of a layer that a pin keeps from a view: finite, as a stage may have none of it
 
@@ -62,6 +64,24 @@ class StagePrices(NamedTuple):
     seconds: FloatArray
     exact: NDArray[np.bool_]
     fits: NDArray[np.bool_]
+
+
+class SplitFlight(NamedTuple):
+    """Microbatches that a stage holds at most where backward is split: those whose B has not ended,
+    and those whose W has not."""
+
+    begun: int
+    waiting: int
+
+    @classmethod
+    def zb_h1(cls, stage: int, num_stages: int, num_microbatches: int) -> SplitFlight:
+        """While a W is played: what waits for it is seldom less than what is saved."""
+        waiting = min(stage + 1, num_microbatches)
+        return cls(min(num_stages - stage - 1, num_microbatches - waiting), waiting)
+
+    def fits(self, parts: StageParts, budget_bytes: float) -> bool:
+        held = self.begun * parts.saved_bytes + self.waiting * parts.held_bytes
+        return parts.rest_bytes + held <= budget_bytes * _ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,19 +246,18 @@ class Prices:
         exact = np.isinf(seconds) | (fits if level is Level.FREE else nothing)
         return StagePrices(seconds, exact, fits)
 
-    def once_seconds(
+    def stage_parts(
         self,
         view: LogicalMesh,
         count: int,
         counts: NDArray[np.int64] | FloatArray,
         in_flight: int,
         budget_bytes: float,
-    ) -> float:
-        """The share of `stage_seconds` of one stage, counts[classes], that comes once per step; 0
-        where nothing is known."""
+    ) -> StageParts:
+        """Of one stage, counts[classes]; nothing where nothing is known."""
         if not self.known(view, count):
-            return 0.0
-        return once_seconds(self.frontiers(view, count), counts, in_flight, budget_bytes)
+            return StageParts(0.0, 0.0, 0.0, 0.0)
+        return stage_parts(self.frontiers(view, count), counts, in_flight, budget_bytes)
 
     def least_seconds(
         self,
@@ -322,4 +341,5 @@ def _between(large: Point, small: Point, weight: float) -> Point:
         mix(large.transient_bytes, small.transient_bytes),
         large.remat,
         mix(large.once_s, small.once_s),
+        mix(large.held_bytes, small.held_bytes),
     )

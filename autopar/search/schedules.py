@@ -21,6 +21,7 @@ _ROUNDING = 1 + 1e-6
 _MANY_CELLS = 20_000  # of a schedule: stages x microbatches
 _FORWARD_SHARE = 1 / 3  # of a stage's seconds
 _WORTH_ROOM = 0.99  # of the step: stages are not solved again for less
+_MOST_ROOM = 1.4  # of the budget: what holds more does not come to fit without much being slower
 _FEW = 128  # microbatches: so many more than fill and drain a pipeline show its pace
 
 
@@ -72,14 +73,16 @@ def best_schedule(
 
 def room_for_faster(space: Space, solved: Candidate, below_s: float) -> int:
     """The microbatches that each stage needs room for under a schedule that is faster than the
-    candidate's but holds too much; 0 where there is none, or it gains little on the candidate or on
-    `below_s`."""
+    candidate's but holds too much; 0 where there is none, it gains little on the candidate or on
+    `below_s`, or it holds far too much."""
     best_s, room = _WORTH_ROOM * min(solved.step_s, below_s), 0
     costs = [StageCost.of(stage.prediction) for stage in solved.stages]
     for kind in _kinds(space, solved.cut):
         if kind is not solved.schedule:
             played, step_s = _played(solved.cut, costs, solved.transfers, kind, few=True)
-            if step_s < best_s:
+            budgets = (_MOST_ROOM * space.budget_of(stage.mesh) for stage in solved.stages)
+            near = all(p <= b for p, b in zip(played.peak_bytes, budgets, strict=True))
+            if near and step_s < best_s:
                 best_s, room = step_s, _room(space, solved.stages, played.peak_bytes)
     return room
 
@@ -96,9 +99,12 @@ def _room(space: Space, stages: Sequence[StageSolution], peaks: Sequence[float])
 
 
 def expected_seconds(
-    stages: Sequence[Expected], num_microbatches: int, kind: ScheduleKind
+    stages: Sequence[Expected],
+    num_microbatches: int,
+    kind: ScheduleKind,
+    num_workers: int | None = None,
 ) -> float:
-    """Of the step of stages that are not solved, under a schedule with a worker for each."""
+    """Of the step of stages that are not solved. num_workers: one for each by default."""
     costs = [
         StageCost(
             forward_s=stage.seconds * _FORWARD_SHARE,
@@ -114,7 +120,7 @@ def expected_seconds(
         half_s = stages[index].receive_s / 2
         transfers.append(Transfer(index - 1, index, ActionKind.FORWARD, half_s))
         transfers.append(Transfer(index, index - 1, ActionKind.BACKWARD, half_s))
-    cut = Cut((0,) * len(stages), (), (), 0.0, num_microbatches)
+    cut = Cut((0,) * len(stages), (), (), 0.0, num_microbatches, num_workers=num_workers)
     return _played(cut, costs, transfers, kind)[1]
 
 

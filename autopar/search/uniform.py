@@ -35,6 +35,7 @@ import numpy as np
 from autopar.estimate import MeshCosts
 from autopar.graph.program import InputKind
 from autopar.graph.work import operator_flops
+from autopar.intraop.compose import StageParts
 from autopar.mesh import LogicalMesh, Submesh
 from autopar.search.clock import Clock
 from autopar.search.prices import Level, Prices
@@ -253,7 +254,8 @@ class _Uniform:
         return float(priced.seconds[0])
 
     def step(self, pipeline: _Pipeline) -> tuple[float, bool, bool]:
-        """(seconds, exact, whether the fastest solutions fit)."""
+        """(seconds, exact, whether the fastest solutions fit). Each is taken to have room for
+        ZB-H1: what has not may be interleaved."""
         seconds, exact, fits = self._stage(pipeline)
         if math.isinf(seconds):
             return seconds, exact, fits
@@ -298,12 +300,14 @@ class _Uniform:
 
     def _once(self, pipeline: _Pipeline) -> float:
         """The share of a stage's seconds that comes once per step."""
-        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
-        if not self._prices.known(view, count):
+        if not self._prices.known(pipeline.view, pipeline.num_microbatches):
             return 0.0 if pipeline.submesh in self.small else self._reduction(pipeline)
-        budget = self._space.budget_of(view)
-        share = self._counts / stages
-        return self._prices.once_seconds(view, count, share, min(count, stages), budget)
+        return self._parts(pipeline).once_s
+
+    def _parts(self, pipeline: _Pipeline) -> StageParts:
+        stages, count, view = pipeline.num_stages, pipeline.num_microbatches, pipeline.view
+        budget, share = self._space.budget_of(view), self._counts / stages
+        return self._prices.stage_parts(view, count, share, min(count, stages), budget)
 
     def _trust(self, pipeline: _Pipeline, exact: bool, fits: bool) -> float:
         """What a bound is expected to rise by: bounds are loose, and without it nearly everything

@@ -32,6 +32,7 @@ def test_one_layer_is_its_own_solve() -> None:
     points = layer_points(stage.graph, stage.table, costs, CONTEXT)
     found = solve_stage(stage.graph, stage.table, costs, CONTEXT, budget_bytes=None)
     assert points[0].seconds == pytest.approx(found.seconds, rel=1e-3)
+    assert points[0].held_bytes == pytest.approx(found.prediction.weight_bytes)
     one = np.array([[1]])
     assert stage_seconds([points], one, 1, 1e15)[0] == pytest.approx(found.seconds, rel=1e-3)
     assert np.isinf(stage_seconds([points], one, 1, 1.0)).all()
