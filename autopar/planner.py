@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from autopar.candidate import Cut, allowed_views, budgets, describe, place_stages
@@ -218,15 +218,18 @@ class _Search:
         worth = _WORTH_SOLVING_FEW if few else WORTH_SOLVING
         most = max(self.space.options.candidates, _CANDIDATES_FEW if few else 0)
         best_table, num_looked_at = None, len(self.solved)
+        stages_tried: set[int] = set()
         for cut in search:
             best_table = best_table or cut.seconds
             margin = (worth - 1) * min(1.0, (_FEW_STAGES / cut.num_stages) ** 2)
-            if self.solved and cut.seconds > (1 + margin) * best_table:
+            slow = cut.seconds > (1 + margin) * best_table
+            if self.solved and slow and not self._may_surprise(cut, stages_tried):
                 break
             if not self.solved:  # it seldom loses: its graph is captured while it is solved
                 self.workload.expect(cut.num_microbatches)
             num_looked_at += self._solve(exact, cut)
             search.solved(self._best_s())
+            stages_tried.add(cut.num_stages)
             if self.clock.expired and not self.solved and not narrow:
                 break
             if self.clock.expired and self.solved:
@@ -238,6 +241,11 @@ class _Search:
         if narrow and search.note:
             self.narrowed = search.note
         return search
+
+    def _may_surprise(self, cut: Cut, stages_tried: Collection[int]) -> bool:
+        """Whether the tables put it below what is solved and it has another number of stages: for
+        cuts of as many they err alike."""
+        return cut.seconds < self._best_s() and cut.num_stages not in stages_tried
 
     def _best_s(self) -> float:
         return min((s.candidate.step_s for s in self.solved), default=math.inf)
