@@ -51,10 +51,10 @@ from autopar.plan import Remat
 from autopar.planner import find_plan
 from autopar.schedule import ScheduleKind
 from autopar.sharding.strategy import Strategy
-from benchmarks import jobs
+from benchmarks import jobs, published
 from benchmarks.forced import Forced, header_text, table_text
 from benchmarks.models import gpt, llama, moe
-from benchmarks.suites import HF_GPT2, build
+from benchmarks.planning import WORKLOADS
 from cost_models import Cluster, DeviceKind
 
 ANY = "any"
@@ -298,11 +298,12 @@ def layer_names(folded: Folded) -> tuple[str, ...]:
 
 
 def model_of(text: str, rows: int) -> tuple[nn.Module, Any]:
-    """A registered benchmark model, or "gpt:hidden:layers:heads:length" and the like, on meta."""
+    """One of `benchmarks.published`, which has its own rows, or "gpt:hidden:layers:heads:length"
+    and the like, on meta."""
     kind, *sizes = text.split(":")
     with torch.device("meta"):
         if not sizes:
-            return build(text, rows)
+            return getattr(published, text)()
         hidden, layers, heads, length = (int(size) for size in sizes[:4])
         if kind == "gpt":
             config = gpt.GPTConfig(hidden, layers, heads, seq_len=length)
@@ -316,11 +317,11 @@ def model_of(text: str, rows: int) -> tuple[nn.Module, Any]:
         return moe.MoE(experts), moe.example_batch(experts, rows, "meta")
 
 
-FIXED = (
-    Case("gpt2-124m", HF_GPT2, "h100:1x8", 64, "model"),
-    Case("llama-3-8b", "llama-3-8b", "h100:1x8", 16),
-    Case("llama-3-8b-8x8", "llama-3-8b", "h100:8x8", 128),
+FIXED = tuple(
+    Case(work.name, work.factory, work.cluster, rows, work.precision)
+    for work, rows in zip(WORKLOADS, (16, 64, 64, 1024, 256, 2048, 16384), strict=True)
 )
+"""The workloads whose planning is timed. rows: of their batches."""
 
 
 _SIZES = {
