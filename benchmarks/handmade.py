@@ -261,10 +261,14 @@ def layer_work_s(folded: Folded, device: DeviceKind) -> list[float]:
 
 
 def best_handmade(
-    forced: Forced, counts: tuple[int, ...], rows: int, zeros: tuple[str, ...] = (ANY,)
+    forced: Forced,
+    counts: tuple[int, ...],
+    rows: int,
+    zeros: tuple[str, ...] = (ANY,),
+    below_s: float = float("inf"),
 ) -> tuple[float, Grid | None, int]:
-    """Seconds, the plan, and how many points were solved. Points are taken by what they take at
-    least, until that is more than the best."""
+    """Seconds, the plan, and how many points were solved; inf where none is below `below_s`. Points
+    are taken by what they take at least, until that is more than the best."""
     names = layer_names(forced.program(counts[0]).folded)
     num_blocks = sum(name not in ("first", "last") for name in names)
     (group,) = forced.cluster.groups
@@ -273,7 +277,7 @@ def best_handmade(
         folded = forced.program(grid.microbatches).folded
         points.append((least_s(layer_work_s(folded, group.device), names, grid), grid))
     points.sort(key=lambda point: point[0])
-    best, found, solved = float("inf"), None, 0
+    best, found, solved = below_s, None, 0
     for (least, grid), zero in itertools.product(points, zeros):
         for remat in (Remat.NONE, Remat.FULL):
             if least >= best:
@@ -285,7 +289,7 @@ def best_handmade(
                 best, found = seconds, point
             if seconds is not None:
                 break  # to recompute is slower
-    return best, found, solved
+    return best if found else float("inf"), found, solved
 
 
 def layer_names(folded: Folded) -> tuple[str, ...]:
@@ -354,7 +358,8 @@ def random_case(number: int) -> Case:
     return Case(f"random-{number}", text, str(cluster), rows, precision, budget)
 
 
-def compare(case: Case, *, zeros: tuple[str, ...] = (ANY,)) -> Result:
+def compare(case: Case, *, zeros: tuple[str, ...] = (ANY,), only_faster: bool = False) -> Result:
+    """only_faster: points of the grid that are not faster than ours count as not fitting."""
     cluster = Cluster.parse(case.cluster)
     model, batch = model_of(case.model, case.rows)
     options = SearchOptions(cache=False)
@@ -377,13 +382,14 @@ def compare(case: Case, *, zeros: tuple[str, ...] = (ANY,)) -> Result:
     planned = time.monotonic()
     solver = SolverOptions(fallback=False)  # as in the search
     forced = Forced(workload, cluster, budget, folded=True, solver=solver)
-    best_s, grid, points = best_handmade(forced, counts, case.rows, zeros)
+    below_s = ours_s if only_faster else float("inf")
+    best_s, grid, points = best_handmade(forced, counts, case.rows, zeros, below_s)
     return Result(
         case,
         ours_s,
         ours,
         best_s,
-        str(grid) if grid else "nothing fits",
+        str(grid) if grid else "none is faster" if only_faster else "nothing fits",
         points,
         forced.num_solves,
         planned - started,
@@ -422,6 +428,11 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=64, help="of random cases, at most")
     parser.add_argument("--fixed", default="all", help="names of fixed ones, or none")
     parser.add_argument("--levels", action="store_true", help="ZeRO levels one by one")
+    parser.add_argument(
+        "--only-faster",
+        action="store_true",
+        help="of the grid only what is faster than ours: quick on large clusters, without a ratio",
+    )
     jobs.add_arguments(parser, minutes=600.0, limit_s=3600.0)
     args = parser.parse_args()
     cases = [c for c in FIXED if args.fixed == "all" or c.name in args.fixed.split(",")]
@@ -430,7 +441,9 @@ def main() -> None:
     cases += itertools.islice(small, args.cases)
     jobs.import_all()
     zeros = (ANY, *ZERO) if args.levels else (ANY,)
-    done = jobs.compared(partial(compare, zeros=zeros), cases, args, line)
+    done = jobs.compared(
+        partial(compare, zeros=zeros, only_faster=args.only_faster), cases, args, line
+    )
     ratios = sorted(r.ratio for r in done.results if 0 < r.ratio < float("inf"))
     worse = sum(r > 1 + 1e-6 for r in ratios)
     facts = {
