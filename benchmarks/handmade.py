@@ -408,7 +408,7 @@ def row(result: Result) -> tuple[str, ...]:
         result.best,
         f"{result.ours_s * 1e3:.2f}",
         result.ours,
-        f"{result.ratio:.4f}",
+        f"{result.ratio:.4f}" if result.best_s < float("inf") else "",
         f"{result.plan_s:.1f}",
     )
 

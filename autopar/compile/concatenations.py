@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopar.compile.tables import materialize
+from autopar.compile.tables import VIEWS, materialize
 from autopar.errors import InternalError
 
 aten = torch.ops.aten
@@ -24,7 +24,6 @@ _SUMS = frozenset(
         aten.prod.dim_int,
     }
 )
-_VIEWS = frozenset({aten.view.default, aten.reshape.default})
 
 
 def keep_sums_apart(module: fx.GraphModule) -> fx.GraphModule:
@@ -53,6 +52,6 @@ def _concatenations(module: fx.GraphModule) -> list[fx.Node]:
 
 def _source(node: fx.Node) -> fx.Node:
     """What it is a view of, or itself."""
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.all_input_nodes[0]
     return node

@@ -37,7 +37,7 @@ _DEAR = frozenset(
     }
 )
 _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.view.default,
         aten.reshape.default,
@@ -59,7 +59,7 @@ def make_tables(module: fx.GraphModule) -> fx.GraphModule:
             continue
         if node.target in _DEAR or not dear.isdisjoint(node.all_input_nodes):
             dear.add(node)
-        if node in dear and node.target not in _VIEWS and _is_table(node):
+        if node in dear and node.target not in VIEWS and _is_table(node):
             materialize(graph, node)
             dear.discard(node)
     return module
@@ -92,7 +92,7 @@ def _is_large_sum(node: fx.Node) -> bool:
 
 def _is_inlined(node: fx.Node) -> bool:
     """Whether Inductor writes it into its readers."""
-    if node.target in _VIEWS or node.target in _CASTS:
+    if node.target in VIEWS or node.target in _CASTS:
         return True
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
@@ -107,7 +107,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     """Pointwise readers, also through views."""
     found = []
     for user in node.users:
-        found += _readers(user) if user.target in _VIEWS else [user] if _is_inlined(user) else []
+        found += _readers(user) if user.target in VIEWS else [user] if _is_inlined(user) else []
     return found
 
 

@@ -121,7 +121,7 @@ def test_sums_that_are_joined_are_buffers() -> None:
 
     def body(x: Tensor, y: Tensor) -> list[Tensor]:
         rows, columns = x.sum(1), x.sum(0, keepdim=True)
-        joined = torch.cat([columns, y, columns.exp(), rows.reshape(1, -1)], 1)
+        joined = torch.cat([columns, y, columns.exp(), rows.unsqueeze(0)], 1)
         return [joined, rows + 1]
 
     x, y = torch.randn(6, 5), torch.randn(1, 3)
