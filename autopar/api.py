@@ -140,6 +140,7 @@ def parallelize(
     seed: int = 0,
     compiled: bool | None = None,
     cuda_graph: bool | None = None,
+    peer_copies: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
@@ -157,6 +158,9 @@ def parallelize(
     cuda_graph:    whether a compiled step of one stage and one microbatch is captured as a CUDA
                    graph, in its third step; by default where launching its kernels would take the
                    host longer than running them takes the GPU. Its memory stays reserved.
+    peer_copies:   whether gathers of parameters and reductions of gradients in such a step are
+                   copies by the GPUs' copy engines, which take no multiprocessor from products; by
+                   default where the GPUs of a group reach each other's memory.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
@@ -201,6 +205,7 @@ def parallelize(
         seed=seed,
         compiled=compiled,
         cuda_graph=cuda_graph,
+        peer_copies=peer_copies,
     )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autopar.runtime.peers import held_bytes
 from benchmarks import traces
 from benchmarks.models import MODELS
 from benchmarks.runners import Maker, maker
@@ -269,7 +270,7 @@ def _reset_peak(device: torch.device) -> None:
 def _allocated(device: torch.device) -> int:
     """On the CPU the resident set."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + held_bytes()
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:
@@ -279,7 +280,7 @@ def _allocated(device: torch.device) -> int:
 
 def _peak_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
+        return float(torch.cuda.max_memory_allocated(device) + held_bytes())
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]

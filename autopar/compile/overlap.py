@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from autopar.compile.nodes import call, nbytes
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT
 
@@ -70,9 +71,13 @@ def is_heavy(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in flop_registry
 
 
-def nbytes(node: fx.Node) -> int:
-    value: Tensor = node.meta["val"]
-    return value.numel() * value.itemsize
+def early_and_late(
+    graph: fx.Graph, parameters: Collection[int]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What depends on parameters alone, and the collectives that no product waits for.
+    parameters: as in `overlap`."""
+    parts = _Parts(graph, parameters)
+    return parts.early, parts.late
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,26 +306,18 @@ def _pack(graph: fx.Graph, member: fx.Node, operands: Sequence[fx.Node]) -> fx.N
     """One collective like `member` for all operands: side by side for each rank that gets a part of
     every one."""
     rows = member.args[2] if member.target is _SCATTER else 1
-    flat = [_call(graph, aten.reshape.default, node, [rows, -1]) for node in operands]
-    joined = _call(graph, aten.cat.default, flat, 1)
-    line = _call(graph, aten.reshape.default, joined, [-1])
-    return _call(graph, member.target, line, *member.args[1:])
+    flat = [call(graph, aten.reshape.default, node, [rows, -1]) for node in operands]
+    joined = call(graph, aten.cat.default, flat, 1)
+    line = call(graph, aten.reshape.default, joined, [-1])
+    return call(graph, member.target, line, *member.args[1:])
 
 
 def _unpack(graph: fx.Graph, started: fx.Node, metas: Sequence[Tensor]) -> list[fx.Node]:
     """The results of the members of `_pack`."""
-    line = _call(graph, WAIT, started)
+    line = call(graph, WAIT, started)
     parts, first = [], 0
     for meta in metas:
-        part = _call(graph, aten.slice.Tensor, line, 0, first, first + meta.numel())
-        parts.append(_call(graph, aten.reshape.default, part, list(meta.shape)))
+        part = call(graph, aten.slice.Tensor, line, 0, first, first + meta.numel())
+        parts.append(call(graph, aten.reshape.default, part, list(meta.shape)))
         first += meta.numel()
     return parts
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A new node with its fake value."""
-    node = graph.call_function(target, args)
-    values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    node.meta["val"] = target(*values)
-    return node

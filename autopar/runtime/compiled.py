@@ -12,9 +12,11 @@ from torch._subclasses import FakeTensorMode
 
 from autopar.compile.inductor import CompiledModule, compile_module
 from autopar.compile.passes import prepare
+from autopar.compile.peers import Place, copy_between_peers
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
+from autopar.runtime.peers import PeerGroups
 from autopar.runtime.strides import same_strides, with_strides
 
 _LOG = logging.getLogger(__name__)
@@ -26,9 +28,11 @@ def compiler(
     groups: Sequence[tuple[str, int]],
     parameters: Collection[str],
     device: torch.device,
+    peers: PeerGroups | None = None,
 ) -> PlayerMaker:
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
-    traced, and those that need not be compiled, as they do nothing."""
+    traced, and those that need not be compiled, as they do nothing. peers: for collectives by
+    copies (`compile.peers`)."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):
@@ -39,6 +43,7 @@ def compiler(
             groups=groups,
             device=device,
             parameters=parameters,
+            peers=peers,
         )
 
     return make
@@ -58,12 +63,17 @@ class CompiledProgram:
         groups: Sequence[tuple[str, int]],
         device: torch.device,
         parameters: Collection[str] = (),
+        peers: PeerGroups | None = None,
     ) -> None:
         """groups: name and size of each mesh axis's process group. parameters: inputs that are
-        there before the step: what depends on them alone may start first."""
+        there before the step: what depends on them alone may start first. peers: among its groups
+        those whose collectives may be copies."""
         self._program, self._coordinates, self._groups = program, coordinates, tuple(groups)
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters = frozenset(parameters)
+        self._peers = peers
+        self._wanted: tuple[Place, ...] = ()
+        self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
         self._compiled: CompiledModule | None = None
         self._foreseen = False  # compiled for values that were not there yet
         self.num_operators = 0  # of the compiled graph
@@ -89,8 +99,14 @@ class CompiledProgram:
             compiled = self._compile(values)
         self._foreseen = False
         values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
-        outputs = compiled.call(values)
+        outputs = compiled.call(values + self._allocated())
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
+
+    def _allocated(self) -> list[Tensor]:
+        """Where other ranks write."""
+        if self._places is None:
+            self._places = self._peers.allocate(self._wanted) if self._peers else []
+        return self._places
 
     def _fits(self, values: Sequence[Tensor]) -> bool:
         return all(same_strides(v, s) for v, s in zip(values, self._strides, strict=True))
@@ -101,6 +117,9 @@ class CompiledProgram:
         module = trace(self._program, values, coordinates=self._coordinates, groups=self._groups)
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
         ordered = prepare(module, early)
+        if self._peers is not None:
+            ordered, self._wanted = copy_between_peers(ordered, self._peers.peers, early)
+        self._places = None
         self._compiled = compile_module(ordered)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
         seconds = time.monotonic() - started

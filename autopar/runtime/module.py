@@ -37,6 +37,7 @@ from autopar.runtime.parameters import (
     model_values,
     tied_names,
 )
+from autopar.runtime.peers import PeerGroups
 from autopar.runtime.resting import RestingParameter, scope_of
 from autopar.runtime.simulated import Mailboxes
 from autopar.runtime.virtual import VirtualCollectives
@@ -52,7 +53,8 @@ class ParallelModel(nn.Module):
     device. seed: of dropout and of what is initialised here. compiled: whether programs run as
     Inductor's code, compiled at the first step, or operator by operator; by default on GPUs.
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
-    where its kernels are short.
+    where its kernels are short. peer_copies: whether collectives that such a step makes once are
+    copies between ranks; by default where GPUs reach each other's memory.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class ParallelModel(nn.Module):
         seed: int = 0,
         compiled: bool | None = None,
         cuda_graph: bool | None = None,
+        peer_copies: bool | None = None,
     ) -> None:
         super().__init__()
         if world is None and plan.num_devices != 1:
@@ -95,6 +98,7 @@ class ParallelModel(nn.Module):
             self._device,
             compiled=self._compiled,
             cuda_graph=cuda_graph,
+            peers=self._peer_groups(own[0], peer_copies),
         )
         for executor in self._executors.values():
             if world is not None and isinstance(executor.whole, CapturedProgram):
@@ -221,6 +225,15 @@ class ParallelModel(nn.Module):
                     resting.load(value)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
+    def _peer_groups(self, stage: int, wanted: bool | None) -> PeerGroups | None:
+        """For a compiled step that is one program."""
+        if self._world is None or self._comm is None or not self._compiled or wanted is False:
+            return None
+        if whole_step(self._lowered, stage) is None:
+            return None
+        names = [name for name, _ in self._comm.groups[stage]]
+        return PeerGroups(self._world, names, anywhere=wanted is True)
+
     def _rest(self, kept: KeptParameter, whole: Tensor) -> RestingParameter:
         return RestingParameter(
             kept,
@@ -298,6 +311,7 @@ def _make_executors(
     *,
     compiled: bool,
     cuda_graph: bool | None,
+    peers: PeerGroups | None,
 ) -> dict[int, StageExecutor]:
     """One per stage that this rank plays. Without a process group the rank plays all of them."""
     mailboxes = Mailboxes(lowered.stages, device)
@@ -308,17 +322,18 @@ def _make_executors(
         coordinates = stage.mesh.coordinates(rank)
         virtual = VirtualCollectives(stage.mesh)
         collectives = virtual if comm is None else comm.collectives[index]
-        players = interpreter([coordinates], collectives, device)
+        players = interpreted = interpreter([coordinates], collectives, device)
         whole = play_whole = None
         if compiled:
             parameters = [p.name for p in stage.parameters]
             groups = () if comm is None else comm.groups[index]
             players = compiler(players, coordinates, groups, parameters, device)
             whole = whole_step(lowered, index)
+            play_whole = compiler(interpreted, coordinates, groups, parameters, device, peers)
             if device.type == "cuda" and cuda_graph is not False:
                 predicted = plan.stages[index].prediction
                 seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
-                play_whole = capturer(players, {*parameters, *stage.buffers}, seconds)
+                play_whole = capturer(play_whole, {*parameters, *stage.buffers}, seconds)
         executors[index] = StageExecutor(
             lowered,
             graph,

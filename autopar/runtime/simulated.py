@@ -87,9 +87,10 @@ class VirtualRun:
         *,
         device: torch.device | None = None,
         traced: bool = False,
+        peer_copies: bool = False,
     ) -> None:
         self._lowered = lowered
-        self._traced = traced
+        self._traced, self._copies = traced, peer_copies
         self._graph = graph
         self._device = device or torch.device("cpu")
         self._mail = Mailboxes(lowered.stages, self._device)
@@ -176,7 +177,8 @@ class VirtualRun:
         players = interpreter(coordinates, VirtualCollectives(stage.mesh), self._device)
         whole = None
         if self._traced:
-            players = tracer(stage.mesh, [p.name for p in stage.parameters], self._device)
+            names = [p.name for p in stage.parameters]
+            players = tracer(stage.mesh, names, self._device, peer_copies=self._copies)
             whole = whole_step(self._lowered, stage.index)
         return StageExecutor(
             self._lowered,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from autopar.layout import (
 )
 from autopar.lowering.program import CollectiveOp
 from autopar.mesh import LogicalMesh
+from autopar.ops.peers import part_of_place
 from autopar.runtime.inputs import local_part
 from autopar.runtime.interpreter import Shards
 
@@ -43,6 +44,25 @@ class VirtualCollectives:
             for rank, result in zip(group, _collective(op, members, reduce), strict=True):
                 results[rank] = result
         return [r for r in results if r is not None]
+
+    def copy(
+        self,
+        values: Sequence[torch.Tensor],
+        places: Sequence[torch.Tensor],
+        axis: int,
+        scatter: bool,
+        own: bool,
+    ) -> None:
+        """Every rank writes into the places of its group: `ops.peers`."""
+        for group in self._mesh.groups(axis):
+            for source, sender in enumerate(group):
+                value = values[sender].reshape(-1)
+                parts = value.chunk(len(group)) if scatter else [value] * len(group)
+                for target, receiver in enumerate(group):
+                    if own or source != target:
+                        part = parts[target]
+                        first = part_of_place(source, target, own=own) * part.numel()
+                        places[receiver][first : first + part.numel()] = part
 
     def exchange(self, rows: Shards, sends: Shards, receives: Shards, axis: int) -> Shards:
         """VerificationError where a rank would get another number of rows than it expects."""

@@ -43,7 +43,9 @@ def batch() -> dict[str, Tensor]:
     return {k: torch.randn(ROWS, WIDTH, generator=generator) for k in ("x", "y")}
 
 
-def make(devices: int, microbatches: int, *, compiled: bool) -> ParallelModel:
+def make(
+    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool | None = None
+) -> ParallelModel:
     torch.manual_seed(0)
     options = SearchOptions(
         num_stages=1,
@@ -60,12 +62,15 @@ def make(devices: int, microbatches: int, *, compiled: bool) -> ParallelModel:
         options=options,
         device="cpu",
         compiled=compiled,
+        peer_copies=peer_copies,
     )
 
 
-def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
+def train(
+    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool | None = None
+) -> list[Tensor]:
     """Losses of some steps, and what this rank keeps of the parameters then."""
-    parallel = make(devices, microbatches, compiled=compiled)
+    parallel = make(devices, microbatches, compiled=compiled, peer_copies=peer_copies)
     executors = parallel._executors.values()
     players = [e.whole or e.backward for e in executors]
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
@@ -84,6 +89,8 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
     compiled_once = {id(p) for p in everything if isinstance(p, CompiledProgram)}
     assert ahead == len(compiled_once)
     losses.append(parallel.eval_step(batch()))
+    wanted = [w for e in executors if isinstance(e.whole, CompiledProgram) for w in e.whole._wanted]
+    assert bool(wanted) is bool(peer_copies)
     assert all(
         isinstance(p, CompiledProgram) is compiled for p in players
     )  # and nothing fell back to the interpreter
@@ -93,7 +100,8 @@ def train(devices: int, microbatches: int, *, compiled: bool) -> list[Tensor]:
 
 def both(world: World) -> list[list[Tensor]]:
     check_optimizers(world.size)
-    return [train(world.size, 1, compiled=compiled) for compiled in (False, True)]
+    copied = train(world.size, 1, compiled=True, peer_copies=True)
+    return [*(train(world.size, 1, compiled=c) for c in (False, True)), copied]
 
 
 def check_optimizers(devices: int) -> None:
@@ -158,5 +166,7 @@ def test_gradients_of_a_captured_step_last_as_long_as_the_user_has_them() -> Non
 
 
 def test_two_processes() -> None:
-    for found in run_processes(both, 2):
-        check(*found)
+    """Collectives, and copies from rank to rank in their place."""
+    for interpreted, compiled, copied in run_processes(both, 2):
+        check(interpreted, compiled)
+        check(interpreted, copied)

@@ -49,7 +49,7 @@ NO_TORCH = (
     *("autopar.actions", "autopar.errors"),
 )
 # Calls torch.distributed; the others may name its tensor and placement types.
-DISTRIBUTED = ("autopar.runtime.comm",)
+DISTRIBUTED = ("autopar.runtime.comm", "autopar.runtime.peers")
 TENSOR_TYPES = (
     "autopar.layout",
     *(f"autopar.runtime.{name}" for name in ("module", "resting", "gradients")),

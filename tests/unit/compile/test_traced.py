@@ -29,11 +29,19 @@ def test_traced_programs_compute_what_the_interpreter_does(
     lowered = lower_plan(case.graph, plan)
     assert (whole_step(lowered, 0) is None) == (len(meshes) > 1)
     results = []
-    for traced in (False, True):
-        run = VirtualRun(lowered, case.graph, case.parameters, case.buffers, traced=traced)
+    for traced, copies in ((False, False), (True, False), (True, True)):
+        run = VirtualRun(
+            lowered,
+            case.graph,
+            case.parameters,
+            case.buffers,
+            traced=traced,
+            peer_copies=copies,
+        )
         run.step(case.leaves, 5)
         results.append(run.step(case.leaves, 6))
-    want, got = results
-    assert worst_error(got.gradients, want.gradients)[0] < 1e-10
-    assert worst_error(got.buffers, want.buffers)[0] < 1e-10
-    assert worst_error({"loss": got.loss}, {"loss": want.loss})[0] < 1e-12
+    want, *others = results
+    for got in others:
+        assert worst_error(got.gradients, want.gradients)[0] < 1e-10
+        assert worst_error(got.buffers, want.buffers)[0] < 1e-10
+        assert worst_error({"loss": got.loss}, {"loss": want.loss})[0] < 1e-12

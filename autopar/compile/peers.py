@@ -1,0 +1,295 @@
+"""Collectives that come once per step become copies between the memories of ranks of one host.
+
+A collective of NCCL is a kernel: it takes some of the multiprocessors from the products that run
+beside it, also while it waits for a slower rank, and a product of one wave of tiles then takes two.
+Copies by the GPU's copy engines, which wait without a kernel, take none.
+
+    all_gather(x)        each rank copies x to part `rank` of everyone's place, its own too; of
+                         parameters alone
+    reduce_scatter(x)    each rank copies part j of x to rank j, and adds up what came
+    all_reduce(x)        each rank copies x to the others, and adds up: two ranks, or few bytes
+
+Sums are taken in the order of the ranks, in float32 at least, and become what reads them in one
+kernel. What moves over the wires is what NCCL moves. Places are inputs of the graph beside its own,
+which `autopar::peer_copy_` writes into: one that is not read any more is used again, and a copy
+starts when every rank has come to it (`ops.peers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from autopar.compile.nodes import call
+from autopar.compile.overlap import SMALL_BYTES, early_and_late
+from autopar.compile.tables import VIEWS, materialize
+from autopar.errors import InternalError
+from autopar.lowering.collectives import STARTS, collective_of
+from autopar.lowering.program import CollectiveOp
+from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
+
+aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """This rank among the ranks of a process group that reach each other's memory."""
+
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A one-dimensional input that the ranks of a group write into."""
+
+    group: str
+    dtype: torch.dtype
+    numel: int
+
+
+def copy_between_peers(
+    module: fx.GraphModule, groups: Mapping[str, Peers], parameters: Collection[int]
+) -> tuple[fx.GraphModule, tuple[Place, ...]]:
+    """The same values, in place, and what the inputs are that the graph has beside its own.
+
+    groups: the process groups in which this is possible. parameters: positions of the inputs that
+    are there before the step. Pre: the order of `compile.overlap`. Post: check_places. O(edges).
+    """
+    copies = _copies(module.graph, groups, parameters)
+    assigned, places = _assign(copies)
+    inputs = _add_inputs(module, places)
+    for copy, number in zip(copies, assigned, strict=True):
+        _rewrite(module.graph, copy, inputs[number])
+    module.recompile()
+    return check_places(module), places
+
+
+def check_places(module: fx.GraphModule) -> fx.GraphModule:
+    """Verifier: a place is read after it was waited for and before it is written again."""
+    module.graph.lint()
+    written: dict[fx.Node, fx.Node] = {}  # the last copy into each place
+    waited: set[fx.Node] = set()  # places
+    seen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # a view -> place, copy that it was made of
+    for node in module.graph.nodes:
+        if node.target is PEER_COPY:
+            place = node.args[1]
+            written[place] = node
+            waited.discard(place)
+            continue
+        if node.target is PEER_WAIT:
+            waited.add(node.args[0])
+            continue
+        for read in node.all_input_nodes:
+            place, copy = seen.get(read, (read, written.get(read)))
+            if copy is None:
+                continue
+            if written[place] is not copy or place not in waited:
+                raise InternalError(f"{node.name} reads {place.name}, which is written to")
+            if _may_alias(node):
+                seen[node] = place, copy
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A collective to replace. numel: of its place. first, last: how many collectives start before
+    it, and before what reads the place last. Nodes are not counted: where shards are padded, ranks
+    have more of them or fewer."""
+
+    start: fx.Node
+    wait: fx.Node
+    op: CollectiveOp
+    group: str
+    peers: Peers
+    numel: int
+    first: int
+    last: int
+
+    @property
+    def kind(self) -> tuple[str, torch.dtype]:
+        return self.group, self.start.meta["val"].dtype
+
+
+def _copies(
+    graph: fx.Graph, groups: Mapping[str, Peers], parameters: Collection[int]
+) -> list[_Copy]:
+    """In their order."""
+    early, late = early_and_late(graph, parameters)
+    position: dict[fx.Node, int] = {}
+    starts: list[fx.Node] = []
+    for node in graph.nodes:
+        position[node] = len(starts)
+        if node.target in STARTS:
+            starts.append(node)
+    found = []
+    for start in starts:
+        op, group, reduce = collective_of(start)
+        gathers = op is CollectiveOp.ALL_GATHER
+        if start not in (early if gathers else late):
+            continue
+        peers = groups.get(group)
+        (wait,) = start.users
+        value: Tensor = start.all_input_nodes[0].meta["val"]
+        if peers is None or not _is_fit(op, reduce, value, peers):
+            continue
+        last = _last_read(wait, position, early) if gathers else position[wait]
+        if last is None:
+            continue
+        parts = peers.size if gathers else peers.size - 1
+        sent = value.numel() // (peers.size if op is CollectiveOp.REDUCE_SCATTER else 1)
+        numel = parts * sent
+        found.append(_Copy(start, wait, op, group, peers, numel, position[start], last))
+    return found
+
+
+def _is_fit(op: CollectiveOp, reduce: str, value: Tensor, peers: Peers) -> bool:
+    """Whether it is one of the three, and copies move no more than a kernel would."""
+    if op is CollectiveOp.ALL_GATHER:
+        return True
+    sums = reduce == "sum" and value.is_floating_point()
+    if op is CollectiveOp.ALL_REDUCE:
+        few = value.numel() * value.itemsize * (peers.size - 1) <= SMALL_BYTES
+        return sums and (few or peers.size == 2)
+    return sums and op is CollectiveOp.REDUCE_SCATTER
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether its result may be the memory of an operand, once Inductor has compiled it."""
+    if node.target in VIEWS or node.target in (_CAST, aten._to_copy.default):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    returns = () if schema is None else schema.returns
+    return any(result.alias_info is not None for result in returns)
+
+
+def _last_read(
+    node: fx.Node, position: Mapping[fx.Node, int], early: Collection[fx.Node]
+) -> int | None:
+    """The position of what reads a value last, by any name or made of it and parameters alone; None
+    where it leaves the graph."""
+    last, stack = position[node], [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return None
+            last = max(last, position[user])
+            if user in early or _may_alias(user):
+                stack.append(user)
+    return last
+
+
+def _assign(copies: Sequence[_Copy]) -> tuple[list[int], tuple[Place, ...]]:
+    """The place of each copy, by number. A free one that is large enough, the smallest of them; or
+    the largest free one, which grows; or a new one."""
+    sizes: list[int] = []
+    kinds: list[tuple[str, torch.dtype]] = []
+    until: list[int] = []
+    assigned = []
+    for copy in copies:
+        free = [i for i, k in enumerate(kinds) if k == copy.kind and until[i] <= copy.first]
+        if not free:
+            free = [len(sizes)]
+            sizes.append(copy.numel)
+            kinds.append(copy.kind)
+            until.append(copy.last)
+        enough = [i for i in free if sizes[i] >= copy.numel]
+        number = min(enough, key=sizes.__getitem__) if enough else max(free, key=sizes.__getitem__)
+        sizes[number] = max(sizes[number], copy.numel)
+        until[number] = copy.last
+        assigned.append(number)
+    places = zip(kinds, sizes, strict=True)
+    return assigned, tuple(Place(group, dtype, numel) for (group, dtype), numel in places)
+
+
+def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node]:
+    """Placeholders behind those that are there."""
+    inputs: list[fx.Node] = module.graph.find_nodes(op="placeholder")
+    example: Tensor = inputs[0].meta["val"]
+    made: list[fx.Node] = []
+    for number, place in enumerate(places):
+        with module.graph.inserting_after((inputs + made)[-1]):
+            node = module.graph.placeholder(f"place_{number}")
+        node.meta["val"] = example.new_empty(place.numel, dtype=place.dtype)
+        made.append(node)
+    return made
+
+
+def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node) -> None:
+    operand, value = copy.start.all_input_nodes[0], copy.wait.meta["val"]
+    scatter = copy.op is CollectiveOp.REDUCE_SCATTER
+    own = copy.op is CollectiveOp.ALL_GATHER
+    with graph.inserting_before(copy.start):
+        call(graph, PEER_COPY, operand, place, scatter, own)
+    with graph.inserting_before(copy.wait):
+        call(graph, PEER_WAIT, place, operand)
+        received = place
+        if place.meta["val"].numel() > copy.numel:
+            received = call(graph, aten.slice.Tensor, place, 0, 0, copy.numel)
+        if own:
+            result = call(graph, aten.reshape.default, received, list(value.shape))
+            copy.wait.replace_all_uses_with(result)
+        else:
+            _put_sum(graph, copy, operand, received)
+    for node in (copy.wait, copy.start):
+        graph.erase_node(node)
+
+
+def _put_sum(graph: fx.Graph, copy: _Copy, operand: fx.Node, received: fx.Node) -> None:
+    """The sum over the ranks, in the type and form in which it is read."""
+    peers, wire = copy.peers, copy.wait.meta["val"]
+    dtype = torch.promote_types(wire.dtype, torch.float32)
+    others = call(graph, aten.reshape.default, received, [peers.size - 1, -1])
+    line = call(graph, aten.reshape.default, operand, [-1])
+    total = None
+    for rank in range(peers.size):
+        if rank == peers.rank:
+            first = rank * wire.numel() if copy.op is CollectiveOp.REDUCE_SCATTER else 0
+            part = call(graph, aten.slice.Tensor, line, 0, first, first + wire.numel())
+        else:
+            part = call(
+                graph, aten.select.int, others, 0, part_of_place(rank, peers.rank, own=False)
+            )
+        part = _cast(graph, part, dtype)
+        total = part if total is None else call(graph, aten.add.Tensor, total, part)
+    if total is None:
+        raise InternalError("a group without ranks")
+    result = call(graph, aten.reshape.default, total, list(wire.shape))
+    replaced = _only_reader(copy.wait, lambda node: node.target is _CAST)
+    for view in _between(copy.wait, replaced):
+        result = call(graph, view.target, result, *view.args[1:])
+    replaced = replaced or copy.wait
+    result = _cast(graph, result, replaced.meta["val"].dtype)
+    replaced.replace_all_uses_with(result)
+    materialize(graph, result)
+    while replaced is not copy.wait:
+        before = replaced.all_input_nodes[0]
+        graph.erase_node(replaced)
+        replaced = before
+
+
+def _only_reader(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The reader of a value, through views that nothing else reads."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if wanted(node):
+            return node
+        if node.target not in VIEWS:
+            return None
+    return None
+
+
+def _between(first: fx.Node, last: fx.Node | None) -> list[fx.Node]:
+    """The views from one to the other, without the two."""
+    found: list[fx.Node] = []
+    while last is not None and (last := last.all_input_nodes[0]) is not first:
+        found.append(last)
+    return found[::-1]
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if node.meta["val"].dtype is dtype else call(graph, _CAST, node, dtype)
