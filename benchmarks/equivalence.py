@@ -46,6 +46,7 @@ def train(case: Case, size: str, steps: int, batch: int, sequence: int, out: Pat
     import transformers
 
     import autopar
+    from autopar.runtime.peers import held_bytes
     from benchmarks.text import byte_batches
 
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def train(case: Case, size: str, steps: int, batch: int, sequence: int, out: Pat
             "losses": losses,
             "seconds": seconds,
             "device": torch.cuda.get_device_name(device) if cuda else platform.processor(),
-            "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) + held_bytes() if cuda else None,
             "predicted_step_s": parallel.plan.step_s,
             "predicted_peak_bytes": max(s.prediction.peak_bytes for s in parallel.plan.stages),
             "meshes": [list(s.axis_sizes) for s in parallel.plan.stages],

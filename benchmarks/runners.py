@@ -28,6 +28,8 @@ from benchmarks.training import Job, NotAvailable, Step, make_optimizer
 Facts = dict[str, Any]  # about a runner: its plan, what it predicted
 Maker = Callable[[Job, SpeedCase, str], tuple[Step, Facts]]
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
 # Other plans than the search's own: SearchOptions beside the case's, or a recipe for two devices
 # without the search.
 FORCED: Mapping[str, Mapping[str, Any] | Grid] = {
@@ -41,12 +43,18 @@ FORCED: Mapping[str, Mapping[str, Any] | Grid] = {
     "two microbatches": {"num_microbatches": 2, "num_stages": 1},
 }
 
+# The search's own plan, run in another way: options of `parallelize`.
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "without peer copies": {"peer_copies": False},
+    "without CUDA graphs": {"cuda_graph": False},
+}
+
 
 def names(devices: int) -> list[str]:
     """All runners for so many devices, ours first."""
     single = ("torch.compile", "torch.compile, reduce-overhead")
     baselines = [n for n in BASELINES if (n in single) == (devices == 1)]
-    forced = [f"{OURS}: {name}" for name in FORCED] if devices == 2 else []
+    forced = [f"{OURS}: {name}" for name in (*FORCED, *WAYS)] if devices == 2 else []
     return [OURS, *baselines, *forced]
 
 
@@ -54,7 +62,10 @@ def maker(name: str) -> Maker:
     if name == OURS:
         return _searched
     if name.startswith(f"{OURS}: "):
-        told = FORCED[name.removeprefix(f"{OURS}: ")]
+        short = name.removeprefix(f"{OURS}: ")
+        if short in WAYS:
+            return partial(_searched, way=WAYS[short])
+        told = FORCED[short]
         if isinstance(told, Grid):
             return partial(_told, grid=told)
         return partial(_searched, pins=told)
@@ -62,13 +73,20 @@ def maker(name: str) -> Maker:
 
 
 def _searched(
-    job: Job, case: SpeedCase, precision: str, pins: Mapping[str, Any] = MappingProxyType({})
+    job: Job,
+    case: SpeedCase,
+    precision: str,
+    pins: Mapping[str, Any] = _NONE,
+    way: Mapping[str, Any] = _NONE,
 ) -> tuple[Step, Facts]:
-    options = SearchOptions(**{**case.options, **pins})
-    return _stepped(
-        job,
-        parallelize(job.build(), job.batch, options=options, precision=Precision.parse(precision)),
+    parallel = parallelize(
+        job.build(),
+        job.batch,
+        options=SearchOptions(**{**case.options, **pins}),
+        precision=Precision.parse(precision),
+        **way,
     )
+    return _stepped(job, parallel)
 
 
 def _told(job: Job, case: SpeedCase, precision: str, grid: Grid) -> tuple[Step, Facts]:

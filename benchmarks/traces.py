@@ -1,7 +1,7 @@
 """What a profile of the GPU says: how long it computes, communicates, waits, and in which kernels.
 
-    compute        kernels that are not NCCL's, copies and fills
-    communication  NCCL's kernels
+    compute        kernels that are not NCCL's, copies and fills beside them
+    communication  NCCL's kernels; copies between devices, and those on streams without kernels
     exposed        communication while nothing computes
     idle           neither, between the first and the last event
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     compute: list[Interval] = []
     communication: list[Interval] = []
     kernels: dict[str, tuple[float, int]] = {}
-    for event in events:
-        if event.get("ph") != "X" or event.get("cat") not in _ON_DEVICE:
-            continue
+    found = [e for e in events if e.get("ph") == "X" and e.get("cat") in _ON_DEVICE]
+    computing = {_stream(e) for e in found if e["cat"] == "kernel" and not _is_nccl(e)}
+    for event in found:
         start, length, name = float(event["ts"]), float(event["dur"]), str(event["name"])
-        group = communication if "nccl" in name.lower() else compute
+        group = communication if _is_nccl(event) or _travels(event, computing) else compute
         group.append((start, start + length))
         total, count = kernels.get(name, (0.0, 0))
         kernels[name] = total + length, count + 1
@@ -59,6 +59,21 @@ def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
             for name, (total, count) in longest
         ],
     }
+
+
+def _stream(event: Mapping[str, Any]) -> Any:
+    return event.get("args", {}).get("stream")
+
+
+def _is_nccl(event: Mapping[str, Any]) -> bool:
+    return "nccl" in str(event["name"]).lower()
+
+
+def _travels(event: Mapping[str, Any], computing: Container[Any]) -> bool:
+    """Whether it is a copy to another device, or of a stream that only copies."""
+    if event["cat"] != "gpu_memcpy":
+        return False
+    return "PtoP" in str(event["name"]) or _stream(event) not in computing
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

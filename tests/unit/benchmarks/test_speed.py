@@ -14,7 +14,7 @@ from benchmarks import speed, tables
 from benchmarks.baselines import BASELINES
 from benchmarks.models import MODELS
 from benchmarks.run import side_by_side
-from benchmarks.runners import FORCED, names
+from benchmarks.runners import FORCED, WAYS, names
 from benchmarks.suites import SPEED_CASES, TWINS, select
 
 H100 = 989.4e12
@@ -122,7 +122,7 @@ def test_names_of_runners_are_checked() -> None:
     assert chosen["warmup"] == 1
     assert set(names(2)) == {
         "autopar",
-        *(f"autopar: {name}" for name in FORCED),
+        *(f"autopar: {name}" for name in (*FORCED, *WAYS)),
         *(name for name in BASELINES if not name.startswith("torch.compile")),
     }
     assert names(1) == ["autopar", "torch.compile", "torch.compile, reduce-overhead"]

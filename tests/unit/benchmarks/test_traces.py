@@ -45,6 +45,18 @@ def test_intervals_are_told_apart() -> None:
     ]
 
 
+def test_copies_between_devices_communicate() -> None:
+    """Those on a stream without kernels, and those that say so."""
+    copies = [("DtoD", 20, 7), ("PtoP", 40, 1), ("DtoD", 60, 1)]
+    events = [_event("matmul", 0, 10) | {"args": {"stream": 1}}] + [
+        _event(f"Memcpy {kind}", start, 10, "gpu_memcpy") | {"args": {"stream": stream}}
+        for kind, start, stream in copies
+    ]
+    found = traces.analysis(events, 1)
+    assert found["compute_ms"] == pytest.approx(0.020)
+    assert found["communication_ms"] == found["exposed_communication_ms"] == pytest.approx(0.020)
+
+
 def test_a_trace_without_a_device_is_all_zero() -> None:
     found = traces.analysis([_event("aten::mm", 0, 5, "cpu_op")], 1)
     assert found["span_ms"] == found["idle_ms"] == 0.0
