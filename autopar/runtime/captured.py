@@ -33,6 +33,12 @@ LAUNCH_BOUND_S = 12e-6
 Results = dict[str, Shards]
 
 
+def is_launch_bound(num_operators: int, seconds: float | None) -> bool:
+    """Whether the host may be late to start so many operators, which the device runs in so many
+    predicted seconds. None: whoever asked says that it is."""
+    return seconds is None or seconds < LAUNCH_BOUND_S * num_operators
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """results: in memory that `replay` fills, each time that it is called. forget: ends it."""
@@ -102,7 +108,8 @@ class CapturedProgram:
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> Results:
         self._plays += 1
-        if self._plays == _PLAYS_BEFORE + 1 and self._is_worth_it():
+        bound = is_launch_bound(self._program.num_operators, self._seconds)
+        if bound and self._plays == _PLAYS_BEFORE + 1:
             self._capture(inputs)
         if self._recording is None:
             return self._program(inputs)
@@ -113,10 +120,6 @@ class CapturedProgram:
         inputs.clear()
         self._recording.replay()
         return {key: list(shards) for key, shards in self._recording.results.items()}
-
-    def _is_worth_it(self) -> bool:
-        nodes = self._program.num_operators
-        return self._seconds is None or self._seconds < LAUNCH_BOUND_S * nodes
 
     def _capture(self, inputs: MutableMapping[str, Shards]) -> None:
         places = {

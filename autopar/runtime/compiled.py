@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ def compiler(
     parameters: Collection[str],
     device: torch.device,
     peers: PeerGroups | None = None,
+    copies_if: Callable[[int], bool] = lambda _: True,
 ) -> PlayerMaker:
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
     traced, and those that need not be compiled, as they do nothing. peers: for collectives by
-    copies (`compile.peers`)."""
+    copies (`compile.peers`), in programs of which `copies_if` says so, from how many operators
+    they have."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):
@@ -44,6 +46,7 @@ def compiler(
             device=device,
             parameters=parameters,
             peers=peers,
+            copies_if=copies_if,
         )
 
     return make
@@ -64,6 +67,7 @@ class CompiledProgram:
         device: torch.device,
         parameters: Collection[str] = (),
         peers: PeerGroups | None = None,
+        copies_if: Callable[[int], bool] = lambda _: True,
     ) -> None:
         """groups: name and size of each mesh axis's process group. parameters: inputs that are
         there before the step: what depends on them alone may start first. peers: among its groups
@@ -71,7 +75,7 @@ class CompiledProgram:
         self._program, self._coordinates, self._groups = program, coordinates, tuple(groups)
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters = frozenset(parameters)
-        self._peers = peers
+        self._peers, self._copies_if = peers, copies_if
         self._wanted: tuple[Place, ...] = ()
         self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
         self._compiled: CompiledModule | None = None
@@ -117,11 +121,11 @@ class CompiledProgram:
         module = trace(self._program, values, coordinates=self._coordinates, groups=self._groups)
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
         ordered = prepare(module, early)
-        if self._peers is not None:
-            ordered, self._wanted = copy_between_peers(ordered, self._peers.peers, early)
-        self._places = None
-        self._compiled = compile_module(ordered)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
+        self._wanted, self._places = (), None
+        if self._peers is not None and self._copies_if(self.num_operators):
+            ordered, self._wanted = copy_between_peers(ordered, self._peers.peers, early)
+        self._compiled = compile_module(ordered)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)
         return self._compiled

@@ -10,7 +10,7 @@ without a process group has plain tensors instead. Inside a step there are only 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
 from autopar.plan import ParallelPlan
-from autopar.runtime.captured import CapturedProgram, capturer
+from autopar.runtime.captured import CapturedProgram, capturer, is_launch_bound
 from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.compiled import compiler
 from autopar.runtime.data import DataShard, data_shard
@@ -53,8 +53,8 @@ class ParallelModel(nn.Module):
     device. seed: of dropout and of what is initialised here. compiled: whether programs run as
     Inductor's code, compiled at the first step, or operator by operator; by default on GPUs.
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
-    where its kernels are short. peer_copies: whether collectives that such a step makes once are
-    copies between ranks; by default where GPUs reach each other's memory.
+    where its kernels are short. peer_copies: whether collectives that another compiled step of one
+    program makes once are copies between ranks; by default where GPUs reach each other's memory.
     """
 
     def __init__(
@@ -329,10 +329,19 @@ def _make_executors(
             groups = () if comm is None else comm.groups[index]
             players = compiler(players, coordinates, groups, parameters, device)
             whole = whole_step(lowered, index)
-            play_whole = compiler(interpreted, coordinates, groups, parameters, device, peers)
-            if device.type == "cuda" and cuda_graph is not False:
-                predicted = plan.stages[index].prediction
-                seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
+            predicted = plan.stages[index].prediction
+            seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
+            captures = device.type == "cuda" and cuda_graph is not False
+            play_whole = compiler(
+                interpreted,
+                coordinates,
+                groups,
+                parameters,
+                device,
+                peers,
+                _copies_if(captures, seconds),
+            )
+            if captures:
                 play_whole = capturer(play_whole, {*parameters, *stage.buffers}, seconds)
         executors[index] = StageExecutor(
             lowered,
@@ -346,6 +355,11 @@ def _make_executors(
             play_whole=play_whole,
         )
     return executors
+
+
+def _copies_if(captures: bool, seconds: float | None) -> Callable[[int], bool]:
+    """Whether a program of so many operators makes copies of its collectives: not in a graph."""
+    return lambda operators: not (captures and is_launch_bound(operators, seconds))
 
 
 def _buffer(root: nn.Module, name: str) -> Tensor:

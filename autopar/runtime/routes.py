@@ -96,10 +96,16 @@ def sources_with_gradient(stage: LoweredStage) -> set[str]:
     return {p.source for p in stage.parameters if p.name in made}
 
 
-def channels(lowered: LoweredPlan) -> tuple[tuple[int, int], ...]:
-    """Ordered pairs of stages between which something is sent, in one order for all ranks."""
-    every = (*lowered.transfers, *gradient_returns(lowered))
-    return tuple(sorted({(t.source_stage, t.target_stage) for t in every}))
+def channels(lowered: LoweredPlan) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Ordered pairs of stages between which something is sent, with the devices of each that send
+    and get it; in one order for all ranks."""
+    found: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for t in (*lowered.transfers, *gradient_returns(lowered)):
+        sources, targets = lowered.stages[t.source_stage], lowered.stages[t.target_stage]
+        pairs = found.setdefault((t.source_stage, t.target_stage), set())
+        ends = ((sources.devices[i.source], targets.devices[i.target]) for i in t.tiles)
+        pairs.update((sender, receiver) for sender, receiver in ends if sender != receiver)
+    return {channel: sorted(found[channel]) for channel in sorted(found)}
 
 
 def box_of(transfer: Transfer) -> tuple[int, int, str]:
