@@ -1,7 +1,8 @@
 """Training speed: autopar and the baselines, one after another in one job of torchrun.
 
-A step is forward, backward and AdamW on the global batch. Its time is the slowest rank's, from a
-barrier on. gloo runs on CPU processes in float32; NCCL on GPUs computes and reduces in bfloat16
+A step is forward, backward and AdamW on the global batch. Steps follow one another as in training,
+without waiting for the GPUs; a step's time is from the end of the one before, as the slowest rank's
+GPU sees it. gloo runs on CPU processes in float32; NCCL on GPUs computes and reduces in bfloat16
 with float32 parameters and states.
 
 A runner that fails ends its job, since no rank knows what the others still wait for; so does one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import resource
@@ -119,15 +120,9 @@ def _steps(step: Step, job: Job, request: Mapping[str, Any]) -> dict[str, Any]:
     losses = [_mean(step())]
     first_step_s = time.perf_counter() - started
     losses += [_mean(step()) for _ in range(request["warmup"] - 1)]
-    times = []
-    for _ in range(request["steps"]):
-        dist.barrier()
-        _synchronize(job.device)
-        started = time.perf_counter()
-        loss = step()
-        _synchronize(job.device)
-        times.append(_largest(time.perf_counter() - started, job.device))
-        losses.append(_mean(loss))
+    seconds, made = _paced(step, job, request["steps"])
+    times = [_largest(value, job.device) for value in seconds]
+    losses += [_mean(loss) for loss in made]
     return {
         "step_s": summary(times).to_dict(),
         "peak_bytes": int(_largest(_peak_bytes(job.device), job.device)),
@@ -247,6 +242,29 @@ def _largest(value: float, device: torch.device) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def _paced(step: Step, job: Job, steps: int) -> tuple[list[float], list[Tensor]]:
+    """Seconds and loss of each step, one after the other as in training: the host does not wait
+    for a GPU, which tells when it ends a step. The step before the first one counts for nothing:
+    all ranks start it at once, with nothing to do yet."""
+    ends: list[Any] = []
+    losses = []
+    dist.barrier()
+    _synchronize(job.device)
+    for _ in range(steps + 1):
+        losses.append(step().detach().clone())
+        if job.device.type == "cuda":
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+        else:
+            ends.append(time.perf_counter())
+    _synchronize(job.device)
+    if job.device.type == "cuda":
+        times = [one.elapsed_time(other) / 1e3 for one, other in itertools.pairwise(ends)]
+    else:
+        times = [other - one for one, other in itertools.pairwise(ends)]
+    return times, losses
 
 
 def _mean(loss: Tensor) -> float:
