@@ -17,7 +17,7 @@ starts when every rank has come to it (`ops.peers`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -259,10 +259,10 @@ def _put_sum(graph: fx.Graph, copy: _Copy, operand: fx.Node, received: fx.Node) 
     if total is None:
         raise InternalError("a group without ranks")
     result = call(graph, aten.reshape.default, total, list(wire.shape))
-    replaced = _only_reader(copy.wait, lambda node: node.target is _CAST)
-    for view in _between(copy.wait, replaced):
+    cast = _cast_of(copy.wait)
+    for view in _between(copy.wait, cast):
         result = call(graph, view.target, result, *view.args[1:])
-    replaced = replaced or copy.wait
+    replaced = cast or copy.wait
     result = _cast(graph, result, replaced.meta["val"].dtype)
     replaced.replace_all_uses_with(result)
     materialize(graph, result)
@@ -272,13 +272,13 @@ def _put_sum(graph: fx.Graph, copy: _Copy, operand: fx.Node, received: fx.Node) 
         replaced = before
 
 
-def _only_reader(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """The reader of a value, through views that nothing else reads."""
+def _cast_of(node: fx.Node) -> fx.Node | None:
+    """The cast that alone reads a value, also through views that keep its order."""
     while len(node.users) == 1:
         (node,) = node.users
-        if wanted(node):
+        if node.target is _CAST:
             return node
-        if node.target not in VIEWS:
+        if node.target not in VIEWS or not node.meta["val"].is_contiguous():
             return None
     return None
 

@@ -1,0 +1,139 @@
+"""Collectives as copies between ranks: where they are received, and what the verifier refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from autopar.compile import overlap as order
+from autopar.compile.overlap import SMALL_BYTES, overlap
+from autopar.compile.peers import Peers, Place, check_places, copy_between_peers
+from autopar.errors import InternalError
+from autopar.lowering.collectives import STARTS, WAIT, start
+from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
+from tests.unit.compile.test_passes import targets, traced
+
+aten = torch.ops.aten
+
+WIDTH, LAYERS, GROUP = 1024, 6, "axis0"  # wide enough that no reduction is packed
+Body = Callable[..., list[Tensor]]
+
+
+def collective(op: str, value: Tensor, size: int, reduce: str = "sum") -> Tensor:
+    found: Tensor = WAIT(start(op, value, GROUP, size, reduce))
+    return found
+
+
+def layers(size: int) -> Body:
+    """Weights are gathered for forward and again for backward, as if they were freed between; their
+    gradients are reduced in bfloat16 and read in float32."""
+
+    def body(x: Tensor, *shards: Tensor) -> list[Tensor]:
+        states = [x]
+        for shard in shards:
+            weight = collective("all_gather", shard.bfloat16(), size)
+            states.append((states[-1] @ weight.t()).relu())
+        grad, grads = states[-1] * 2, []
+        for shard, state in zip(shards[::-1], states[-2::-1], strict=True):
+            grads.append(collective("reduce_scatter", grad.t() @ state, size).float())
+            grad = grad @ collective("all_gather", shard.bfloat16() * 1, size)
+        return [*grads, grad.float()]
+
+    return body
+
+
+def prepared(body: Body, size: int, *inputs: Tensor) -> tuple[fx.GraphModule, tuple[Place, ...]]:
+    parameters = range(1, len(inputs))
+    module = overlap(traced(body, *inputs), parameters)
+    return copy_between_peers(module, {GROUP: Peers(0, size)}, parameters)
+
+
+def inputs(size: int) -> list[Tensor]:
+    shards = [torch.randn(WIDTH // size, WIDTH) for _ in range(LAYERS)]
+    return [torch.randn(4, WIDTH).bfloat16(), *shards]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(order, "AHEAD_BYTES", 0)
+    module, places = prepared(layers(size), size, *inputs(size))
+    found = targets(module)
+    assert not STARTS.keys() & set(found) and WAIT not in found
+    copies = module.graph.find_nodes(op="call_function", target=PEER_COPY)
+    assert len(copies) == 3 * LAYERS == found.count(PEER_WAIT)
+    assert all(place.dtype is torch.bfloat16 and place.group == GROUP for place in places)
+    assert 2 <= len(places) < len(copies) / 2
+    assert max(place.numel for place in places) == WIDTH * WIDTH
+    results = module.graph.output_node().args[0]
+    assert all(node.meta["val"].dtype is torch.float32 for node in results)
+    for result in results[:-1]:  # what a sum is read as is made of it without another rounding
+        (value,) = result.all_input_nodes
+        while value.target is not aten.add.Tensor:
+            assert value.meta["val"].dtype is torch.float32
+            (value,) = value.all_input_nodes
+
+
+def test_what_leaves_the_graph_is_received_in_memory_of_its_own() -> None:
+    def body(x: Tensor, shard: Tensor) -> list[Tensor]:
+        weight = collective("all_gather", shard, 2)
+        return [x @ weight, weight.view(-1)]
+
+    module, places = prepared(body, 2, torch.randn(4, 8), torch.randn(4, 8))
+    assert not places
+    assert PEER_COPY not in targets(module)
+
+
+@pytest.mark.parametrize(
+    ("size", "numel", "dtype", "reduce", "copied"),
+    [
+        (2, SMALL_BYTES, torch.float32, "sum", True),  # two ranks: what NCCL moves, too
+        (4, SMALL_BYTES // 12, torch.float32, "sum", True),
+        (4, SMALL_BYTES // 4, torch.float32, "sum", False),
+        (2, 8, torch.int64, "sum", False),
+        (2, 8, torch.float32, "max", False),
+    ],
+)
+def test_which_sums_are_copies(
+    size: int, numel: int, dtype: torch.dtype, reduce: str, copied: bool
+) -> None:
+    def body(x: Tensor, _: Tensor) -> list[Tensor]:
+        return [collective("all_reduce", x * 2, size, reduce)]
+
+    module, places = prepared(body, size, torch.ones(numel).to(dtype), torch.ones(1))
+    assert (PEER_COPY in targets(module)) is copied
+    assert sum(place.numel for place in places) == (size - 1) * numel * copied
+
+
+def test_a_group_without_peers_keeps_its_collectives() -> None:
+    module = overlap(traced(layers(2), *inputs(2)), range(1, LAYERS + 1))
+    before = targets(module)
+    module, places = copy_between_peers(module, {}, range(1, LAYERS + 1))
+    assert targets(module) == before
+    assert not places
+
+
+def test_readers_at_the_wrong_time_are_found() -> None:
+    for wrong in (PEER_WAIT, PEER_COPY):
+        module, _ = prepared(layers(2), 2, *inputs(2))
+        nodes = list(module.graph.nodes)
+        first = next(n for n in nodes if n.target is PEER_WAIT)
+        if wrong is PEER_WAIT:  # before it was waited for
+            nodes[-1].prepend(first)
+        else:  # after it was written again
+            place = first.args[0]
+            reader = next(n for n in place.users if n.target not in (PEER_WAIT, PEER_COPY))
+            copy = next(n for n in nodes if n.target is PEER_COPY and n.args[1] is place)
+            with module.graph.inserting_after(reader):
+                again = module.graph.call_function(PEER_COPY, copy.args)
+            with module.graph.inserting_after(again):
+                module.graph.call_function(PEER_WAIT, first.args)
+        with pytest.raises(InternalError, match="which is written to"):
+            check_places(module)
+
+
+def test_parts_are_in_the_order_of_the_ranks() -> None:
+    assert [part_of_place(rank, 1, own=True) for rank in range(4)] == [0, 1, 2, 3]
+    assert [part_of_place(rank, 1, own=False) for rank in (0, 2, 3)] == [0, 1, 2]
