@@ -88,10 +88,22 @@ def make_operands(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if not is_inlined(node) or node.target in VIEWS or not _is_permuted(node.meta["val"]):
             continue
-        views = [user for user in node.users if user.target in VIEWS]
-        if any(is_heavy(reader) for view in views for reader in _ends(view)):
+        if any(_is_multiplied(user) for user in node.users if _keeps_order(user)):
             materialize(module.graph, node)
     return module
+
+
+def _is_multiplied(node: fx.Node) -> bool:
+    """Whether a product reads it as it lies in memory."""
+    return any(is_heavy(u) or (_keeps_order(u) and _is_multiplied(u)) for u in node.users)
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether it is a view; a clone is one where it lies like its operand."""
+    if node.target is not aten.clone.default:
+        return node.target in VIEWS
+    value: Tensor = node.meta["val"]
+    return bool(value.stride() == node.all_input_nodes[0].meta["val"].stride())
 
 
 def _is_permuted(value: Tensor) -> bool:
@@ -125,14 +137,9 @@ def _is_table(node: fx.Node) -> bool:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Pointwise readers, also through views."""
-    return [reader for reader in _ends(node) if is_inlined(reader)]
-
-
-def _ends(node: fx.Node) -> list[fx.Node]:
-    """Readers, of its views too."""
     found = []
     for user in node.users:
-        found += _ends(user) if user.target in VIEWS else [user]
+        found += _readers(user) if user.target in VIEWS else [user] if is_inlined(user) else []
     return found
 
 

@@ -110,6 +110,7 @@ def test_values_in_order_or_of_no_product_are_no_operands() -> None:
     bodies: list[Callable[..., list[Tensor]]] = [
         lambda x, w: [(x * 2).view(8, 24) @ w],
         lambda x, w: [(x.transpose(0, 1) * 2).reshape(8, 24).exp() @ w],
+        lambda x, w: [(x.transpose(0, 1) * 2).reshape(8, 24) @ w],  # another order in memory
     ]
     for body in bodies:
         module = make_operands(traced(body, x, weight))
@@ -133,6 +134,7 @@ def test_other_casts_stay() -> None:
     bodies: list[Callable[..., list[Tensor]]] = [
         lambda x: [(narrow := x.sum(1).bfloat16()), narrow.float()],
         lambda x: [x.sin().bfloat16().float()],
+        lambda x: [x.bfloat16().float()],
         lambda x: [x.sum(1).long().float()],
         lambda x: [x.sum(1).double().float()],
     ]
