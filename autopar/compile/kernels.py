@@ -3,6 +3,7 @@ it cannot.
 
     convolutions                                          of operands with channels last
     gelu, by tanh                                         a sigmoid
+    gradient of an embedding of a few rows                a sum for each row
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     uniform, normal, .., padded_narrow, keep_on_first,
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
+from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
@@ -48,10 +50,10 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
     }
-    activations: Decompositions = {
-        target: partial(body, table[target]) for target, body in _ACTIVATIONS.items()
+    better: Decompositions = {
+        target: partial(body, table[target]) for target, body in _BETTER.items()
     }
-    return {**table, **convolutions, **activations, **_OWN, **random, **dropout}
+    return {**table, **convolutions, **better, **_OWN, **random, **dropout}
 
 
 def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:
@@ -91,9 +93,10 @@ class _KeyTable:
         return self._keys, self._rows[op_id]
 
 
-_ACTIVATIONS: Decompositions = {
+_BETTER: Decompositions = {  # given Inductor's
     aten.gelu.default: gelu,
     aten.gelu_backward.default: gelu_backward,
+    aten.embedding_dense_backward.default: embedding_backward,
 }
 _RANDOM: Decompositions = {
     own.uniform.default: counter_uniform,

@@ -2,6 +2,8 @@
 
     make_tables      small values that large ones read are made once
     make_sums        sums of large values that several kernels read, too
+    make_operands    operands of products lie in memory as the products read them
+    drop_copies      a cast there and back of what a kernel made is left out
     pad_products     products of matrices get sizes that tensor cores take
     overlap          the order: collectives beside everything else
     keep_sums_apart  sums that a concatenation reads are buffers of their own
@@ -17,12 +19,13 @@ from torch import fx
 
 from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import keep_sums_apart
+from autopar.compile.copies import drop_copies
 from autopar.compile.overlap import overlap
-from autopar.compile.tables import make_sums, make_tables
+from autopar.compile.tables import make_operands, make_sums, make_tables
 
 
 def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModule:
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
-    made = make_sums(make_tables(module))
+    made = drop_copies(make_operands(make_sums(make_tables(module))))
     return keep_sums_apart(overlap(pad_products(made), parameters))

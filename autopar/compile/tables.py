@@ -5,9 +5,12 @@
     sums      of two large values, read before and after a product of matrices, such as the stream
               between the blocks of a transformer: a norm would read all products since a sum was
               last in memory, and backward would be left its float32 result in place of the sum
+    operands  of products, which they read as a matrix although their dims lie permuted in memory,
+              such as gradients of rotated queries: made with their dims in order, they would be
+              copied for the products
 
 Inductor writes a pointwise value into its readers. `aten.as_strided` of a value as it is makes it a
-buffer, without a kernel of its own.
+buffer that lies as it does in the graph, without a kernel of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def make_tables(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     dear: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if not _is_inlined(node):
+        if not is_inlined(node):
             continue
         if node.target in _DEAR or not dear.isdisjoint(node.all_input_nodes):
             dear.add(node)
@@ -80,6 +83,35 @@ def make_sums(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def make_operands(module: fx.GraphModule) -> fx.GraphModule:
+    """The same values, in place. Pre: flat ATen graph with fake values. O(edges)."""
+    for node in list(module.graph.nodes):
+        if not is_inlined(node) or node.target in VIEWS or not _is_permuted(node.meta["val"]):
+            continue
+        if any(_is_multiplied(user) for user in node.users if _keeps_order(user)):
+            materialize(module.graph, node)
+    return module
+
+
+def _is_multiplied(node: fx.Node) -> bool:
+    """Whether a product reads it as it lies in memory."""
+    return any(is_heavy(u) or (_keeps_order(u) and _is_multiplied(u)) for u in node.users)
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether it is a view; a clone is one where it lies like its operand."""
+    if node.target is not aten.clone.default:
+        return node.target in VIEWS
+    value: Tensor = node.meta["val"]
+    return bool(value.stride() == node.all_input_nodes[0].meta["val"].stride())
+
+
+def _is_permuted(value: Tensor) -> bool:
+    """Whether it fills its memory, with its dims in another order."""
+    order = sorted(range(value.dim()), key=value.stride, reverse=True)
+    return not value.is_contiguous() and value.permute(order).is_contiguous()
+
+
 def _is_large_sum(node: fx.Node) -> bool:
     """Whether it is the sum of two values of its own size, both of which a reader would read."""
     if node.target is not aten.add.Tensor:
@@ -90,7 +122,7 @@ def _is_large_sum(node: fx.Node) -> bool:
     return whole and value.is_contiguous()
 
 
-def _is_inlined(node: fx.Node) -> bool:
+def is_inlined(node: fx.Node) -> bool:
     """Whether Inductor writes it into its readers."""
     if node.target in VIEWS or node.target in _CASTS:
         return True
@@ -107,7 +139,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     """Pointwise readers, also through views."""
     found = []
     for user in node.users:
-        found += _readers(user) if user.target in VIEWS else [user] if _is_inlined(user) else []
+        found += _readers(user) if user.target in VIEWS else [user] if is_inlined(user) else []
     return found
 
 
@@ -117,7 +149,7 @@ def _numel(node: fx.Node) -> int:
 
 
 def materialize(graph: fx.Graph, node: fx.Node) -> None:
-    """Makes a contiguous value a buffer: every reader loads it."""
+    """Makes a value that fills its memory a buffer: every reader loads it."""
     value: Tensor = node.meta["val"]
     with graph.inserting_after(node):
         args = (node, list(value.shape), list(value.stride()), 0)

@@ -14,12 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autopar.compile import alignment
 from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import check_sums, keep_sums_apart
+from autopar.compile.copies import drop_copies
 from autopar.compile.overlap import AHEAD, AHEAD_BYTES, overlap
-from autopar.compile.tables import make_sums, make_tables
+from autopar.compile.tables import make_operands, make_sums, make_tables
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
 
 aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type.default
 
 
 def traced(body: Callable[..., list[Tensor]], *inputs: Tensor) -> fx.GraphModule:
@@ -83,6 +85,62 @@ def test_a_sum_that_one_kernel_reads_is_no_buffer() -> None:
     for body in bodies:
         module = make_sums(traced(body, torch.randn(4, 8), torch.randn(8, 8)))
         assert aten.as_strided.default not in targets(module)
+
+
+def turned(x: Tensor, cos: Tensor, weight: Tensor) -> list[Tensor]:
+    """Rows by a value of their position, a head [batch, heads, sequence, width] at a time, then as
+    a matrix that two products read."""
+    heads = x.view(2, 4, 3, 8).transpose(1, 2) * cos
+    rows = heads.transpose(1, 2).reshape(8, 24)
+    return [rows @ weight, rows.t() @ x.view(8, 24), heads.sum()]
+
+
+def test_an_operand_is_a_buffer_that_lies_as_products_read_it() -> None:
+    x, cos, weight = torch.randn(2, 4, 24), torch.randn(4, 8), torch.randn(24, 5)
+    module = make_operands(traced(turned, x, cos, weight))
+    (buffer,) = module.graph.find_nodes(op="call_function", target=aten.as_strided.default)
+    assert buffer.args[0].target is aten.mul.Tensor
+    assert buffer.meta["val"].stride() == (96, 8, 24, 1)
+    for got, want in zip(module(x, cos, weight), turned(x, cos, weight), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_values_in_order_or_of_no_product_are_no_operands() -> None:
+    x, weight = torch.randn(2, 4, 24), torch.randn(24, 5)
+    bodies: list[Callable[..., list[Tensor]]] = [
+        lambda x, w: [(x * 2).view(8, 24) @ w],
+        lambda x, w: [(x.transpose(0, 1) * 2).reshape(8, 24).exp() @ w],
+        lambda x, w: [(x.transpose(0, 1) * 2).reshape(8, 24) @ w],  # another order in memory
+    ]
+    for body in bodies:
+        module = make_operands(traced(body, x, weight))
+        assert aten.as_strided.default not in targets(module)
+
+
+def casts(x: Tensor, rows: Tensor) -> list[Tensor]:
+    table = torch.zeros(8, 4).index_put((rows,), x, accumulate=True)
+    return [table.bfloat16().float() * 2]
+
+
+def test_casts_there_and_back_are_left_out() -> None:
+    """Of what a kernel made, and where nobody reads the narrow value."""
+    x, rows = torch.randn(6, 4), torch.tensor([1, 7, 1, 3, 0, 1])
+    module = drop_copies(traced(casts, x, rows))
+    assert convert not in targets(module)
+    torch.testing.assert_close(module(x, rows), casts(x, rows), rtol=2**-8, atol=0.0)
+
+
+def test_other_casts_stay() -> None:
+    bodies: list[Callable[..., list[Tensor]]] = [
+        lambda x: [(narrow := x.sum(1).bfloat16()), narrow.float()],
+        lambda x: [x.sin().bfloat16().float()],
+        lambda x: [x.bfloat16().float()],
+        lambda x: [x.sum(1).long().float()],
+        lambda x: [x.sum(1).double().float()],
+    ]
+    for body in bodies:
+        module = traced(body, torch.randn(3, 4))
+        assert targets(drop_copies(module)).count(convert) == 2
 
 
 @pytest.mark.parametrize("bias_shape", [(13,), (1, 13), (9, 13)])
