@@ -1,7 +1,7 @@
 """Process groups: who makes them, and how a rank that fails takes the others with it.
 
 A World is the job: its ranks, store and default group. A RankComm is what one rank of one plan
-needs: a group per axis of its stages' meshes, a group per ordered pair of stages (so that the NCCL
+needs: a group per axis of its stages' meshes, a group per ordered pair of workers (so that the NCCL
 streams of the two directions cannot block each other), and the stages' DeviceMeshes. All ranks make
 all groups in one order. Backends: NCCL for CUDA, gloo for the CPU.
 
@@ -257,11 +257,11 @@ def connect_rank(world: World, lowered: LoweredPlan) -> RankComm:
             ]
             made[_place(stage)] = [group for group in groups if group is not None]
     pairs = {}
-    for (source, target), ends in channels(lowered).items():
-        ranks = sorted({*lowered.stages[source].devices, *lowered.stages[target].devices})
-        group = _new_group(world, ranks, f"{name}/stage{source}to{target}")
+    for number, (channel, ends) in enumerate(channels(lowered).items()):
+        ranks = sorted({*channel[0], *channel[1]})
+        group = _new_group(world, ranks, f"{name}/channel{number}")
         if group is not None:
-            pairs[source, target] = group
+            pairs[channel] = group
             if world.device.type == "cuda":
                 connect_ends(world.rank, world.device, group, ends)
     own = [stage for stage in lowered.stages if world.rank in stage.devices]
@@ -282,7 +282,7 @@ def connect_rank(world: World, lowered: LoweredPlan) -> RankComm:
         collectives={index: ProcessCollectives(found) for index, found in axes.items()},
         meshes=meshes,
         host_meshes=meshes | host_meshes,
-        transport=ProcessTransport(lowered.stages, world.rank, pairs, world.device),
+        transport=ProcessTransport(lowered, world.rank, pairs, world.device),
     )
 
 

@@ -187,11 +187,11 @@ class StagePlayer:
             elif action is None:
                 self._fetch()
             elif action.microbatch is None:
-                self._reduce()
+                self._reduce(action)
             elif action.kind is ActionKind.FORWARD:
-                self._forward(action.microbatch)
+                self._forward(action, action.microbatch)
             elif action.kind is ActionKind.BACKWARD:
-                self._backward(action.microbatch)
+                self._backward(action, action.microbatch)
             else:
                 self._weights(action.microbatch)
 
@@ -247,23 +247,23 @@ class StagePlayer:
         routes, stage = self._executor.routes, self._executor.stage
         at_rest, device = dict(self._inputs.parameters), self._executor.device
         lent = {t.source_key: at_rest[t.source_key] for t in routes.fetch_out}
-        self._send(routes.fetch_out, {k: [t.to(device) for t in v] for k, v in lent.items()})
-        self._receive(routes.fetch_in, at_rest)
+        self._send(routes.fetch_out, {k: [t.to(device) for t in v] for k, v in lent.items()}, None)
+        self._receive(routes.fetch_in, at_rest, None)
         wanted = {key: at_rest[key] for key in stage.gather.inputs}
         del at_rest
         self._state.parameters = self._executor.gather(wanted)
         if self._executor.on_host:
             wait_for_copies(device)  # an optimizer may write them as soon as the step returns
 
-    def _forward(self, microbatch: int) -> None:
+    def _forward(self, action: Action, microbatch: int) -> None:
         executor, state = self._executor, self._state
         received: dict[str, Shards] = {}
-        self._receive(executor.routes.forward_in, received)
+        self._receive(executor.routes.forward_in, received, action)
         kept = {name: state.buffers[name] for name in executor.late_buffers}
         values = self._program_inputs(executor.stage.forward, received, microbatch)
         received.clear()
         outputs = executor.forward(values)
-        self._send(executor.routes.forward_out, outputs)
+        self._send(executor.routes.forward_out, outputs, action)
         if self._train:
             kept.update((name, outputs[name]) for name in executor.stage.saved)
             state.kept[microbatch] = kept
@@ -277,15 +277,15 @@ class StagePlayer:
                 share if total is None else [a + b for a, b in zip(total, share, strict=True)]
             )
 
-    def _backward(self, microbatch: int) -> None:
+    def _backward(self, action: Action, microbatch: int) -> None:
         executor, weights = self._executor, self._executor.stage.weights
         available = self._state.kept.pop(microbatch)
-        self._receive(executor.routes.backward_in, available)
+        self._receive(executor.routes.backward_in, available, action)
         held = _only(available, () if weights is None else weights.inputs)
         values = self._program_inputs(executor.stage.backward, available, microbatch)
         available.clear()
         outputs = executor.backward(values)
-        self._send(executor.routes.backward_out, outputs)
+        self._send(executor.routes.backward_out, outputs, action)
         self._accumulate(ActionKind.BACKWARD, outputs, storages(held))
         if weights is not None:
             self._state.held[microbatch] = held | _only(outputs, weights.inputs)
@@ -308,7 +308,7 @@ class StagePlayer:
         reused = self._executor.num_microbatches > 1
         self._accumulators[kind].add(outputs, names, reused=reused, shared=shared)
 
-    def _reduce(self) -> None:
+    def _reduce(self, action: Action) -> None:
         """Gradients to the layout at rest; uses of one weight summed; borrowed ones given back."""
         executor, state = self._executor, self._state
         state.parameters.clear()
@@ -318,10 +318,10 @@ class StagePlayer:
         at_rest: dict[str, Shards] = {}
         for name in executor.stage.gradients:
             _add(at_rest, sources[name], reduced.pop(name))
-        self._send(executor.routes.return_out, at_rest)
+        self._send(executor.routes.return_out, at_rest, action)
         for transfer, value in zip(
             executor.routes.return_in,
-            executor.transport.receive(executor.routes.return_in),
+            executor.transport.receive(executor.routes.return_in, action),
             strict=True,
         ):
             _add(at_rest, transfer.target_key, value)
@@ -337,13 +337,15 @@ class StagePlayer:
         if self._executor.on_host:
             wait_for_copies(device)
 
-    def _send(self, route: Route, values: Mapping[str, Shards]) -> None:
+    def _send(self, route: Route, values: Mapping[str, Shards], action: Action | None) -> None:
         if route:
-            self._executor.transport.send(route, [values[t.source_key] for t in route])
+            self._executor.transport.send(route, [values[t.source_key] for t in route], action)
 
-    def _receive(self, route: Route, into: MutableMapping[str, Shards]) -> None:
+    def _receive(
+        self, route: Route, into: MutableMapping[str, Shards], action: Action | None
+    ) -> None:
         if route:
-            values = self._executor.transport.receive(route)
+            values = self._executor.transport.receive(route, action)
             into.update((t.target_key, v) for t, v in zip(route, values, strict=True))
 
     def _program_inputs(
@@ -400,7 +402,8 @@ class RowPlayer:
         self._players = {s: StagePlayer(e, inputs[s], mode) for s, e in executors.items()}
         # earlier stages first: they lend
         self._tasks: list[tuple[int, Action | None]] = [(s, None) for s in sorted(executors)]
-        train = mode is Mode.TRAIN
+        self._transports = [executor.transport for executor in executors.values()]
+        self._trains = train = mode is Mode.TRAIN
         self._tasks += [
             (a.stage, a)
             for a in row
@@ -436,6 +439,8 @@ class RowPlayer:
 
     def play(self) -> dict[int, StageResult]:
         """Plays all tasks; receives block."""
+        for transport in {id(t): t for t in self._transports}.values():
+            transport.begin(trains=self._trains)
         while not self.done:
             self.advance()
         return self.results()

@@ -1,36 +1,43 @@
 """Which transfers a stage takes part in, when, and how tiles are cut from and put into shards.
 
-Between two stages values go through one FIFO channel per direction. Both sides find the same order
-here: parameters, then per action the values in the order of `LoweredPlan.transfers`, then
-gradients.
+Between the devices of two workers values go through one channel per direction, in the order in
+which the receiving worker asks for them, which both sides find here: parameters, then per action
+of the schedule the values of each sending stage in the order of `LoweredPlan.transfers`, then
+gradients. A value that is made early, for a skip connection, waits at the sender for its turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from autopar.actions import Action, ActionKind
 from autopar.graph.program import Phase
 from autopar.layout import is_uneven, local_atoms, local_shape
 from autopar.lowering.lower import LoweredPlan, LoweredStage
 from autopar.lowering.transfer import Tile, Transfer, make_tiles
 from autopar.mesh import LogicalMesh
 from autopar.runtime.interpreter import Shards
+from autopar.schedule import execution_order
 
 Route = tuple[Transfer, ...]
 
 
 class Transport(Protocol):
     """Moves values between stages for the ranks that this process plays. A send never blocks; a
-    receive blocks until the value has been sent."""
+    receive blocks until the value has been sent. action: of the stage that sends or receives; None
+    is the fetch before all of them."""
 
-    def send(self, transfers: Route, values: Sequence[Shards]) -> None: ...
+    def begin(self, *, trains: bool) -> None:
+        """A step, of all actions or of forward ones."""
 
-    def receive(self, transfers: Route) -> list[Shards]: ...
+    def send(self, transfers: Route, values: Sequence[Shards], action: Action | None) -> None: ...
+
+    def receive(self, transfers: Route, action: Action | None) -> list[Shards]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +103,69 @@ def sources_with_gradient(stage: LoweredStage) -> set[str]:
     return {p.source for p in stage.parameters if p.name in made}
 
 
-def channels(lowered: LoweredPlan) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Ordered pairs of stages between which something is sent, with the devices of each that send
-    and get it; in one order for all ranks."""
-    found: dict[tuple[int, int], set[tuple[int, int]]] = {}
+Channel = tuple[tuple[int, ...], tuple[int, ...]]  # the devices at its ends
+
+
+def channels(lowered: LoweredPlan) -> dict[Channel, list[tuple[int, int]]]:
+    """Between which devices something is sent, with those of either end that send and get it; in
+    one order for all ranks."""
+    found: dict[Channel, set[tuple[int, int]]] = {}
     for t in (*lowered.transfers, *gradient_returns(lowered)):
-        sources, targets = lowered.stages[t.source_stage], lowered.stages[t.target_stage]
-        pairs = found.setdefault((t.source_stage, t.target_stage), set())
-        ends = ((sources.devices[i.source], targets.devices[i.target]) for i in t.tiles)
+        sources, targets = (lowered.stages[i].devices for i in (t.source_stage, t.target_stage))
+        pairs = found.setdefault((sources, targets), set())
+        ends = ((sources[tile.source], targets[tile.target]) for tile in t.tiles)
         pairs.update((sender, receiver) for sender, receiver in ends if sender != receiver)
     return {channel: sorted(found[channel]) for channel in sorted(found)}
+
+
+class Message(NamedTuple):
+    """What one stage sends for one action of another one; None is its fetch."""
+
+    action: Action | None
+    source_stage: int
+    target_stage: int
+
+
+def message_for(transfer: Transfer, action: Action | None) -> Message:
+    """To which message a transfer belongs. action: of the stage that sends or receives."""
+    target = transfer.target_stage
+    received = None if action is None else Action(action.kind, target, action.microbatch)
+    return Message(received, transfer.source_stage, target)
+
+
+def message_order(
+    lowered: LoweredPlan, sender: int, *, trains: bool
+) -> dict[Channel, list[Message]]:
+    """What a device sends to other workers in a step, channel by channel, in the order in which it
+    is asked for. That is one in which all actions can be played, so that nothing is waited for that
+    waits for what comes after it. O(transfers x microbatches)."""
+    cells = execution_order(lowered.schedule)
+    position = {lowered.schedule.actions[c.worker][c.position]: i for i, c in enumerate(cells)}
+
+    def key(message: Message) -> tuple[int, int, int]:
+        action = message.action
+        if action is None:
+            return 0, message.target_stage, message.source_stage
+        if action.kind is ActionKind.REDUCE:  # a row's later stages first
+            return 2, -message.target_stage, message.source_stage
+        return 1, position[action], message.source_stage
+
+    found: dict[Channel, set[Message]] = {}
+    returns = [(t, True) for t in gradient_returns(lowered) if trains]
+    for t, is_return in (*((t, False) for t in lowered.transfers), *returns):
+        sources, targets = (lowered.stages[i].devices for i in (t.source_stage, t.target_stage))
+        if sources == targets or all(sources[tile.source] != sender for tile in t.tiles):
+            continue
+        actions: list[Action | None] = [None]
+        if is_return:
+            actions = [Action(ActionKind.REDUCE, t.source_stage)]
+        elif t.phase is not None:
+            forward = t.phase is Phase.FORWARD
+            kind = ActionKind.FORWARD if forward else ActionKind.BACKWARD
+            counts = range(lowered.schedule.num_microbatches) if forward or trains else ()
+            actions = [Action(kind, t.source_stage, m) for m in counts]
+        found.setdefault((sources, targets), set()).update(message_for(t, a) for a in actions)
+    return {channel: sorted(messages, key=key) for channel, messages in found.items()}
 
 
 def box_of(transfer: Transfer) -> tuple[int, int, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autopar.actions import Action
 from autopar.compile.step import whole_step
 from autopar.errors import InternalError, ScheduleError
 from autopar.graph.program import Graph, InputKind
@@ -46,13 +47,18 @@ class Mailboxes:
         self._device = device
         self._boxes: dict[tuple[int, int, str], deque[Shards]] = defaultdict(deque)
 
-    def send(self, transfers: Route, values: Sequence[Shards]) -> None:
+    def begin(self, *, trains: bool) -> None:
+        del trains
+
+    def send(self, transfers: Route, values: Sequence[Shards], action: Action | None) -> None:
+        del action
         for transfer, shards in zip(transfers, values, strict=True):
             mesh = self._stages[transfer.source_stage].mesh
             tiles = [cut_tile(shards[t.source], transfer, mesh, t) for t in transfer.tiles]
             self._boxes[box_of(transfer)].append(tiles)
 
-    def receive(self, transfers: Route) -> list[Shards]:
+    def receive(self, transfers: Route, action: Action | None) -> list[Shards]:
+        del action
         return [self._receive(transfer) for transfer in transfers]
 
     def ready(self, transfers: Route) -> bool:

@@ -10,11 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar.actions import Action
 from autopar.errors import InternalError
-from autopar.lowering.lower import LoweredStage
+from autopar.lowering.lower import LoweredPlan, LoweredStage
 from autopar.lowering.transfer import Tile, Transfer
 from autopar.runtime.interpreter import Shards
-from autopar.runtime.routes import Route, box_of, cut_tile, join_tiles, tile_shape
+from autopar.runtime.routes import (
+    Channel,
+    Message,
+    Route,
+    box_of,
+    cut_tile,
+    join_tiles,
+    message_for,
+    message_order,
+    tile_shape,
+)
 
 
 def connect_ends(
@@ -53,36 +64,45 @@ def _finish(works: list[dist.Work]) -> None:
 
 
 class ProcessTransport:
-    """Tiles between the ranks of two stages, in the fixed order of the routes.
+    """Tiles between the ranks of two workers, in the order of `routes.message_order`.
 
-    Sends return at once; their buffers live until they are done. CUDA tiles of one call and one
-    pair of stages travel as one NCCL group call. Between two stages of one worker all ranks send
-    and receive in that call, as neither side could wait for the other's.
+    Sends return at once; their buffers live until they are done, and until it is their turn: NCCL
+    would let a message that is sent before its turn wait on the GPU, in a kernel, and too many of
+    these leave no room for what they wait for. CUDA tiles of one message travel as one NCCL group
+    call. Between two stages of one worker all ranks send and receive in that call, as neither side
+    could wait for the other's.
     """
 
     def __init__(
         self,
-        stages: Sequence[LoweredStage],
+        lowered: LoweredPlan,
         me: int,
-        groups: Mapping[tuple[int, int], dist.ProcessGroup],
+        groups: Mapping[Channel, dist.ProcessGroup],
         device: torch.device,
     ) -> None:
-        """me: the global rank. groups: by channel, (source stage, target stage)."""
-        self._stages = stages
+        """me: the global rank."""
+        self._stages = lowered.stages
+        self._orders = {t: message_order(lowered, me, trains=t) for t in (False, True)}
+        self._expected: dict[Channel, deque[Message]] = {}
+        self._waiting: dict[Message, list[_Post]] = {}
         self._me = me
         self._groups = groups
         self._device = device
         self._pending: list[tuple[list[dist.Work], list[Tensor]]] = []
-        self._tags: defaultdict[tuple[tuple[int, int], int, bool], int] = defaultdict(int)
+        self._tags: defaultdict[tuple[Channel, int, bool], int] = defaultdict(int)
         self._arrivals: defaultdict[tuple[int, int, str], deque[_Arrival]] = defaultdict(deque)
 
-    def send(self, transfers: Route, values: Sequence[Shards]) -> None:
+    def begin(self, *, trains: bool) -> None:
+        if self._waiting:
+            raise InternalError(f"values of the step before were not sent: {list(self._waiting)}")
+        self._expected = {c: deque(order) for c, order in self._orders[trains].items()}
+
+    def send(self, transfers: Route, values: Sequence[Shards], action: Action | None) -> None:
         self._reap()
-        posts: defaultdict[tuple[int, int], list[_Post]] = defaultdict(list)
-        works: defaultdict[tuple[int, int], list[dist.Work]] = defaultdict(list)
+        inside: list[_Post] = []
+        works: list[dist.Work] = []
         for transfer, (shard,) in zip(transfers, values, strict=True):
             source, target = self._ends(transfer)
-            channel = (source.index, target.index)
             own: list[tuple[Tile, Tensor]] = []
             for tile in transfer.tiles:
                 sender, receiver = source.devices[tile.source], target.devices[tile.target]
@@ -90,34 +110,51 @@ class ProcessTransport:
                     part = cut_tile(shard, transfer, source.mesh, tile).contiguous()
                     if receiver == self._me:
                         own.append((tile, part))
+                    elif source.devices == target.devices:
+                        inside.append(_Post(receiver, part, True))
                     else:
-                        posts[channel].append(_Post(receiver, part, True))
+                        message = message_for(transfer, action)
+                        self._waiting.setdefault(message, []).append(_Post(receiver, part, True))
                 elif receiver == self._me:
                     part = self._buffer(transfer, tile)
-                    posts[channel].append(_Post(sender, part, False))
+                    inside.append(_Post(sender, part, False))
                     own.append((tile, part))
             if source.devices == target.devices:
-                self._arrivals[box_of(transfer)].append(_Arrival(own, works[channel]))
-        for channel, queue in posts.items():
-            works[channel] += self._start(channel, queue)
-            self._pending.append((works[channel], [post.part for post in queue]))
+                self._arrivals[box_of(transfer)].append(_Arrival(own, works))
+        if inside:
+            devices = self._stages[transfers[0].source_stage].devices
+            self._post((devices, devices), inside, works)
+        self._send_what_is_due()
 
-    def receive(self, transfers: Route) -> list[Shards]:
+    def _send_what_is_due(self) -> None:
+        """Messages in their turn, as far as they are there."""
+        for channel, order in self._expected.items():
+            while order and order[0] in self._waiting:
+                self._post(channel, self._waiting.pop(order.popleft()), [])
+
+    def _post(self, channel: Channel, posts: Sequence[_Post], works: list[dist.Work]) -> None:
+        """Adds to works. What is posted lives until they are done."""
+        works += self._start(channel, posts)
+        self._pending.append((works, [post.part for post in posts]))
+
+    def receive(self, transfers: Route, action: Action | None) -> list[Shards]:
         arrivals: list[_Arrival] = []
-        posts: defaultdict[tuple[int, int], list[_Post]] = defaultdict(list)
-        works: defaultdict[tuple[int, int], list[dist.Work]] = defaultdict(list)
+        posts: defaultdict[Message, list[_Post]] = defaultdict(list)
+        works: defaultdict[Message, list[dist.Work]] = defaultdict(list)
         for transfer in transfers:
             source, target = self._ends(transfer)
-            channel = (source.index, target.index)
             if source.devices == target.devices:
                 arrivals.append(self._arrivals[box_of(transfer)].popleft())
                 continue
+            message = message_for(transfer, action)
             tiles = [t for t in transfer.tiles if target.devices[t.target] == self._me]
             mine = [(tile, self._buffer(transfer, tile)) for tile in tiles]
-            posts[channel] += [_Post(source.devices[t.source], part, False) for t, part in mine]
-            arrivals.append(_Arrival(mine, works[channel]))
-        for channel, queue in posts.items():
-            works[channel] += self._start(channel, queue)
+            posts[message] += [_Post(source.devices[t.source], part, False) for t, part in mine]
+            arrivals.append(_Arrival(mine, works[message]))
+        for message in sorted(posts, key=lambda message: message.source_stage):
+            ends = (self._stages[i].devices for i in (message.source_stage, message.target_stage))
+            source_devices, target_devices = ends
+            works[message] += self._start((source_devices, target_devices), posts[message])
         for arrival in arrivals:
             _finish(arrival.works)
         return [
@@ -130,6 +167,8 @@ class ProcessTransport:
 
     def flush(self) -> None:
         """Waits until every value that was sent has left."""
+        if self._waiting:
+            raise InternalError(f"values that nobody asked for: {list(self._waiting)}")
         for works, _ in self._pending:
             _finish(works)
         self._pending.clear()
@@ -137,7 +176,7 @@ class ProcessTransport:
     def _buffer(self, transfer: Transfer, tile: Tile) -> Tensor:
         return torch.empty(tile_shape(tile), dtype=transfer.meta.dtype, device=self._device)
 
-    def _start(self, channel: tuple[int, int], posts: Sequence[_Post]) -> list[dist.Work]:
+    def _start(self, channel: Channel, posts: Sequence[_Post]) -> list[dist.Work]:
         if self._device.type == "cuda":
             group = self._groups[channel]
             operations = [
@@ -148,7 +187,7 @@ class ProcessTransport:
             return works
         return [self._start_one(channel, post) for post in posts]
 
-    def _start_one(self, channel: tuple[int, int], post: _Post) -> dist.Work:
+    def _start_one(self, channel: Channel, post: _Post) -> dist.Work:
         """Both ends number the tiles between two ranks, per channel."""
         group, (peer, part, sending) = self._groups[channel], post
         self._tags[channel, peer, sending] += 1

@@ -39,7 +39,7 @@ def fail_mid_step(world: World, failing: int, kind: str, clock: str) -> None:
     model.train_step(batch)
     if world.rank == failing:
 
-        def receive(_transfers: Any) -> Any:
+        def receive(_transfers: Any, _action: Any) -> Any:
             Path(clock).write_text(str(time.time()), encoding="utf-8")
             if kind == "die":
                 os._exit(7)

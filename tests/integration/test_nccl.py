@@ -34,6 +34,7 @@ CASES = {
     "rows go to their experts": ("mixtral", [(2,)], "", {"experts": "x"}),
     "queries are shared": ("llama", [(2,)], "", {"sdpa": "s"}),
     "stages take turns": ("t5", [(1,)] * 4, "", None, ScheduleKind.INTERLEAVED, 2),
+    "skip connections": ("unet", [(1,)] * 6, "", None, ScheduleKind.INTERLEAVED, 2),
     "transfers inside a worker": ("gpt2", [(2,)] * 2, "", None, ScheduleKind.INTERLEAVED, 1),
     "backward in two": ("gpt2", [(1,), (1,)], "", None, ScheduleKind.ZB_H1),
     "bfloat16": ("gpt2", [(2,)], "bf16"),

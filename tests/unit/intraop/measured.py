@@ -43,10 +43,14 @@ class LonelyRank:
 
 
 class NoTransport:
-    def send(self, transfers: Any, values: Any) -> None:
+    def begin(self, *, trains: bool) -> None:
+        del trains
+
+    def send(self, transfers: Any, values: Any, action: Any) -> None:
         raise AssertionError("one stage sends nothing")
 
-    def receive(self, transfers: Any) -> list[Shards]:
+    def receive(self, transfers: Any, action: Any) -> list[Shards]:
+        del action
         assert not transfers
         return []
 
