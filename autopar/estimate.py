@@ -361,6 +361,12 @@ class MeshCosts:
         """Seconds to read and write so many bytes in all."""
         return nbytes * self._copy_s_per_byte
 
+    def accumulate_seconds(self, nbytes: float, num_microbatches: int) -> float:
+        """Per microbatch, to add its gradient of so many bytes to those before: both are read and
+        the sum is written. The first one is the sum."""
+        once = self.device.launch_s + self.copy_seconds(3 * nbytes)
+        return once * (1 - 1 / num_microbatches)
+
     def optimizer_seconds(self, numel: float) -> float:
         """Seconds per step of the optimizer on the local elements."""
         return self.copy_seconds(numel * self.optimizer.moved_bytes_per_element)

@@ -64,6 +64,7 @@ class Kind(StrEnum):
     RECOMPUTE = "recomputation"
     GATHER = "gathers of parameters"
     REDUCE = "reductions of gradients"
+    ACCUMULATE = "gradients added to those before"
     RESHARD = "reshards of activations"
     TRANSFER = "transfers from other stages"
     STEP_GATHER = "gathers of parameters, once per step"
@@ -262,10 +263,13 @@ def ledger(stage: ExplainedStage) -> dict[Kind, float]:
     """Seconds by kind: per microbatch, those of ONCE_PER_STEP per step. O(edges)."""
     seconds = dict.fromkeys(Kind, 0.0)
     problem, nodes, batches = stage.built.problem, stage.built.nodes, stage.num_microbatches
-    for node, costs, pick in zip(nodes, problem.node_seconds, stage.choice, strict=True):
+    kinds = stage.built.byte_kinds
+    for node, of, costs, pick in zip(nodes, kinds, problem.node_seconds, stage.choice, strict=True):
         value = float(costs[pick])
         if node.kind == "operator":
             seconds[_compute(stage.operators[node.name])] += value
+        elif of == "gradient":
+            seconds[Kind.ACCUMULATE] += value
         elif node.name in stage.built.received:
             seconds[Kind.TRANSFER] += value
         else:

@@ -264,10 +264,12 @@ class _Builder:
         choices = tuple(
             c for c in layouts(dims, self.sizes, partial=partial) if is_plain(dims, c, self.sizes)
         )
-        stand = self.context.num_microbatches > 1  # those of one are its backward's
-        nbytes = np.array([stand * local_bytes(meta, dims, c, self.sizes) for c in choices])
+        count = self.context.num_microbatches
+        held = np.array([local_bytes(meta, dims, c, self.sizes) for c in choices])
+        seconds = np.array([self.costs.accumulate_seconds(n, count) for n in held])
+        stand = count > 1  # those of one are its backward's
         node = Node("output", out.target, choices)
-        number = self.add(node, np.zeros(len(choices)), nbytes, Part.STEP, "gradient")
+        number = self.add(node, seconds, stand * held, Part.BACKWARD, "gradient")
         self.connect(
             source, number, dims, columns, choices, meta.nbytes, Part.BACKWARD,
             exposed=self.exposed,
@@ -279,11 +281,10 @@ class _Builder:
             c.rest for c in self.nodes[parameter].choices if isinstance(c, ParameterChoice)
         )
         coarse = tuple(coarsen(dims, c, self.sizes)[1] for c in choices)
-        per_step = 1.0 / self.context.num_microbatches
         nbytes_moved = meta.numel * (inp.reduce or meta.dtype).itemsize
-        held = self.table.dims[first.ref]
-        matrix = self.costs.reshard_seconds(held, coarse, rests, nbytes_moved, self.exposed).T
-        self.edges[parameter, number] = (np.ascontiguousarray(matrix * per_step), Part.STEP)
+        own = self.table.dims[first.ref]
+        matrix = self.costs.reshard_seconds(own, coarse, rests, nbytes_moved, self.exposed).T
+        self.edges[parameter, number] = (np.ascontiguousarray(matrix / count), Part.STEP)
 
     def _phase_of(self, ref: Ref) -> Phase:
         return self.phases.get(ref, Phase.FORWARD)

@@ -120,6 +120,8 @@ def _weight_seconds(built: StageProblem, choice: Sequence[int], weights: frozens
         gives = inside[u] and built.nodes[v].kind == "output"
         if part is Part.BACKWARD and (inside[v] or gives):
             total += float(matrix[choice[u], choice[v]])
+        if part is Part.BACKWARD and gives:  # and is added to those before
+            total += float(problem.node_seconds[v][choice[v]])
     return total
 
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from autopar.actions import Action
 from autopar.api import plan_model
 from autopar.graph.program import Graph
 from autopar.lowering.lower import lower_plan
@@ -32,8 +33,8 @@ def test_weight_bytes_are_what_a_microbatch_holds(monkeypatch: pytest.MonkeyPatc
     held: dict[int, int] = {}
     right = StagePlayer._backward
 
-    def measured(self: StagePlayer, microbatch: int) -> None:
-        right(self, microbatch)
+    def measured(self: StagePlayer, action: Action, microbatch: int) -> None:
+        right(self, action, microbatch)
         values = self._state.held[microbatch].values()
         storages = [shards[0].untyped_storage() for shards in values]
         sizes = {s.data_ptr(): s.nbytes() for s in storages}
