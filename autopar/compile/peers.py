@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.compile.nodes import call
-from autopar.compile.overlap import SMALL_BYTES, early_and_late
+from autopar.compile.overlap import SMALL_BYTES, early_and_late, is_heavy
 from autopar.compile.tables import VIEWS, materialize
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, collective_of
@@ -70,14 +70,17 @@ def copy_between_peers(
 
 
 def check_places(module: fx.GraphModule) -> fx.GraphModule:
-    """Verifier: a place is read after it was waited for and before it is written again."""
+    """Verifier: a place is read after it was waited for and before it is written again, also by who
+    reads what is made of it."""
     module.graph.lint()
     written: dict[fx.Node, fx.Node] = {}  # the last copy into each place
     waited: set[fx.Node] = set()  # places
-    seen: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # a view -> place, copy that it was made of
+    # what may be made of places when it is read -> the places, each with the copy that it is from
+    seen: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
     for node in module.graph.nodes:
         if node.target is PEER_COPY:
-            place = node.args[1]
+            line, place = node.args[:2]
+            seen.pop(line, None)  # what is sent is in memory from here on
             written[place] = node
             waited.discard(place)
             continue
@@ -85,13 +88,12 @@ def check_places(module: fx.GraphModule) -> fx.GraphModule:
             waited.add(node.args[0])
             continue
         for read in node.all_input_nodes:
-            place, copy = seen.get(read, (read, written.get(read)))
-            if copy is None:
-                continue
-            if written[place] is not copy or place not in waited:
-                raise InternalError(f"{node.name} reads {place.name}, which is written to")
-            if _may_alias(node):
-                seen[node] = place, copy
+            made = {read: written[read]} if read in written else seen.get(read, {})
+            for place, copy in made.items():
+                if written[place] is not copy or place not in waited:
+                    raise InternalError(f"{node.name} reads {place.name}, which is written to")
+            if made and _may_be_read_through(node):
+                seen[node] = seen.get(node, {}) | made
     return module
 
 
@@ -167,18 +169,33 @@ def _may_alias(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in returns)
 
 
+def _may_be_read_through(node: fx.Node) -> bool:
+    """Whether who reads its result may read its operands then: Inductor writes values into the
+    kernels that read them, a row of a table of embeddings into every norm of a network. Products,
+    collectives and what was made a buffer stay what they are."""
+    if node.op == "output" or is_heavy(node) or node.target in (PEER_COPY, PEER_WAIT):
+        return False
+    return node.target not in STARTS and node.target is not aten.as_strided.default
+
+
 def _last_read(
     node: fx.Node, position: Mapping[fx.Node, int], early: Collection[fx.Node]
 ) -> int | None:
-    """The position of what reads a value last, by any name or made of it and parameters alone; None
-    where it leaves the graph."""
-    last, stack = position[node], [node]
+    """The position of what reads a value last: by any name, in a kernel that Inductor writes what
+    is made of it into, or made of it and parameters alone. None where it leaves the graph."""
+    last = position[node]
+    names, seen = {node}, {node}
+    stack = [node]
     while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
+        value = stack.pop()
+        for user in value.users:
+            if user.op == "output" and value in names:
                 return None
             last = max(last, position[user])
-            if user in early or _may_alias(user):
+            if value in names and _may_alias(user):
+                names.add(user)
+            if user not in seen and (user in early or _may_be_read_through(user)):
+                seen.add(user)
                 stack.append(user)
     return last
 
@@ -220,13 +237,15 @@ def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node
 
 
 def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node) -> None:
-    operand, value = copy.start.all_input_nodes[0], copy.wait.meta["val"]
+    value = copy.wait.meta["val"]
     scatter = copy.op is CollectiveOp.REDUCE_SCATTER
     own = copy.op is CollectiveOp.ALL_GATHER
     with graph.inserting_before(copy.start):
-        call(graph, PEER_COPY, operand, place, scatter, own)
+        # a line: Inductor would pass on a gradient of a convolution as that lies, channels last
+        line = call(graph, aten.reshape.default, copy.start.all_input_nodes[0], [-1])
+        call(graph, PEER_COPY, line, place, scatter, own)
     with graph.inserting_before(copy.wait):
-        call(graph, PEER_WAIT, place, operand)
+        call(graph, PEER_WAIT, place, line)
         received = place
         if place.meta["val"].numel() > copy.numel:
             received = call(graph, aten.slice.Tensor, place, 0, 0, copy.numel)
@@ -234,17 +253,16 @@ def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node) -> None:
             result = call(graph, aten.reshape.default, received, list(value.shape))
             copy.wait.replace_all_uses_with(result)
         else:
-            _put_sum(graph, copy, operand, received)
+            _put_sum(graph, copy, line, received)
     for node in (copy.wait, copy.start):
         graph.erase_node(node)
 
 
-def _put_sum(graph: fx.Graph, copy: _Copy, operand: fx.Node, received: fx.Node) -> None:
+def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> None:
     """The sum over the ranks, in the type and form in which it is read."""
     peers, wire = copy.peers, copy.wait.meta["val"]
     dtype = torch.promote_types(wire.dtype, torch.float32)
     others = call(graph, aten.reshape.default, received, [peers.size - 1, -1])
-    line = call(graph, aten.reshape.default, operand, [-1])
     total = None
     for rank in range(peers.size):
         if rank == peers.rank:

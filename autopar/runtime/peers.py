@@ -46,13 +46,12 @@ _LET_GO_S = 5.0
 class PeerGroups:
     """The groups of this rank in which ranks write into each other's memory, and that memory."""
 
-    def __init__(self, world: World, names: Sequence[str], *, anywhere: bool = False) -> None:
-        """names: of the process groups. anywhere: also on CPUs. All ranks of each group call it in
-        one order."""
+    def __init__(self, world: World, names: Sequence[str]) -> None:
+        """names: of the process groups. All ranks of each group call it in one order."""
         self._world = world
         self._groups = {name: bindings._resolve_process_group(cast(Any, name)) for name in names}
         cuda = world.device.type == "cuda"
-        able = _is_reachable if cuda else lambda *_: anywhere
+        able = _is_reachable if cuda else lambda *_: True
         self.peers: Mapping[str, Peers] = {
             name: Peers(group.rank(), group.size())
             for name, group in self._groups.items()
@@ -127,10 +126,12 @@ class _Memory:
 
 
 class _Collectives(_Memory):
-    """The same by collectives, at once."""
+    """The same by collectives. A place holds nonsense until it was waited for, so that who reads it
+    too early, or when it is written again, is found out."""
 
     def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device) -> None:
         super().__init__(group, torch.empty(nbytes, dtype=torch.uint8, device=device))
+        self._travelling: dict[int, Tensor] = {}
 
     def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None:
         sent = value.numel() // (self._size if scatter else 1)
@@ -139,13 +140,15 @@ class _Collectives(_Memory):
             dist.all_to_all_single(received, value, group=self._group)
         else:
             dist.all_gather(list(received.chunk(self._size)), value, group=self._group)
-        for rank, part in enumerate(received.view(self._size, sent)):
-            if own or rank != self._rank:
-                first = part_of_place(rank, self._rank, own=own) * sent
-                place[first : first + sent] = part
+        parts = list(received.view(self._size, sent))
+        if not own:
+            del parts[self._rank]
+        self._travelling[place.data_ptr()] = torch.cat(parts)
+        place.fill_(float("nan"))
 
     def wait(self, place: Tensor) -> None:
-        del place
+        arrived = self._travelling.pop(place.data_ptr())
+        place[: arrived.numel()] = arrived
 
 
 _ALIVE: weakref.WeakSet[_CopyEngines] = weakref.WeakSet()

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 from autopar.api import parallelize
+from autopar.compile import overlap
 from autopar.compile.inductor import compile_module
 from autopar.options import SearchOptions
 from autopar.runtime import compiled as runtime_compiled
@@ -20,6 +21,7 @@ from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.gradients import Gradient
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
+from benchmarks.models.gpt import GPT, GPTConfig, example_batch
 from tests.unit.runtime.recorder import Recorder
 
 ROWS, WIDTH = 8, 64
@@ -44,7 +46,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def make(
-    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool | None = None
+    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool = False
 ) -> ParallelModel:
     torch.manual_seed(0)
     options = SearchOptions(
@@ -67,7 +69,7 @@ def make(
 
 
 def train(
-    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool | None = None
+    devices: int, microbatches: int, *, compiled: bool, peer_copies: bool = False
 ) -> list[Tensor]:
     """Losses of some steps, and what this rank keeps of the parameters then."""
     parallel = make(devices, microbatches, compiled=compiled, peer_copies=peer_copies)
@@ -90,7 +92,7 @@ def train(
     assert ahead == len(compiled_once)
     losses.append(parallel.eval_step(batch()))
     wanted = [w for e in executors if isinstance(e.whole, CompiledProgram) for w in e.whole._wanted]
-    assert bool(wanted) is bool(peer_copies)
+    assert bool(wanted) is peer_copies
     assert all(
         isinstance(p, CompiledProgram) is compiled for p in players
     )  # and nothing fell back to the interpreter
@@ -163,6 +165,42 @@ def test_gradients_of_a_captured_step_last_as_long_as_the_user_has_them() -> Non
         records.append(record)
     assert recorder.replays == 4
     check(*records)
+
+
+def train_gpt(world: World, *, peer_copies: bool) -> list[Tensor]:
+    """Losses and parameters. Gathers start as late as they may, so that places are used again."""
+    config = GPTConfig(32, 2, 2, vocab_size=64, seq_len=16)
+    torch.manual_seed(0)
+    model, tokens = GPT(config), example_batch(config, 4)
+    with patch.multiple(overlap, AHEAD=1, AHEAD_BYTES=0, SMALL_BYTES=0):
+        parallel = parallelize(
+            model,
+            tokens,
+            cluster=f"cpu:1x{world.size}",
+            options=SearchOptions(
+                num_stages=1,
+                mesh_shape=(world.size,),
+                num_microbatches=1,
+                placements={"*weight": "S0"},
+                cache=False,
+            ),
+            device="cpu",
+            compiled=True,
+            peer_copies=peer_copies,
+        )
+        losses = [parallel.train_step(tokens).detach()]
+    kept = [p.grad for p in parallel.parameters() if p.grad is not None]
+    return losses + [getattr(g, "to_local", lambda g=g: g)() for g in kept]
+
+
+def gpts(world: World) -> list[list[Tensor]]:
+    return [train_gpt(world, peer_copies=copies) for copies in (False, True)]
+
+
+def test_a_stream_that_starts_with_gathered_rows() -> None:
+    """Norms far behind the first read these rows where Inductor writes them into its kernels."""
+    for collected, copied in run_processes(gpts, 2):
+        check(collected, copied)
 
 
 def test_two_processes() -> None:

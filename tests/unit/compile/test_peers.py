@@ -76,6 +76,34 @@ def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch, size: int) -> No
             (value,) = value.all_input_nodes
 
 
+def embedded(x: Tensor, table: Tensor, *shards: Tensor) -> list[Tensor]:
+    """A stream that starts with rows of a gathered table, and that every layer adds to."""
+    rows = collective("all_gather", table.bfloat16(), 2)
+    x = rows[x[:, 0].long()] * 2
+    for shard in shards:
+        weight = collective("all_gather", shard.bfloat16(), 2)
+        x = x + (x.sin() @ weight.t()).relu()
+    return [x.float()]
+
+
+def test_a_place_that_a_stream_may_be_read_through_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor writes the rows into all kernels that read the stream."""
+    monkeypatch.setattr(order, "AHEAD_BYTES", 0)
+    table = torch.randn(WIDTH, WIDTH)
+    module, places = prepared(embedded, 2, *inputs(2)[:1], table, *inputs(2)[1:])
+    copies = module.graph.find_nodes(op="call_function", target=PEER_COPY)
+    used = [copy.args[1] for copy in copies]
+    (rows,) = [place for place in used if place.meta["val"].numel() == 2 * table.numel()]
+    assert used.count(rows) == 1
+    assert len(places) < len(copies) == LAYERS + 1
+    late = copies[-1]
+    late.args = (late.args[0], rows, *late.args[2:])
+    with pytest.raises(InternalError, match="which is written to"):
+        check_places(module)
+
+
 def test_what_leaves_the_graph_is_received_in_memory_of_its_own() -> None:
     def body(x: Tensor, shard: Tensor) -> list[Tensor]:
         weight = collective("all_gather", shard, 2)
