@@ -17,7 +17,7 @@ starts when every rank has come to it (`ops.peers`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,21 +183,21 @@ def _last_read(
 ) -> int | None:
     """The position of what reads a value last: by any name, in a kernel that Inductor writes what
     is made of it into, or made of it and parameters alone. None where it leaves the graph."""
-    last = position[node]
-    names, seen = {node}, {node}
-    stack = [node]
+    names = _made_of(node, _may_alias)
+    if any(user.op == "output" for name in names for user in name.users):
+        return None
+    made = _made_of(node, lambda user: user in early or _may_be_read_through(user))
+    return max(position[user] for value in {*names, *made} for user in value.users)
+
+
+def _made_of(node: fx.Node, follows: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """A value, and what is made of it by users that `follows` names."""
+    found, stack = {node}, [node]
     while stack:
-        value = stack.pop()
-        for user in value.users:
-            if user.op == "output" and value in names:
-                return None
-            last = max(last, position[user])
-            if value in names and _may_alias(user):
-                names.add(user)
-            if user not in seen and (user in early or _may_be_read_through(user)):
-                seen.add(user)
-                stack.append(user)
-    return last
+        new = [user for user in stack.pop().users if user not in found and follows(user)]
+        found.update(new)
+        stack += new
+    return found
 
 
 def _assign(copies: Sequence[_Copy]) -> tuple[list[int], tuple[Place, ...]]:

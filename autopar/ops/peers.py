@@ -47,6 +47,11 @@ def part_of_place(source: int, target: int, *, own: bool) -> int:
     return source if own else source - (source > target)
 
 
+def spoil(place: Tensor) -> None:
+    """Fills a place with what is no number in floating point types, and -1 in others."""
+    place.view(torch.uint8).fill_(0xFF)
+
+
 _KEPT: weakref.WeakValueDictionary[int, PeerMemory] = weakref.WeakValueDictionary()
 
 

@@ -402,7 +402,7 @@ class RowPlayer:
         self._players = {s: StagePlayer(e, inputs[s], mode) for s, e in executors.items()}
         # earlier stages first: they lend
         self._tasks: list[tuple[int, Action | None]] = [(s, None) for s in sorted(executors)]
-        self._transports = [executor.transport for executor in executors.values()]
+        self._transport = next(iter(executors.values())).transport  # of the whole row
         self._trains = train = mode is Mode.TRAIN
         self._tasks += [
             (a.stage, a)
@@ -439,8 +439,7 @@ class RowPlayer:
 
     def play(self) -> dict[int, StageResult]:
         """Plays all tasks; receives block."""
-        for transport in {id(t): t for t in self._transports}.values():
-            transport.begin(trains=self._trains)
+        self._transport.begin(trains=self._trains)
         while not self.done:
             self.advance()
         return self.results()

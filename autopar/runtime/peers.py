@@ -20,6 +20,7 @@ import logging
 import math
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
@@ -32,7 +33,7 @@ from torch.distributed import _symmetric_memory as symmetric
 
 from autopar.compile.peers import Peers, Place
 from autopar.errors import InternalError, RuntimeFailure
-from autopar.ops.peers import keep, part_of_place
+from autopar.ops.peers import keep, part_of_place, spoil
 from autopar.runtime.comm import World
 
 _LOG = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _check_alike(group: dist.ProcessGroup, places: Sequence[Place], device: torc
         raise InternalError(f"ranks want different places: {list(places)} on this one")
 
 
-class _Memory:
+class _Memory(ABC):
     """Equal parts of `memory` on each rank of a group. memory: bytes."""
 
     def __init__(self, group: dist.ProcessGroup, memory: Tensor) -> None:
@@ -118,11 +119,11 @@ class _Memory:
         self._rank, self._size = group.rank(), group.size()
         keep(memory, self)
 
-    def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None: ...
 
-    def wait(self, place: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def wait(self, place: Tensor) -> None: ...
 
 
 class _Collectives(_Memory):
@@ -144,7 +145,7 @@ class _Collectives(_Memory):
         if not own:
             del parts[self._rank]
         self._travelling[place.data_ptr()] = torch.cat(parts)
-        place.fill_(float("nan"))
+        spoil(place)
 
     def wait(self, place: Tensor) -> None:
         arrived = self._travelling.pop(place.data_ptr())

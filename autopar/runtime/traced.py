@@ -20,7 +20,7 @@ from autopar.errors import VerificationError
 from autopar.lowering.collectives import STARTS, WAIT, collective_of
 from autopar.lowering.program import LocalProgram
 from autopar.mesh import LogicalMesh
-from autopar.ops.peers import PEER_COPY, PEER_WAIT
+from autopar.ops.peers import PEER_COPY, PEER_WAIT, spoil
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards, interpreter
 from autopar.runtime.virtual import VirtualCollectives
 
@@ -132,7 +132,7 @@ class _TracedProgram:
         if first.target is PEER_COPY:
             sent[str(first.options[0])] = asked
             for call in asked:
-                call.operands[1].fill_(float("nan") if call.operands[1].is_floating_point() else -1)
+                spoil(call.operands[1])
         elif first.target is PEER_WAIT:
             copies = sent.pop(str(first.options[0]))
             _, scatter, own = copies[0].options

@@ -67,8 +67,8 @@ class ProcessTransport:
     """Tiles between the ranks of two workers, in the order of `routes.message_order`.
 
     Sends return at once; their buffers live until they are done, and until it is their turn: NCCL
-    would let a message that is sent before its turn wait on the GPU, in a kernel, and too many of
-    these leave no room for what they wait for. CUDA tiles of one message travel as one NCCL group
+    lets a message that is sent before its turn wait on the GPU, in a kernel, and too many of
+    these may leave no room for what they wait for. CUDA tiles of one message travel as one NCCL group
     call. Between two stages of one worker all ranks send and receive in that call, as neither side
     could wait for the other's.
     """

@@ -6,6 +6,7 @@ import itertools
 import random
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.api import parallelize
+from autopar.compile import overlap
 from autopar.compile.peers import Place
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 from autopar.options import SearchOptions
@@ -129,7 +131,9 @@ def train(world: World, *, peer_copies: bool) -> list[Tensor]:
 
 
 def both(world: World) -> list[list[Tensor]]:
-    return [train(world, peer_copies=copies) for copies in (False, True)]
+    """Gathers start as late as they may, so that places are used again at once."""
+    with patch.multiple(overlap, AHEAD=1, AHEAD_BYTES=0, SMALL_BYTES=0):
+        return [train(world, peer_copies=copies) for copies in (False, True)]
 
 
 def test_steps_are_those_of_nccl() -> None:
