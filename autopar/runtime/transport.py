@@ -68,9 +68,9 @@ class ProcessTransport:
 
     Sends return at once; their buffers live until they are done, and until it is their turn: NCCL
     lets a message that is sent before its turn wait on the GPU, in a kernel, and too many of
-    these may leave no room for what they wait for. CUDA tiles of one message travel as one NCCL group
-    call. Between two stages of one worker all ranks send and receive in that call, as neither side
-    could wait for the other's.
+    these may leave no room for what they wait for. CUDA tiles of one message travel as one NCCL
+    group call. Between two stages of one worker all ranks send and receive in that call, as neither
+    side could wait for the other's.
     """
 
     def __init__(
