@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from autopar.lowering.program import LocalProgram
+from autopar.runtime.accumulate import own_copies
 from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
 
@@ -128,7 +129,7 @@ class CapturedProgram:
         }
         try:
             recording = self._record(
-                lambda: self._program({key: [place] for key, place in places.items()})
+                lambda: own_copies(self._program({key: [p] for key, p in places.items()}))
             )
         except Exception as error:
             _LOG.warning(

@@ -240,7 +240,7 @@ class StagePlayer:
         state.lent = executor.whole.lends
         state.loss = [t.clone() if state.lent else t for t in outputs.pop(LOSS)]
         state.buffers.update({name: outputs.pop(name) for name in state.buffers if name in outputs})
-        state.gradients = own_copies(outputs)
+        state.gradients = outputs if state.lent else own_copies(outputs)
 
     def _fetch(self) -> None:
         """Lends and borrows parameters, then takes each to its layout in the step."""

@@ -39,7 +39,8 @@ class ProgramPlayer(Protocol):
 
     @property
     def lends(self) -> bool:
-        """Whether results of the last call are overwritten by the next one."""
+        """Whether results of the last call are overwritten by the next one: each is the same tensor
+        then, in memory that no other result sees."""
         ...
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:

@@ -54,6 +54,8 @@ class RestingParameter:
             scope._parameters[leaf] = parameter
         self._scope, self._leaf = places[0]
         self._lent = False
+        # of the last step, if it lent it: (what came, what `.grad` became)
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -89,8 +91,7 @@ class RestingParameter:
         parameter = self.parameter
         gradient = parameter.grad
         if gradient is None:
-            shard = with_strides(shard, self._shard.stride())  # as optimizers want it
-            parameter.grad = as_gradient(self._valid(shard), parameter)
+            parameter.grad = self._as_gradient(shard, parameter, lent=lent)
             self._lent = lent
         else:
             local_tensor(gradient).add_(self._valid(shard))
@@ -106,6 +107,16 @@ class RestingParameter:
         """Takes this rank's part of a value."""
         shard = shard_of(self.kept, self._mesh, self._rank, whole, self._device)
         local_tensor(self.parameter).copy_(self._valid(shard))
+
+    def _as_gradient(self, shard: Tensor, parameter: Tensor, *, lent: bool) -> Tensor:
+        """In the form of the parameter, with strides that optimizers want."""
+        if lent and self._seen is not None and self._seen[0] is shard:
+            return self._seen[1]
+        laid_out = with_strides(shard, self._shard.stride())
+        gradient = as_gradient(self._valid(laid_out), parameter)
+        shares = laid_out.data_ptr() == shard.data_ptr()
+        self._seen = (shard, gradient) if lent and shares else None
+        return gradient
 
     def _valid(self, shard: Tensor) -> Tensor:
         return valid_part(shard, self.kept.dims, self.kept.rest, self._mesh, self._coordinates)
@@ -126,4 +137,4 @@ def scope_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Without a copy. Pre: no autograd."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from autopar.graph.program import Ref, TensorMeta
 from autopar.lowering.program import Compute, LocalProgram, Port
 from autopar.runtime.captured import CapturedProgram, Recording, Results
 from autopar.runtime.compiled import CompiledProgram
+from autopar.runtime.interpreter import Shards
 from tests.unit.runtime.recorder import Recorder
 
 aten = torch.ops.aten
@@ -63,6 +64,23 @@ def test_it_reads_new_inputs_and_lends_its_results() -> None:
     assert recorder.forgotten and not program.lends
     played(program, other, 1)
     assert recorder.replays == 4
+
+
+class SameTwice(Product):
+    """y, under two names."""
+
+    def __call__(self, inputs: MutableMapping[str, Shards]) -> Results:
+        (result,) = super().__call__(inputs)["y"]
+        return {"y": [result], "z": [result]}
+
+
+def test_each_result_has_memory_of_its_own() -> None:
+    """An optimizer may scale them in place."""
+    program = CapturedProgram(SameTwice(), staying={"w"}, seconds=None, recorder=Recorder())
+    for _ in range(4):
+        results = program({"w": [torch.ones(2)], "x": [torch.ones(2)]})
+    (y,), (z,) = results["y"], results["z"]
+    assert y.data_ptr() != z.data_ptr() and torch.equal(y, z)
 
 
 @pytest.mark.parametrize(("seconds", "captured"), [(1e-6, True), (1e-3, False)])
