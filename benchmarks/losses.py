@@ -16,12 +16,13 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autopar.report.units import bytes_text
 from benchmarks import environment, speed
+from benchmarks.run import RESULTS
 from benchmarks.suites import select
 
 REFERENCE = "zero-2"
@@ -45,14 +46,16 @@ def growth(allocated: Sequence[int]) -> float:
     return (sum(steps[-count:]) - sum(steps[:count])) / count if count else 0.0
 
 
-def measure(case: Any, settings: Mapping[str, Any], place: speed.Place) -> dict[str, Any]:
-    """Curves by runner; an error in place of each that failed."""
-    runners: dict[str, Any] = {}
+def measure(
+    case: Any, settings: Mapping[str, Any], place: speed.Place
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Curves by runner, or the error of each that failed: all that there are, after each."""
+    runners: dict[str, dict[str, Any]] = {}
     while left := [name for name in settings["runners"] if name not in runners]:
         request = {**settings, "task": "losses", "case": case.name, "runners": left}
         for finished in speed.run_job(request, place):
             runners |= finished
-    return runners
+            yield runners
 
 
 def summarise(runners: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -153,8 +156,7 @@ def main() -> None:
         runner_limit_s=args.seconds,
     )
     gpus = tuple(int(index) for index in args.gpus.split(",") if index) or None
-    runners = measure(case, settings, speed.Place(gpus, turns=args.turns))
-    record = {
+    facts = {
         "case": case.name,
         "steps": args.steps,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -163,20 +165,40 @@ def main() -> None:
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "settings": settings,
-        "summary": summarise(runners),
-        "runners": runners,
     }
+    folder = args.out or (RESULTS if args.write else None)
+    record: dict[str, Any] = {}
+    for runners in measure(case, settings, speed.Place(gpus, turns=args.turns)):
+        record = {**facts, "summary": summarise(runners), "runners": runners}
+        name, found = list(runners.items())[-1]
+        print(f"{name}: {_line(found)}", flush=True)
+        if folder is not None:
+            _write(folder, record)
     print(markdown(record))
-    if args.write or args.out:
-        folder = args.out or Path(__file__).resolve().parent / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"losses-{case.name}-{record['date'].replace('-', '')}"
-        stem.with_name(f"{stem.name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-        stem.with_name(f"{stem.name}.md").write_text(markdown(record), encoding="utf-8")
-        curves = {name: r["losses"] for name, r in runners.items() if "losses" in r}
-        if curves:
-            stem.with_name(f"{stem.name}.svg").write_text(svg(curves), encoding="utf-8")
-        print(f"Results: {stem}.json, .md, .svg")
+    if folder is not None:
+        print(f"Results: {folder / _stem(record)}.json, .md, .svg")
+
+
+def _line(runner: Mapping[str, Any]) -> str:
+    if "error" in runner:
+        return str(runner["error"]).splitlines()[0]
+    curve = runner["losses"]
+    return f"{len(curve)} steps, loss {curve[0]:.4f} -> {curve[-1]:.4f}"
+
+
+def _stem(record: Mapping[str, Any]) -> str:
+    return f"losses-{record['case']}-{record['date'].replace('-', '')}"
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    """After each runner, so that none is lost with a later one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _stem(record)
+    (folder / f"{stem}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(markdown(record), encoding="utf-8")
+    curves = {name: r["losses"] for name, r in record["runners"].items() if "losses" in r}
+    if curves:
+        (folder / f"{stem}.svg").write_text(svg(curves), encoding="utf-8")
 
 
 if __name__ == "__main__":
