@@ -8,6 +8,8 @@ it cannot.
                                                           Inductor has our loop (`compile.noise`)
     uniform, normal, .., padded_narrow, keep_on_first,
     cross_entropy                                         their own ATen bodies
+    its passes over the scores, on CUDA                   our kernels, if they take the rows; else
+                                                          their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
 """
@@ -25,7 +27,13 @@ from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
-from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
+from autopar.ops.cross_entropy import (
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_rows,
+    has_kernel_for,
+    softmax_sums,
+)
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
 from autopar.ops.random import counter_dropout, counter_normal, counter_randint, counter_uniform
@@ -73,6 +81,18 @@ def _sdpa_backward(*args: Any) -> Any:
     return NotImplemented if found is None else found
 
 
+def _softmax_sums(x: Tensor) -> Any:
+    return NotImplemented if has_kernel_for(x) else softmax_sums(x)
+
+
+def _cross_entropy_backward(grad: Tensor, x: Tensor, *rest: Any) -> Any:
+    return NotImplemented if has_kernel_for(x) else cross_entropy_backward(grad, x, *rest)
+
+
+def _cross_entropy_rows(grad: Tensor, x: Tensor, *rest: Any) -> Any:
+    return NotImplemented if has_kernel_for(x) else cross_entropy_rows(grad, x, *rest)
+
+
 class _KeyTable:
     """Keys of all random operators of a program, made by one call: hashed where they are needed,
     they would be computed anew for every element."""
@@ -107,7 +127,9 @@ _OWN: Decompositions = {
     own.padded_narrow.default: padded_narrow,
     own.keep_on_first.default: keep_on_first,
     own.cross_entropy.default: cross_entropy,
-    own.cross_entropy_backward.default: cross_entropy_backward,
+    own.softmax_sums.default: _softmax_sums,
+    own.cross_entropy_backward.default: _cross_entropy_backward,
+    own.cross_entropy_rows.default: _cross_entropy_rows,
     own.sdpa.default: _sdpa,
     own.sdpa_backward.default: _sdpa_backward,
 }

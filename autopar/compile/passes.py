@@ -7,6 +7,7 @@
     pad_products     products of matrices get sizes that tensor cores take
     overlap          the order: collectives beside everything else
     keep_sums_apart  sums that a concatenation reads are buffers of their own
+    overwrite_scores gradients of scores take the scores' memory
 
 Each keeps the values.
 """
@@ -20,6 +21,7 @@ from torch import fx
 from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.copies import drop_copies
+from autopar.compile.losses import overwrite_scores
 from autopar.compile.overlap import overlap
 from autopar.compile.tables import make_operands, make_sums, make_tables
 
@@ -28,4 +30,4 @@ def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModu
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
     made = drop_copies(make_operands(make_sums(make_tables(module))))
-    return keep_sums_apart(overlap(pad_products(made), parameters))
+    return overwrite_scores(keep_sums_apart(overlap(pad_products(made), parameters)))

@@ -10,21 +10,20 @@ holds the parameter at rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from autopar.graph.program import Ref, map_refs
+from autopar.graph.program import Ref
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import (
-    Communicate,
     Compute,
-    Exchange,
     Instruction,
     LocalProgram,
     Port,
     check_program,
+    renamed,
 )
 
 
@@ -75,30 +74,18 @@ class _Joiner:
                 whole = self.inputs.setdefault(key, replace(port, ref=Ref(f"in_{key}")))
                 known[port.ref.name] = whole.ref
 
-        def renamed(ref: Ref) -> Ref:
+        def known_as(ref: Ref) -> Ref:
             return known.get(ref.name) or Ref(f"{prefix}_{ref.name}", ref.index)
 
-        self.body += [_renamed(i, f"{prefix}_{i.name}", renamed) for i in program.body]
+        self.body += [renamed(i, f"{prefix}_{i.name}", known_as) for i in program.body]
         self.constants |= {f"{prefix}_{n}": value for n, value in program.constants.items()}
-        return {k: replace(p, ref=renamed(p.ref)) for k, p in program.outputs.items()}
+        return {k: replace(p, ref=known_as(p.ref)) for k, p in program.outputs.items()}
 
     def sum(self, one: Port, other: Port) -> Port:
         name = f"sum_{len(self.body)}"
         add = torch.ops.aten.add.Tensor
         self.body.append(Compute(name, add, (one.ref, other.ref), {}, name))
         return replace(one, ref=Ref(name))
-
-
-def _renamed(instruction: Instruction, name: str, renamed: Callable[[Ref], Ref]) -> Instruction:
-    if isinstance(instruction, Communicate):
-        return replace(instruction, name=name, operand=renamed(instruction.operand))
-    if isinstance(instruction, Exchange):
-        rows, sends = renamed(instruction.rows), renamed(instruction.sends)
-        receives = renamed(instruction.receives)
-        return replace(instruction, name=name, rows=rows, sends=sends, receives=receives)
-    args = map_refs(instruction.args, renamed)
-    kwargs = map_refs(dict(instruction.kwargs), renamed)
-    return replace(instruction, name=name, args=args, kwargs=kwargs)
 
 
 def _only(values: Mapping[str, Port], names: tuple[str, ...]) -> dict[str, Port]:

@@ -1,6 +1,7 @@
 """A local program of one rank as a flat torch.fx graph of ATen operators and collectives.
 
-The program, with repeated heads read once (`compile.heads`), is played once on fake tensors and
+The program, with repeated heads read once (`compile.heads`) and losses beside their gradients
+(`compile.losses`), is played once on fake tensors and
 recorded: operators decompose into what Inductor lowers, arguments that differ between ranks become
 this rank's numbers. A collective starts where its instruction stands and is waited for by its first
 reader.
@@ -17,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.compile.heads import group_heads
 from autopar.compile.kernels import decompositions
+from autopar.compile.losses import join_losses
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.layout import Offset
@@ -51,7 +53,7 @@ def trace(
     """inputs: examples of the program's inputs, then of its constants, in their order. groups: name
     and size of each mesh axis's process group. The graph returns the outputs in their order.
     Pre: is_traceable."""
-    program = group_heads(program)
+    program = join_losses(group_heads(program))
     names = [port.ref.name for port in program.inputs.values()] + list(program.constants)
 
     def play(*tensors: Tensor) -> list[Tensor]:

@@ -8,14 +8,14 @@ between two exchanges of rows, whose numbers are values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
 
 from autopar.errors import InternalError
-from autopar.graph.program import Ref, TensorMeta, refs_in
+from autopar.graph.program import Ref, TensorMeta, map_refs, refs_in
 from autopar.layout import Dims, Layout
 
 
@@ -110,6 +110,19 @@ def reads_of(instruction: Instruction) -> tuple[Ref, ...]:
     if isinstance(instruction, Exchange):
         return (instruction.rows, instruction.sends, instruction.receives)
     return tuple(refs_in((instruction.args, dict(instruction.kwargs))))
+
+
+def renamed(instruction: Instruction, name: str, known_as: Callable[[Ref], Ref]) -> Instruction:
+    """The same under another name, of other values."""
+    if isinstance(instruction, Communicate):
+        return replace(instruction, name=name, operand=known_as(instruction.operand))
+    if isinstance(instruction, Exchange):
+        rows, sends = known_as(instruction.rows), known_as(instruction.sends)
+        receives = known_as(instruction.receives)
+        return replace(instruction, name=name, rows=rows, sends=sends, receives=receives)
+    args = map_refs(instruction.args, known_as)
+    kwargs = map_refs(dict(instruction.kwargs), known_as)
+    return replace(instruction, name=name, args=args, kwargs=kwargs)
 
 
 def check_program(program: LocalProgram) -> LocalProgram:

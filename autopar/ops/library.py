@@ -1,8 +1,8 @@
 """The `autopar` operator library: one place where our schemas are declared.
 
-Every operator but those of `ops.peers`, which write where they are told, is functional (no result
-aliases an operand), takes local shards as well as whole tensors, and returns contiguous results, so
-that fake and real kernels agree on strides.
+Every operator is functional (no result aliases an operand) but those whose names end in an
+underscore, which write where they are told; it takes local shards as well as whole tensors, and
+returns contiguous results, so that fake and real kernels agree on strides.
 """
 
 from __future__ import annotations

@@ -117,17 +117,15 @@ def _nll_backward(site: Site) -> tuple[Ref, ...]:
 
 def _cross_entropy(site: Site) -> tuple[Ref, ...]:
     """Maximum and sum over the axes that shard the classes; each device counts the rows whose
-    target it holds. A device sums against its own maximum, so that Inductor finds both in one pass
-    over x; where it has padding alone the sum is 0."""
+    target it holds. A device sums against its own maximum, so that both are found in one pass over
+    x; where it has padding alone the sum is 0."""
     axes = site.strategy.axes("vp")
     if not axes:
         return site.call_with({})
     emit, (x, target), ignore = site.emit, site.locals, site.call.args[2]
     narrow = site.call.dtypes[0]
-    wide = _cast(emit, x, narrow, accumulation_dtype(narrow))
-    local_top = emit.compute(aten.amax.default, wide, [1], True)
-    exp = emit.compute(aten.exp.default, emit.compute(aten.sub.Tensor, wide, local_top))
-    local_total = emit.compute(aten.sum.dim_IntList, exp, [1], True)
+    sums = emit.compute(own.softmax_sums.default, x)
+    local_top, local_total = sums, Ref(sums.name, 1)
     nothing = emit.compute(aten.eq.Scalar, local_top, -math.inf)
     local_total = emit.compute(aten.masked_fill.Scalar, local_total, nothing, 0)
     top = emit.all_reduce(local_top, axes, "max")

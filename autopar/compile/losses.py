@@ -1,0 +1,170 @@
+"""The loss and its gradient by the scores x in one operator, where one program makes both.
+
+    loss, rows, lse = cross_entropy(x, target)             rows = sum(target != ignore_index)
+    g = f(rows)                                      ->    g = f(rows)
+    dx = cross_entropy_backward(g, x, target, lse)         losses, dx = cross_entropy_rows(g, x, ..)
+                                                           loss = sum(losses)
+
+What g needs comes first then. A g that needs the loss, and a sharded vocabulary, whose devices meet
+between the two, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.compile.nodes import nbytes
+from autopar.compile.tables import VIEWS, materialize
+from autopar.graph.program import Ref
+from autopar.lowering.program import (
+    Compute,
+    Instruction,
+    LocalProgram,
+    check_program,
+    reads_of,
+    renamed,
+)
+
+aten, own = torch.ops.aten, torch.ops.autopar
+
+_FORWARD, _BACKWARD = own.cross_entropy.default, own.cross_entropy_backward.default
+_ROWS, _SUMS = own.cross_entropy_rows.default, own.softmax_sums.default
+_IN_PLACE: Mapping[object, Any] = {
+    _BACKWARD: own.cross_entropy_backward_.default,
+    _ROWS: own.cross_entropy_rows_.default,
+}
+_SAME_MEMORY = VIEWS - {aten.clone.default}
+_MUCH = 16
+_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+
+
+def join_losses(program: LocalProgram) -> LocalProgram:
+    """The same outputs to rounding. Post: check_program. O(instructions) for each loss."""
+    for backward in [i for i in program.body if isinstance(i, Compute) and i.target is _BACKWARD]:
+        program = _joined(program, backward)
+    return program
+
+
+def overwrite_scores(module: fx.GraphModule) -> fx.GraphModule:
+    """The same values, in place: gradients take the memory of scores that nothing else reads, as
+    a plan says. Nothing that looks at values alone may come after it. Pre: flat ATen graph with
+    fake values. O(nodes)."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=_ROWS):
+        losses, gradient = (next((u for u in node.users if u.args[1] == i), None) for i in range(2))
+        if losses is not None and gradient is not None:
+            _overwrite(node, gradient, losses)
+    for node in graph.find_nodes(op="call_function", target=_BACKWARD):
+        _overwrite(node, node, None)
+    module.recompile()
+    return module
+
+
+def _overwrite(node: fx.Node, gradient: fx.Node, losses: fx.Node | None) -> None:
+    """losses: the node's other result, if it has one."""
+    scores, graph = node.args[1], node.graph
+    if not isinstance(scores, fx.Node):
+        return
+    others = _other_readers(scores, node)
+    if others is None:
+        return
+    for reader in others:  # Inductor would read the scores where it reads what is made of them
+        materialize(graph, reader)
+    with graph.inserting_before(node):
+        written = graph.call_function(_IN_PLACE[node.target], node.args)
+    gradient.replace_all_uses_with(scores)
+    if losses is not None:
+        written.meta["val"] = losses.meta["val"]
+        losses.replace_all_uses_with(written)
+    for old in dict.fromkeys((losses, gradient, node)):
+        if old is not None:
+            graph.erase_node(old)
+
+
+def _other_readers(scores: fx.Node, last: fx.Node) -> list[fx.Node] | None:
+    """Small values that are made of the scores before `last`; None where a product did not make
+    the scores, or their memory is read later or made much of."""
+    views = [scores]
+    while views[-1].target in _SAME_MEMORY:
+        views.append(views[-1].all_input_nodes[0])
+    if views[-1].target is not aten.mm.default:
+        return None
+    readers: list[fx.Node] = []
+    for view in views:  # grows
+        for user in view.users:
+            if user.target in _SAME_MEMORY:
+                views += [user] if user not in views else []
+            elif user is not last and user.target is not _SUMS:
+                readers.append(user)
+    small = all(_MUCH * nbytes(reader) <= nbytes(scores) for reader in readers)
+    return readers if small and all(reader < last for reader in readers) else None
+
+
+def _joined(program: LocalProgram, backward: Compute) -> LocalProgram:
+    made = {instruction.name: instruction for instruction in program.body}
+    grad, x, target, lse, ignore_index, first = backward.args
+    forward = made.get(lse.name)
+    if not isinstance(forward, Compute) or forward.target is not _FORWARD or first != 0:
+        return program
+    scores, classes, ignored = forward.args
+    is_same = _origin(made, x) == _origin(made, scores) and ignored == ignore_index
+    is_same &= _origin(made, target) == _origin(made, classes)
+    loss, rows, lse = (Ref(forward.name, index) for index in range(3))
+    readers = [i.name for i in program.body if lse in reads_of(i)]
+    readers += [key for key, port in program.outputs.items() if port.ref == lse]
+    before = _ancestors(made, classes, forward)
+    after = _ancestors(made, grad, forward) - before
+    waits = any({loss, lse} & {*reads_of(made[name])} for name in after)
+    if not is_same or waits or readers != [backward.name]:
+        return program
+    counted = _call(forward, "counted", aten.ne.Scalar, classes, ignored)
+    number = _call(forward, "rows", aten.sum.default, Ref(counted.name))
+    number = replace(number, kwargs={"dtype": torch.float32})
+    joined = _call(forward, "joined", _ROWS, grad, scores, classes, ignored)
+    total = _call(forward, "loss", aten.sum.default, Ref(joined.name))
+    body = [i for i in program.body if i.name in before]
+    body += [counted, number, *(i for i in program.body if i.name in after)]
+    for instruction in program.body:
+        if instruction is forward:
+            body += [joined, total]
+        elif instruction is not backward and instruction.name not in before | after:
+            body.append(instruction)
+    now = {loss: Ref(total.name), rows: Ref(number.name), Ref(backward.name): Ref(joined.name, 1)}
+
+    def known(ref: Ref) -> Ref:
+        return now.get(ref, ref)
+
+    outputs = {key: replace(p, ref=known(p.ref)) for key, p in program.outputs.items()}
+    body = [renamed(instruction, instruction.name, known) for instruction in body]
+    return check_program(replace(program, body=tuple(body), outputs=outputs))
+
+
+def _call(forward: Compute, name: str, target: Any, *args: Any) -> Compute:
+    return Compute(f"{forward.name}_{name}", target, args, {}, forward.origin)
+
+
+def _origin(made: Mapping[str, Instruction], ref: Ref) -> Ref:
+    """What a value is in another shape."""
+    maker = made.get(ref.name)
+    while isinstance(maker, Compute) and maker.target in _RESHAPES:
+        ref = maker.args[0]
+        maker = made.get(ref.name)
+    return ref
+
+
+def _ancestors(made: Mapping[str, Instruction], ref: Ref, end: Compute) -> set[str]:
+    """Names of the instructions that a value needs; not `end`, nor what that needs."""
+    found: set[str] = set()
+    left = [ref]
+    while left:
+        name = left.pop().name
+        if name in made and name != end.name and name not in found:
+            found.add(name)
+            left += reads_of(made[name])
+    return found

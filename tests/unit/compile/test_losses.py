@@ -1,0 +1,190 @@
+"""A loss and its gradient in one operator: where they are joined, and that values stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autopar.compile import losses
+from autopar.compile.inductor import compile_module
+from autopar.compile.kernels import decompositions
+from autopar.compile.losses import join_losses, overwrite_scores
+from autopar.graph.program import Ref, TensorMeta
+from autopar.lowering.program import Compute, LocalProgram, Port
+
+aten, own = torch.ops.aten, torch.ops.autopar
+ROWS, ROWS_IN_PLACE = own.cross_entropy_rows.default, own.cross_entropy_rows_.default
+BACKWARD = own.cross_entropy_backward.default
+BACKWARD_IN_PLACE = own.cross_entropy_backward_.default
+ROWS_N, WIDTH, CLASSES, IGNORED = 6, 4, 8, -100
+
+
+def port(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Port:
+    return Port(Ref(name), TensorMeta(shape, dtype), tuple((n,) for n in shape), ())
+
+
+def call(name: str, target: Callable[..., object], *args: object) -> Compute:
+    return Compute(name, target, args, {}, name)
+
+
+def step(*, first: int = 0, scaled: str = "f.1") -> LocalProgram:
+    """loss = sum / rows and its gradient by h, with views of h made twice, as recomputing does.
+    scaled: what the tangent is divided by."""
+    name, _, index = scaled.partition(".")
+    body = (
+        call("x", aten.reshape.default, Ref("h"), [ROWS_N, CLASSES]),
+        call("t", aten.reshape.default, Ref("target"), [ROWS_N]),
+        call("f", own.cross_entropy.default, Ref("x"), Ref("t"), IGNORED),
+        call("loss", aten.div.Tensor, Ref("f", 0), Ref("f", 1)),
+        call("g", aten.div.Tensor, Ref("tangent"), Ref(name, int(index or 0))),
+        call("again", aten.reshape.default, Ref("h"), [2, ROWS_N // 2, CLASSES]),
+        call("x2", aten.reshape.default, Ref("again"), [ROWS_N, CLASSES]),
+        call("t2", aten.reshape.default, Ref("target"), [ROWS_N]),
+        call(
+            "b",
+            own.cross_entropy_backward.default,
+            Ref("g"),
+            Ref("x2"),
+            Ref("t2"),
+            Ref("f", 2),
+            IGNORED,
+            first,
+        ),
+    )
+    inputs = {
+        "h": port("h", 2, ROWS_N // 2, CLASSES),
+        "target": port("target", 2, ROWS_N // 2, dtype=torch.int64),
+        "tangent": port("tangent"),
+    }
+    outputs = {"loss": port("loss"), "dx": replace(port("b", ROWS_N, CLASSES))}
+    return LocalProgram(inputs, body, outputs, {})
+
+
+def played(program: LocalProgram, values: dict[str, Tensor]) -> list[Tensor]:
+    made: dict[str, object] = {p.ref.name: values[key] for key, p in program.inputs.items()}
+
+    def read(ref: Ref) -> Tensor:
+        value = made[ref.name]
+        found = value[ref.index] if isinstance(value, tuple) else value
+        assert isinstance(found, Tensor)
+        return found
+
+    for instruction in program.body:
+        assert isinstance(instruction, Compute)
+        args = [read(a) if isinstance(a, Ref) else a for a in instruction.args]
+        made[instruction.name] = instruction.target(*args, **instruction.kwargs)
+    return [read(p.ref) for p in program.outputs.values()]
+
+
+def values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, CLASSES, (2, ROWS_N // 2), generator=generator)
+    target[0, 1] = IGNORED
+    scores = torch.randn(2, ROWS_N // 2, CLASSES, generator=generator)
+    return {"h": scores, "target": target, "tangent": torch.tensor(0.5)}
+
+
+def targets(program: LocalProgram) -> list[object]:
+    return [i.target for i in program.body if isinstance(i, Compute)]
+
+
+def test_a_loss_is_joined_with_its_gradient() -> None:
+    program = step()
+    joined = join_losses(program)
+    assert ROWS in targets(joined)
+    assert not {own.cross_entropy.default, own.cross_entropy_backward.default} & {*targets(joined)}
+    for got, want in zip(played(joined, values()), played(program, values()), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(step(first=4), id="a shard of the classes"),
+        pytest.param(step(scaled="loss"), id="a gradient that needs the loss"),
+        pytest.param(
+            replace(step(), outputs={**step().outputs, "lse": replace(port("f"), ref=Ref("f", 2))}),
+            id="normalizers that somebody else reads",
+        ),
+    ],
+)
+def test_what_needs_both_stays(program: LocalProgram) -> None:
+    assert join_losses(program) is program
+
+
+def graph_of(body: Callable[..., list[Tensor]], *examples: Tensor) -> fx.GraphModule:
+    """With our operators as they are, as on GPUs."""
+    ours = {ROWS, BACKWARD, own.softmax_sums.default}
+    table = {target: body for target, body in decompositions([]).items() if target not in ours}
+    graph: fx.GraphModule = make_fx(body, decomposition_table=table, tracing_mode="fake")(*examples)
+    return graph
+
+
+def last_layer(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Scores; loss, gradients by hidden and weight."""
+    scores = (hidden @ weight).view(2, ROWS_N // 2, CLASSES).view(ROWS_N, CLASSES)
+    losses, dx = own.cross_entropy_rows(grad, scores, target, IGNORED)
+    return scores, [losses.sum(), dx @ weight.t(), hidden.t() @ dx]
+
+
+def sharded(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor) -> list[Tensor]:
+    """As where the classes are sharded; the loss is summed after the gradient was made."""
+    scores = hidden @ weight
+    top, total = own.softmax_sums(scores.view(ROWS_N, CLASSES))
+    lse = (total.log() + top).squeeze(1)
+    picked = scores.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    dx = own.cross_entropy_backward(grad, scores, target, lse, IGNORED, 0)
+    return [(lse - picked).sum(), dx @ weight.t(), hidden.t() @ dx]
+
+
+def examples() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS_N, WIDTH, generator=generator)
+    weight = torch.randn(WIDTH, CLASSES, generator=generator)
+    target = torch.tensor([0, 3, IGNORED, 7, 1, 1])
+    return hidden, weight, target, torch.tensor(0.25)
+
+
+@pytest.mark.parametrize("body", [lambda *args: last_layer(*args)[1], sharded])
+def test_gradients_take_the_memory_of_scores(
+    body: Callable[..., list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in what Inductor makes of it."""
+    monkeypatch.setattr(losses, "_MUCH", 1)
+    want = body(*examples())
+    graph = overwrite_scores(graph_of(body, *examples()))
+    targets = [node.target for node in graph.graph.nodes]
+    assert {ROWS_IN_PLACE, BACKWARD_IN_PLACE} & {*targets} and not {ROWS, BACKWARD} & {*targets}
+    for got, expected in zip(graph(*examples()), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    for got, expected in zip(compile_module(graph).call([*examples()]), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def read_later(*args: Tensor) -> list[Tensor]:
+    scores, found = last_layer(*args)
+    return [*found, scores.amax(1)]
+
+
+def much_is_made(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor) -> list[Tensor]:
+    scores = hidden @ weight
+    exp = scores.exp()
+    _, dx = own.cross_entropy_rows(grad, scores, target, IGNORED)
+    return [exp, dx @ weight.t()]
+
+
+def given(_hidden: Tensor, _weight: Tensor, target: Tensor, grad: Tensor) -> list[Tensor]:
+    return list(own.cross_entropy_rows(grad, grad.new_ones(ROWS_N, CLASSES), target, IGNORED))
+
+
+@pytest.mark.parametrize("body", [read_later, much_is_made, given])
+def test_scores_that_something_else_reads_stay(body: Callable[..., list[Tensor]]) -> None:
+    graph = overwrite_scores(graph_of(body, *examples()))
+    assert not graph.graph.find_nodes(op="call_function", target=ROWS_IN_PLACE)
