@@ -44,6 +44,8 @@ def stage_policies(
         fast = _under(least, frontiers)
     if extra > 0:
         smallest = smallest_points(frontiers, counts, in_flight)
+        if not share:  # all fit with their fast points, say the tables, or none fit at all
+            small = smallest
         if share + extra > 1:
             fast, small, share = small, smallest, share + extra - 1
         else:

@@ -3,7 +3,6 @@ a cut whose stages are not solved."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,6 +23,7 @@ FloatArray = NDArray[np.float64]
 FEW_LAYERS = 8  # of so few layers the tables know less
 _CLOSE = 1.005  # seconds that are about equal
 _WORTH_MOVING = 0.9999  # of a step: a layer that gains less is not moved
+_ROUNDING = 1 + 1e-9
 
 
 class Tables:
@@ -120,30 +120,39 @@ class Tables:
         layers the step is known too little for that."""
         best, best_s = tuple(stages), self.step_seconds(stages)
         while self._num_layers > FEW_LAYERS:
-            moves = [self._with_sizes(best, sizes) for sizes in _moves(best)]
-            steps = [self.step_seconds(trial) if trial else math.inf for trial in moves]
+            most_s = best_s * _WORTH_MOVING
+            trials = (self._with_move(best, *move, most_s) for move in _moves(best))
+            moves = [trial for trial in trials if trial]
+            steps = [self.step_seconds(trial) for trial in moves]
             least = min(steps, default=math.inf)
-            if least >= best_s * _WORTH_MOVING:
+            if least >= most_s:
                 return best
             best, best_s = moves[steps.index(least)], least
         return best
 
-    def _with_sizes(
-        self, stages: Sequence[StageChoice], sizes: Sequence[int]
+    def _with_move(
+        self, stages: tuple[StageChoice, ...], source: int, target: int, most_s: float
     ) -> tuple[StageChoice, ...]:
-        """The stages with so many layers each; none where some stage does not fit."""
+        """With a layer of the source in the target, and those between moved on by one; none where
+        some stage does not fit, or alone is busy for the step `most_s`: no schedule is faster than
+        B t_i without its transfers. O(stages between the two)."""
         assert self.problem is not None
-        found, first = [], 0
-        for stage, size in zip(stages, sizes, strict=True):
-            last = first + size - 1
+        busy_s = most_s * _ROUNDING / self.count
+        low, high = min(source, target), max(source, target)
+        on = 1 if target < source else -1  # where the bounds between the two go
+        found = []
+        for index in range(low, high + 1):
+            stage = stages[index]
+            first, last = stage.first_layer, stage.last_layer
+            first += on * (index > low)
+            last += on * (index < high)
             row = self.problem.stage_seconds[stage.in_flight - 1]
             seconds = float(row[first, last, stage.submesh])
-            seconds += float(self.problem.transfer_seconds[first, stage.submesh])
-            if math.isinf(seconds):
+            if seconds >= busy_s:  # also where it is inf
                 return ()
+            seconds += float(self.problem.transfer_seconds[first, stage.submesh])
             found.append(StageChoice(first, last, stage.submesh, stage.in_flight, seconds))
-            first = last + 1
-        return tuple(found)
+        return (*stages[:low], *found, *stages[high + 1 :])
 
     def played(self, stages: Sequence[StageChoice]) -> bool:
         return tuple(stages) in self._played
@@ -227,13 +236,11 @@ class RankedView(NamedTuple):
     fits: bool
 
 
-def _moves(stages: Sequence[StageChoice]) -> Iterator[list[int]]:
-    """Numbers of layers: one moved to a neighbour, or from the slowest stage to any other."""
-    sizes = [stage.last_layer - stage.first_layer + 1 for stage in stages]
-    slowest = max(range(len(stages)), key=lambda i: stages[i].seconds)
-    for source, target in itertools.permutations(range(len(stages)), 2):
-        if sizes[source] > 1 and (source == slowest or abs(source - target) == 1):
-            moved = list(sizes)
-            moved[source] -= 1
-            moved[target] += 1
-            yield moved
+def _moves(stages: Sequence[StageChoice]) -> Iterator[tuple[int, int]]:
+    """Of a layer, from stage to stage: to a neighbour, or from the slowest to any other."""
+    number = len(stages)
+    slowest = max(range(number), key=lambda i: stages[i].seconds)
+    for source, stage in enumerate(stages):
+        if stage.last_layer > stage.first_layer:
+            near = range(number) if source == slowest else (source - 1, source + 1)
+            yield from ((source, t) for t in near if t != source and 0 <= t < number)
