@@ -140,7 +140,7 @@ def parallelize(
     seed: int = 0,
     compiled: bool | None = None,
     cuda_graph: bool | None = None,
-    peer_copies: bool = False,
+    peer_copies: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
@@ -159,9 +159,9 @@ def parallelize(
                    graph, in its third step; by default where launching its kernels would take the
                    host longer than running them takes the GPU. Its memory stays reserved.
     peer_copies:   whether gathers of parameters and reductions of gradients in such a step are
-                   copies by the GPUs' copy engines, which take no multiprocessor from products,
-                   where the GPUs of a group reach each other's memory; not in a CUDA graph, where
-                   NCCL is faster. Faster by 1 to 2 %, and young: not by default.
+                   copies by the GPUs' copy engines, which take no multiprocessor from products:
+                   by default where the GPUs of a group reach each other's memory. Not in a CUDA
+                   graph, where NCCL is faster.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime

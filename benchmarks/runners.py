@@ -45,7 +45,7 @@ FORCED: Mapping[str, Mapping[str, Any] | Grid] = {
 
 # The search's own plan, run in another way: options of `parallelize`.
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "with peer copies": {"peer_copies": True},
+    "without peer copies": {"peer_copies": False},
     "without CUDA graphs": {"cuda_graph": False},
 }
 

@@ -54,7 +54,8 @@ class ParallelModel(nn.Module):
     Inductor's code, compiled at the first step, or operator by operator; by default on GPUs.
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
     where its kernels are short. peer_copies: whether collectives that another compiled step of one
-    program makes once are copies between ranks, where these reach each other's memory.
+    program makes once are copies between ranks, where these reach each other's memory; by default
+    on GPUs.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ParallelModel(nn.Module):
         seed: int = 0,
         compiled: bool | None = None,
         cuda_graph: bool | None = None,
-        peer_copies: bool = False,
+        peer_copies: bool | None = None,
     ) -> None:
         super().__init__()
         if world is None and plan.num_devices != 1:
@@ -225,8 +226,9 @@ class ParallelModel(nn.Module):
                     resting.load(value)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _peer_groups(self, stage: int, wanted: bool) -> PeerGroups | None:
+    def _peer_groups(self, stage: int, wanted: bool | None) -> PeerGroups | None:
         """For a compiled step that is one program."""
+        wanted = self._device.type == "cuda" if wanted is None else wanted
         if self._world is None or self._comm is None or not (self._compiled and wanted):
             return None
         if whole_step(self._lowered, stage) is None:
