@@ -10,6 +10,7 @@ it cannot.
     cross_entropy                                         their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
+    sdpa_dropout                                          its own ATen body
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
+from autopar.ops.attention_dropout import sdpa_dropout_backward_math, sdpa_dropout_math
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
@@ -43,7 +45,12 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
 
     keys = _KeyTable(random_op_ids)
     random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
-    dropout = {own.dropout.default: partial(_dropout, keys)}
+    drop = partial(_dropout, keys)
+    dropout: Decompositions = {
+        own.dropout.default: drop,
+        own.sdpa_dropout.default: partial(sdpa_dropout_math, dropout=drop),
+        own.sdpa_dropout_backward.default: partial(sdpa_dropout_backward_math, dropout=drop),
+    }
     table, images = select_decomp_table(), ChannelsLast()
     gradient = aten.convolution_backward.default
     convolutions: Decompositions = {

@@ -54,6 +54,31 @@ def test_the_same_elements(device: str) -> None:
             torch.testing.assert_close(one, other)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, seed: Tensor) -> list[Tensor]:
+    """A shard of the heads and queries."""
+    own, mask = torch.ops.autopar, (seed, 5, 0.3, [4, 8, 12], [2, 4, 6])
+    out, lse = own.sdpa_dropout(q, k, v, True, 0.5, *mask)
+    return [out, lse, *own.sdpa_dropout_backward(dout, q, k, v, out, lse, True, 0.5, *mask)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_probabilities(device: str) -> None:
+    seed = torch.tensor([-9, 3], dtype=torch.int32, device=device)
+    q, dout = torch.randn(2, 2, 4, 6, 8, device=device).unbind()
+    k, v = torch.randn(2, 2, 2, 12, 8, device=device).unbind()
+    inputs = [q, k, v, dout, seed]
+    with torch.no_grad():
+        module = make_fx(attended, tracing_mode="fake", decomposition_table=decompositions([5]))(
+            *inputs
+        )
+    targets = [node.target for node in module.graph.nodes]
+    assert targets.count(torch.ops.autopar.keyed_dropout.default) == 3
+    assert targets.count(torch.ops.autopar.random_keys.default) == 1
+    for got in (module(*inputs), compile_module(module).call(list(inputs))):
+        for one, other in zip(got, attended(*inputs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_registration() -> None:
     x, seed = torch.randn(4, 6), torch.tensor([1, 0], dtype=torch.int32)
     keys = torch.tensor([[3, 4], [5, 6]], dtype=torch.int32)
