@@ -10,7 +10,8 @@ it cannot.
     cross_entropy                                         their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
-    sdpa_dropout                                          its own ATen body
+    sdpa_dropout on CUDA                                  our kernel, one operator, if it takes the
+                                                          call; else its own ATen body
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
-from autopar.ops.attention_dropout import sdpa_dropout_backward_math, sdpa_dropout_math
+from autopar.ops.attention_dropout import (
+    Dropout,
+    has_kernel_for,
+    sdpa_dropout_backward_math,
+    sdpa_dropout_math,
+)
 from autopar.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
@@ -48,8 +54,8 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
     drop = partial(_dropout, keys)
     dropout: Decompositions = {
         own.dropout.default: drop,
-        own.sdpa_dropout.default: partial(sdpa_dropout_math, dropout=drop),
-        own.sdpa_dropout_backward.default: partial(sdpa_dropout_backward_math, dropout=drop),
+        own.sdpa_dropout.default: partial(_sdpa_dropout, drop),
+        own.sdpa_dropout_backward.default: partial(_sdpa_dropout_backward, drop),
     }
     table, images = select_decomp_table(), ChannelsLast()
     gradient = aten.convolution_backward.default
@@ -78,6 +84,22 @@ def _sdpa(*args: Any) -> Any:
 def _sdpa_backward(*args: Any) -> Any:
     found = sdpa_backward_fused(*args)
     return NotImplemented if found is None else found
+
+
+def _sdpa_dropout(drop: Dropout, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if not has_kernel_for(q, k, v, p=rest[4]):
+        return sdpa_dropout_math(q, k, v, *rest, dropout=drop)
+    out, lse = own.flash_dropout(q, k, v, *rest)
+    return out.transpose(1, 2), lse
+
+
+def _sdpa_dropout_backward(
+    drop: Dropout, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> Any:
+    if not has_kernel_for(q, k, v, p=rest[6]):
+        return sdpa_dropout_backward_math(dout, q, k, v, *rest, dropout=drop)
+    grads = own.flash_dropout_backward(dout, q, k, v, *rest)
+    return tuple(grad.transpose(1, 2) for grad in grads)
 
 
 class _KeyTable:

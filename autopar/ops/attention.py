@@ -108,7 +108,7 @@ def _sdpa_cpu(
 ) -> tuple[Tensor, Tensor]:
     if not _has_cpu_flash(q, v, causal, first_query):
         return sdpa_math(q, k, v, bias, causal, scale, first_query)
-    q, k, v = map(_with_dense_rows, (q, k, v))
+    q, k, v = map(with_dense_rows, (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -131,7 +131,7 @@ def _sdpa_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_cpu_flash(q, v, causal, first_query):
         return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale, first_query)
-    q, k, v, out = map(_with_dense_rows, (q, k, v, out))
+    q, k, v, out = map(with_dense_rows, (q, k, v, out))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -364,7 +364,7 @@ def _has_cpu_flash(q: Tensor, v: Tensor, causal: bool, first_query: int) -> bool
     return plain and not (causal and first_query)
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
+def with_dense_rows(x: Tensor) -> Tensor:
     """torch's CPU kernel reads the last dim as if its stride were 1, whatever it is."""
     return x if x.stride(3) == 1 else x.contiguous()
 

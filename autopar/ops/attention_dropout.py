@@ -12,10 +12,16 @@ lse as of `ops.attention`, without a bias. Shards are of the batch, the heads an
     sizes     global [B, H, S]
     offsets   where the shard starts in each; a causal diagonal starts at the same query
     seed      int32[2]; None only while a model is captured (`graph.randomness` puts it there)
+
+`autopar::flash_dropout` and its backward are the same by one kernel (`ops.attention_kernel`), which
+keeps no scores: operators for compiled code. Their results, but for lse, lie as projections want
+them, out and dq [B, S, H, D], dk and dv [B, T, G, D].
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +31,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autopar.ops.attention import (
     Drop,
+    accumulation_dtype,
     sdpa_backward_flops,
     sdpa_backward_math,
     sdpa_fake,
     sdpa_flops,
     sdpa_math,
+    with_dense_rows,
 )
 from autopar.ops.library import LIBRARY, define
 from autopar.ops.random import counter_dropout
@@ -44,6 +52,15 @@ define(
 define(
     "sdpa_dropout_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" bool causal, float scale, {_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+define(
+    "flash_dropout(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor seed, int op_id,"
+    " float p, int[] sizes, int[] offsets) -> (Tensor out, Tensor lse)"
+)
+define(
+    "flash_dropout_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " bool causal, float scale, Tensor seed, int op_id, float p, int[] sizes, int[] offsets)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 Dropout = Callable[..., Tensor]
@@ -61,6 +78,7 @@ def sdpa_dropout_math(
     p: float,
     sizes: Sequence[int],
     offsets: Sequence[int],
+    *,
     dropout: Dropout = counter_dropout,
 ) -> tuple[Tensor, Tensor]:
     """Explicit attention: any device, any widths, also the decomposition for a compiler. O(B H S T)
@@ -86,6 +104,7 @@ def sdpa_dropout_backward_math(
     p: float,
     sizes: Sequence[int],
     offsets: Sequence[int],
+    *,
     dropout: Dropout = counter_dropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Explicit gradient of :func:`sdpa_dropout_math`."""
@@ -113,6 +132,77 @@ def _drop(
     return lambda x: dropout(x, seed, op_id, p, *geometry)
 
 
+def has_kernel_for(q: Tensor, k: Tensor, v: Tensor, p: float) -> bool:
+    """Whether `autopar::flash_dropout` takes the call on its device."""
+    narrow = q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
+    width = q.shape[3]
+    fits = width == k.shape[3] == v.shape[3] and width % 8 == 0 and 16 <= width <= 128
+    drops = 0.0 < p < 1.0 and bool(q.numel()) and bool(k.numel())
+    return q.device.type == "cuda" and narrow and fits and drops and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _flash_math(*args: Any) -> tuple[Tensor, Tensor]:
+    """For devices without the kernel."""
+    out, lse = sdpa_dropout_math(*args)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def _flash_backward_math(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.transpose(1, 2).contiguous() for t in sdpa_dropout_backward_math(*args))
+    return dq, dk, dv
+
+
+def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from autopar.ops.attention_kernel import forward
+
+    q, k, v = map(with_dense_rows, (q, k, v))
+    return forward(q, k, v, *rest)
+
+
+def _flash_backward_cuda(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from autopar.ops.attention_kernel import backward
+
+    dout, q, k, v, out = map(with_dense_rows, (dout, q, k, v, out))
+    return backward(dout, q, k, v, out, lse.contiguous(), *rest)
+
+
+def _sdpa_cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if not has_kernel_for(q, k, v, rest[4]):
+        return sdpa_dropout_math(q, k, v, *rest)
+    out, lse = _flash_cuda(q, k, v, *rest)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def _sdpa_backward_cuda(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_kernel_for(q, k, v, rest[6]):
+        return sdpa_dropout_backward_math(dout, q, k, v, *rest)
+    grads = _flash_backward_cuda(dout, q, k, v, *rest)
+    dq, dk, dv = (grad.transpose(1, 2).contiguous() for grad in grads)
+    return dq, dk, dv
+
+
+def _flash_fake(q: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, width = q.shape
+    lse = q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(batch, queries, heads, width), lse
+
+
+def _flash_backward_fake(
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.transpose(1, 2).shape) for t in (q, k, v))
+    return dq, dk, dv
+
+
 def _backward_fake(
     _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +224,14 @@ def _grad(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
 
 LIBRARY.impl("sdpa_dropout", sdpa_dropout_math, "CompositeExplicitAutograd")
 LIBRARY.impl("sdpa_dropout_backward", sdpa_dropout_backward_math, "CompositeExplicitAutograd")
+LIBRARY.impl("sdpa_dropout", _sdpa_cuda, "CUDA")
+LIBRARY.impl("sdpa_dropout_backward", _sdpa_backward_cuda, "CUDA")
+LIBRARY.impl("flash_dropout", _flash_math, "CompositeExplicitAutograd")
+LIBRARY.impl("flash_dropout_backward", _flash_backward_math, "CompositeExplicitAutograd")
+LIBRARY.impl("flash_dropout", _flash_cuda, "CUDA")
+LIBRARY.impl("flash_dropout_backward", _flash_backward_cuda, "CUDA")
+torch.library.register_fake("autopar::flash_dropout", _flash_fake, lib=LIBRARY)
+torch.library.register_fake("autopar::flash_dropout_backward", _flash_backward_fake, lib=LIBRARY)
 torch.library.register_fake("autopar::sdpa_dropout", sdpa_fake, lib=LIBRARY)
 torch.library.register_fake("autopar::sdpa_dropout_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd(

@@ -123,6 +123,21 @@ def test_registration() -> None:
     torch.library.opcheck(own.sdpa_dropout.default, args)
 
 
+def test_the_operator_for_compiled_code_lies_as_projections_want() -> None:
+    q, k, v = operands()
+    rest = (True, SCALE, SEED, OP_ID, P, SIZES, WHOLE)
+    out, lse = attend(q, k, v, True)
+    got, got_lse = own.flash_dropout(q, k, v, *rest)
+    assert got.is_contiguous() and torch.equal(got.transpose(1, 2), out)
+    assert torch.equal(got_lse, lse)
+    saved = (torch.randn_like(out), q, k, v, out, lse)
+    grads = own.flash_dropout_backward(*saved, *rest)
+    for grad, want in zip(grads, backward(True, *saved), strict=True):
+        assert grad.is_contiguous() and torch.equal(grad.transpose(1, 2), want)
+    torch.library.opcheck(own.flash_dropout.default, (q, k, v, *rest))
+    torch.library.opcheck(own.flash_dropout_backward.default, (*saved, *rest))
+
+
 def test_flops_are_those_of_attention() -> None:
     with FlopCounterMode(display=False) as counter:
         attend(*(t.requires_grad_() for t in operands()), True)[0].sum().backward()
