@@ -6,7 +6,9 @@ sum(dout * out) for one that walks over queries for dk and dv. Products are of t
 sums in float32.
 
 The mask is `ops.random`'s: bits(row, column) = mix(mix(row ^ key0) ^ mix(column + key1)), with one
-`mix` per element, the inner ones per row and column of a block. Row of [b, h, i] of a shard:
+`mix` per element: hashes of columns are a table, those of rows are made by each block of queries,
+in backward by dq's for all. (In the layout of scores, every warp would hash all columns of a block,
+a third of all its hashing.) Row of [b, h, i] of a shard:
 
     first_row + b * batch_rows + h * head_rows + i + microbatch * all_rows      modulo 2^32
 """
@@ -49,7 +51,7 @@ _B0, _B1, _B2 = (tl.constexpr((1 << (32 - shift)) - 1) for shift in SHIFTS)
 _LOG2E = tl.constexpr(_LOG2_E)
 _LN2 = tl.constexpr(math.log(2.0))
 # They differ between operators and ranks, which share their kernels.
-_PLAIN = ("first_row", "all_rows", "salt0", "salt1", "kept_below")
+_PLAIN = ("first_row", "batch_rows", "all_rows", "salt0", "salt1", "kept_below")
 
 
 def forward(
@@ -71,6 +73,7 @@ def forward(
     tiles = tiles or _tiles("forward", width)
     out = q.new_empty(batch, queries, heads, width)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    columns = _column_hashes(seed, op_id, k.shape[2])
     _forward[(triton.cdiv(queries, tiles.queries) * batch * heads,)](
         q,
         k,
@@ -78,8 +81,10 @@ def forward(
         out,
         lse,
         seed,
+        columns,
         *_strides(q, k, v),
-        *_call(q, k, scale, op_id, p, sizes, offsets),
+        *_sizes(q, k, scale, p, offsets),
+        *_row_numbers(op_id, sizes, offsets),
         **_constants(q, k, causal, tiles),
     )
     return out, lse
@@ -110,8 +115,9 @@ def backward(
     dq_tiles, dkv_tiles = dq_tiles or _tiles("dq", width), dkv_tiles or _tiles("dkv", width)
     dq = q.new_empty(batch, queries, heads, width)
     dk, dv = (t.new_empty(batch, keys, groups, width) for t in (k, v))
-    delta = torch.empty_like(lse)
-    call = _call(q, k, scale, op_id, p, sizes, offsets)
+    delta, row_hashes = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)
+    columns = _column_hashes(seed, op_id, keys)
+    counts = _sizes(q, k, scale, p, offsets)
     _dq[(triton.cdiv(queries, dq_tiles.queries) * batch * heads,)](
         dout,
         q,
@@ -120,10 +126,13 @@ def backward(
         out,
         lse,
         delta,
+        row_hashes,
         dq,
         seed,
+        columns,
         *_strides(dout, q, k, v, out),
-        *call,
+        *counts,
+        *_row_numbers(op_id, sizes, offsets),
         **_constants(q, k, causal, dq_tiles),
     )
     _dkv[(triton.cdiv(keys, dkv_tiles.keys) * batch * groups,)](
@@ -133,14 +142,22 @@ def backward(
         v,
         lse,
         delta,
+        row_hashes,
         dk,
         dv,
-        seed,
+        columns,
         *_strides(dout, q, k, v),
-        *call,
+        *counts,
         **_constants(q, k, causal, dkv_tiles),
     )
     return dq, dk, dv
+
+
+def _column_hashes(seed: Tensor, op_id: int, keys: int) -> Tensor:
+    """int32[keys]."""
+    hashes = torch.empty(keys, dtype=torch.int32, device=seed.device)
+    _hash_columns[(triton.cdiv(keys, 256),)](seed, hashes, keys, *salts_of(op_id), BLOCK=256)
+    return hashes
 
 
 def _tiles(kernel: str, width: int) -> Tiles:
@@ -151,33 +168,20 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    op_id: int,
-    p: float,
-    sizes: Sequence[int],
-    offsets: Sequence[int],
+def _sizes(
+    q: Tensor, k: Tensor, scale: float, p: float, offsets: Sequence[int]
 ) -> tuple[int | float, ...]:
-    """Numbers that all kernels get."""
+    """heads, queries, keys, scale, first_query, kept_below, gain."""
+    kept = (threshold(p), 1.0 / (1.0 - p))
+    return (q.shape[1], q.shape[2], k.shape[2], scale, offsets[2], *kept)
+
+
+def _row_numbers(op_id: int, sizes: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
+    """first_row, batch_rows, head_rows, all_rows, salt0, salt1."""
     _, heads, queries = sizes
-    batch_start, head_start, query_start = offsets
-    first_row = (batch_start * heads + head_start) * queries + query_start
-    return (
-        q.shape[1],
-        q.shape[2],
-        k.shape[2],
-        scale,
-        query_start,
-        wrapped(first_row),
-        wrapped(heads * queries),
-        queries,
-        wrapped(math.prod(sizes)),
-        *salts_of(op_id),
-        threshold(p),
-        1.0 / (1.0 - p),
-    )
+    first_row = (offsets[0] * heads + offsets[1]) * queries + offsets[2]
+    rows = (first_row, heads * queries, queries, math.prod(sizes))
+    return (*map(wrapped, rows), *salts_of(op_id))
 
 
 def _constants(q: Tensor, k: Tensor, causal: bool, tiles: Tiles) -> dict[str, Any]:
@@ -212,6 +216,15 @@ def _hash_keys(seed_ptr, salt0, salt1):  # type: ignore[no-untyped-def]
     """`ops.random.make_keys`."""
     word = tl.load(seed_ptr)
     return _mix(_mix(word) ^ salt0), _mix(_mix(word + salt1) ^ salt0)
+
+
+@triton.jit(do_not_specialize=("salt0", "salt1"))  # type: ignore[untyped-decorator]
+def _hash_columns(  # type: ignore[no-untyped-def]
+    seed_ptr, hash_ptr, keys, salt0, salt1, BLOCK: tl.constexpr
+):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, key1 = _hash_keys(seed_ptr, salt0, salt1)
+    tl.store(hash_ptr + columns, _mix(columns + key1), mask=columns < keys)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -266,7 +279,7 @@ def _attend(  # type: ignore[no-untyped-def]
     seen_to,
     log2_scale,
     row_hash,
-    key1,
+    columns_ptr,
     kept_below,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -280,6 +293,7 @@ def _attend(  # type: ignore[no-untyped-def]
         k = _rows(k_ptr, first, keys, k_row, WIDTH, DIMS, KEYS)
         s = tl.dot(q, tl.trans(k)) * log2_scale
         columns = first + tl.arange(0, KEYS)
+        column_hash = tl.load(columns_ptr + columns, mask=columns < keys, other=0)
         if MASKED:
             seen = (columns < keys)[None, :]
             if CAUSAL:
@@ -289,7 +303,7 @@ def _attend(  # type: ignore[no-untyped-def]
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
-        kept = _mix(row_hash[:, None] ^ _mix(columns + key1)[None, :]) < kept_below
+        kept = _mix(row_hash[:, None] ^ column_hash[None, :]) < kept_below
         v = _rows(v_ptr, first, keys, v_row, WIDTH, DIMS, KEYS)
         acc = tl.dot(tl.where(kept, p, 0.0).to(v.dtype), v, acc * shrink[:, None])
         top = higher
@@ -304,6 +318,7 @@ def _forward(  # type: ignore[no-untyped-def]
     out_ptr,
     lse_ptr,
     seed_ptr,
+    columns_ptr,
     q_batch,
     q_head,
     q_row,
@@ -318,14 +333,14 @@ def _forward(  # type: ignore[no-untyped-def]
     keys,
     scale,
     first_query,
+    kept_below,
+    gain,
     first_row,
     batch_rows,
     head_rows,
     all_rows,
     salt0,
     salt1,
-    kept_below,
-    gain,
     CAUSAL: tl.constexpr,
     REPEAT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -343,7 +358,7 @@ def _forward(  # type: ignore[no-untyped-def]
     q_ptr += batch * q_batch + tl.cast(head, tl.int64) * q_head
     q = _rows(q_ptr, first, queries, q_row, WIDTH, DIMS, QUERIES)
     rows = first + tl.arange(0, QUERIES)
-    key0, key1 = _hash_keys(seed_ptr, salt0, salt1)
+    key0, _ = _hash_keys(seed_ptr, salt0, salt1)
     base = first_row + (pair // heads) * batch_rows + head * head_rows
     row_hash = _mix((base + tl.load(seed_ptr + 1) * all_rows + rows) ^ key0)
     seen_to = first_query + rows
@@ -358,11 +373,11 @@ def _forward(  # type: ignore[no-untyped-def]
     log2_scale = scale * _LOG2E
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row, v_row, 0, whole, keys, seen_to, log2_scale,
-        row_hash, key1, kept_below, False, CAUSAL, WIDTH, DIMS, KEYS,
+        row_hash, columns_ptr, kept_below, False, CAUSAL, WIDTH, DIMS, KEYS,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row, v_row, whole, stop, keys, seen_to, log2_scale,
-        row_hash, key1, kept_below, True, CAUSAL, WIDTH, DIMS, KEYS,
+        row_hash, columns_ptr, kept_below, True, CAUSAL, WIDTH, DIMS, KEYS,
     )  # fmt: skip
     out = acc * (gain / total)[:, None]
     _store_rows(out_ptr, out, batch, head, heads, first, queries, WIDTH, DIMS, QUERIES)
@@ -387,7 +402,7 @@ def _towards_queries(  # type: ignore[no-untyped-def]
     log2_lse,
     delta,
     row_hash,
-    key1,
+    columns_ptr,
     kept_below,
     gain,
     MASKED: tl.constexpr,
@@ -402,13 +417,14 @@ def _towards_queries(  # type: ignore[no-untyped-def]
         v = _rows(v_ptr, first, keys, v_row, WIDTH, DIMS, KEYS)
         s = tl.dot(q, tl.trans(k)) * log2_scale
         columns = first + tl.arange(0, KEYS)
+        column_hash = tl.load(columns_ptr + columns, mask=columns < keys, other=0)
         if MASKED:
             seen = (columns < keys)[None, :]
             if CAUSAL:
                 seen = seen & (columns[None, :] <= seen_to[:, None])
             s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s - log2_lse[:, None])
-        kept = _mix(row_hash[:, None] ^ _mix(columns + key1)[None, :]) < kept_below
+        kept = _mix(row_hash[:, None] ^ column_hash[None, :]) < kept_below
         dp = tl.where(kept, tl.dot(dout, tl.trans(v)) * gain, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
@@ -424,8 +440,10 @@ def _dq(  # type: ignore[no-untyped-def]
     out_ptr,
     lse_ptr,
     delta_ptr,
+    hash_ptr,
     dq_ptr,
     seed_ptr,
+    columns_ptr,
     dout_batch,
     dout_head,
     dout_row,
@@ -446,14 +464,14 @@ def _dq(  # type: ignore[no-untyped-def]
     keys,
     scale,
     first_query,
+    kept_below,
+    gain,
     first_row,
     batch_rows,
     head_rows,
     all_rows,
     salt0,
     salt1,
-    kept_below,
-    gain,
     CAUSAL: tl.constexpr,
     REPEAT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -478,9 +496,10 @@ def _dq(  # type: ignore[no-untyped-def]
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=rows < queries)
     log2_lse = tl.load(lse_ptr + row, mask=rows < queries, other=0.0) * _LOG2E
-    key0, key1 = _hash_keys(seed_ptr, salt0, salt1)
+    key0, _ = _hash_keys(seed_ptr, salt0, salt1)
     base = first_row + (pair // heads) * batch_rows + head * head_rows
     row_hash = _mix((base + tl.load(seed_ptr + 1) * all_rows + rows) ^ key0)
+    tl.store(hash_ptr + row, row_hash, mask=rows < queries)
     seen_to = first_query + rows
     stop = keys
     whole = keys // KEYS * KEYS
@@ -491,11 +510,11 @@ def _dq(  # type: ignore[no-untyped-def]
     log2_scale = scale * _LOG2E
     dq = _towards_queries(
         dq, q, dout, k_ptr, v_ptr, k_row, v_row, 0, whole, keys, seen_to, log2_scale, log2_lse,
-        delta, row_hash, key1, kept_below, gain, False, CAUSAL, WIDTH, DIMS, KEYS,
+        delta, row_hash, columns_ptr, kept_below, gain, False, CAUSAL, WIDTH, DIMS, KEYS,
     )  # fmt: skip
     dq = _towards_queries(
         dq, q, dout, k_ptr, v_ptr, k_row, v_row, whole, stop, keys, seen_to, log2_scale, log2_lse,
-        delta, row_hash, key1, kept_below, gain, True, CAUSAL, WIDTH, DIMS, KEYS,
+        delta, row_hash, columns_ptr, kept_below, gain, True, CAUSAL, WIDTH, DIMS, KEYS,
     )  # fmt: skip
     _store_rows(dq_ptr, dq * scale, batch, head, heads, first, queries, WIDTH, DIMS, QUERIES)
 
@@ -510,6 +529,7 @@ def _towards_keys(  # type: ignore[no-untyped-def]
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    hash_ptr,
     q_row,
     dout_row,
     start,
@@ -518,8 +538,6 @@ def _towards_keys(  # type: ignore[no-untyped-def]
     first_query,
     columns,
     log2_scale,
-    base,
-    key0,
     column_hash,
     kept_below,
     gain,
@@ -539,7 +557,7 @@ def _towards_keys(  # type: ignore[no-untyped-def]
         p = tl.exp2(tl.dot(k, tl.trans(q)) * log2_scale - log2_lse[None, :])  # [KEYS, QUERIES]
         if MASKED:
             p = tl.where(columns[:, None] <= (first_query + rows)[None, :], p, 0.0)
-        row_hash = _mix((base + rows) ^ key0)
+        row_hash = tl.load(hash_ptr + rows, mask=rows < queries, other=0)
         kept = _mix(column_hash[:, None] ^ row_hash[None, :]) < kept_below
         dv = tl.dot(tl.where(kept, p, 0.0).to(dout.dtype), dout, dv)
         dp = tl.where(kept, tl.dot(v, tl.trans(dout)) * gain, 0.0)
@@ -548,7 +566,7 @@ def _towards_keys(  # type: ignore[no-untyped-def]
     return dk, dv
 
 
-@triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("kept_below",))  # type: ignore[untyped-decorator]
 def _dkv(  # type: ignore[no-untyped-def]
     dout_ptr,
     q_ptr,
@@ -556,9 +574,10 @@ def _dkv(  # type: ignore[no-untyped-def]
     v_ptr,
     lse_ptr,
     delta_ptr,
+    hash_ptr,
     dk_ptr,
     dv_ptr,
-    seed_ptr,
+    columns_ptr,
     dout_batch,
     dout_head,
     dout_row,
@@ -576,12 +595,6 @@ def _dkv(  # type: ignore[no-untyped-def]
     keys,
     scale,
     first_query,
-    first_row,
-    batch_rows,
-    head_rows,
-    all_rows,
-    salt0,
-    salt1,
     kept_below,
     gain,
     CAUSAL: tl.constexpr,
@@ -601,8 +614,7 @@ def _dkv(  # type: ignore[no-untyped-def]
     k = _rows(k_ptr, first, keys, k_row, WIDTH, DIMS, KEYS)
     v = _rows(v_ptr, first, keys, v_row, WIDTH, DIMS, KEYS)
     columns = first + tl.arange(0, KEYS)
-    key0, key1 = _hash_keys(seed_ptr, salt0, salt1)
-    column_hash = _mix(columns + key1)
+    column_hash = tl.load(columns_ptr + columns, mask=columns < keys, other=0)
     start = 0
     whole = 0  # from here on queries see all keys of the block
     if CAUSAL:
@@ -612,24 +624,22 @@ def _dkv(  # type: ignore[no-untyped-def]
     dk = tl.zeros([KEYS, DIMS], tl.float32)
     dv = tl.zeros([KEYS, DIMS], tl.float32)
     log2_scale = scale * _LOG2E
-    before = first_row + tl.load(seed_ptr + 1) * all_rows + batch * batch_rows
     for member in range(0, REPEAT):
         head = group * REPEAT + member
         wide_head = tl.cast(head, tl.int64)
         q_head_ptr = q_ptr + wide_batch * q_batch + wide_head * q_head
         dout_head_ptr = dout_ptr + wide_batch * dout_batch + wide_head * dout_head
         row = (wide_batch * heads + head) * queries
-        base = before + head * head_rows
         if CAUSAL:
             dk, dv = _towards_keys(
-                dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + row, delta_ptr + row, q_row,
-                dout_row, start, whole, queries, first_query, columns, log2_scale, base, key0,
-                column_hash, kept_below, gain, True, WIDTH, DIMS, QUERIES,
+                dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + row, delta_ptr + row,
+                hash_ptr + row, q_row, dout_row, start, whole, queries, first_query, columns,
+                log2_scale, column_hash, kept_below, gain, True, WIDTH, DIMS, QUERIES,
             )  # fmt: skip
         dk, dv = _towards_keys(
-            dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + row, delta_ptr + row, q_row,
-            dout_row, whole, queries, queries, first_query, columns, log2_scale, base, key0,
-            column_hash, kept_below, gain, False, WIDTH, DIMS, QUERIES,
+            dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_ptr + row, delta_ptr + row,
+            hash_ptr + row, q_row, dout_row, whole, queries, queries, first_query, columns,
+            log2_scale, column_hash, kept_below, gain, False, WIDTH, DIMS, QUERIES,
         )  # fmt: skip
     _store_rows(dk_ptr, dk * scale, batch, group, groups, first, keys, WIDTH, DIMS, KEYS)
     _store_rows(dv_ptr, dv * gain, batch, group, groups, first, keys, WIDTH, DIMS, KEYS)
