@@ -39,7 +39,7 @@ from autopar.graph.execute import run_graph
 from autopar.graph.experts import experts_in_loops
 from autopar.graph.patches import replaced
 from autopar.graph.precision import in_float64, widened
-from autopar.graph.program import Graph, InputKind, OutputKind
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind
 from autopar.lowering.lower import lower_plan
 from autopar.ops.random import seed_tensor
 from autopar.plan import ParallelPlan
@@ -54,8 +54,12 @@ FLOOR = 1e-2
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 NARROW_SLACK = 4.0
 KINDS = ("loss", "gradient", "update", "buffer")  # fields of Errors
-_DROPOUT = "autopar.dropout.default"
-_DROPOUT_P = 3  # position of the probability among its arguments
+# Operators that drop: position of the probability among their arguments.
+_DROPOUT: Mapping[str, int] = {
+    "autopar.dropout.default": 3,
+    "autopar.sdpa_dropout.default": 7,
+    "autopar.sdpa_dropout_backward.default": 10,
+}
 # torch.nn.functional's functions that drop: position and name of the probability.
 _DROPOUT_FUNCTIONS: Mapping[str, tuple[int, str]] = {
     **{f"dropout{rank}": (1, "p") for rank in ("", "1d", "2d", "3d")},
@@ -151,7 +155,7 @@ def verify_plan(
     if dtype == "float64":
         graph, state = in_float64(graph), _in_float64(state)
         plan = replace(plan, graph=graph.fingerprint())
-    dropout = any(op.op_name == _DROPOUT for op in graph.operators)
+    dropout = any(op.op_name in _DROPOUT for op in graph.operators)
     single = single_step(graph, state, plan.num_microbatches, seed)
     if processes is None:
         parallel = parallel_step(graph, state, plan, seed)
@@ -247,13 +251,12 @@ def _in_float64(state: State) -> State:
 
 def without_dropout(graph: Graph) -> Graph:
     """The same graph with every dropout probability 0; operators keep their names."""
-    operators = tuple(
-        replace(op, args=(*op.args[:_DROPOUT_P], 0.0, *op.args[_DROPOUT_P + 1 :]))
-        if op.op_name == _DROPOUT
-        else op
-        for op in graph.operators
-    )
-    return graph.with_operators(operators)
+
+    def quiet(op: Operator) -> Operator:
+        at = _DROPOUT.get(op.op_name)
+        return op if at is None else replace(op, args=(*op.args[:at], 0.0, *op.args[at + 1 :]))
+
+    return graph.with_operators(tuple(map(quiet, graph.operators)))
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], scale: float) -> torch.optim.Optimizer:

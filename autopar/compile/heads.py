@@ -5,8 +5,9 @@
     sum of dk over a group's heads                     ->  dk
 
 where repeat(x) = reshape(expand(x [B, G, 1, T, D], [B, G, R, T, D]), [B, G R, T, D]), as
-transformers and the Llama paper's code write it. Kernels for attention take the groups as they are
-(`ops.attention`); sums over a group then stay in their accumulator.
+transformers and the Llama paper's code write it; likewise with dropout inside. Kernels for
+attention take the groups as they are (`ops.attention`); sums over a group then stay in their
+accumulator.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ _RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_vie
 _COPIES = frozenset({aten.clone.default})
 _EXPANDS = frozenset({aten.expand.default})
 _SUMS = frozenset({aten.sum.dim_IntList})
-_KEYS: Mapping[object, int] = {own.sdpa.default: 1, own.sdpa_backward.default: 2}  # then values
+_KEYS: Mapping[object, int] = {  # then values
+    own.sdpa.default: 1,
+    own.sdpa_backward.default: 2,
+    own.sdpa_dropout.default: 1,
+    own.sdpa_dropout_backward.default: 2,
+}
+_BACKWARD = frozenset({own.sdpa_backward.default, own.sdpa_dropout_backward.default})
 
 
 def group_heads(program: LocalProgram) -> LocalProgram:
@@ -80,7 +87,7 @@ class _Walk:
         keys, values = (self._repeat(ref) for ref in instruction.args[position : position + 2])
         if keys is None or values is None or keys.sizes[:4] != values.sizes[:4]:
             return [instruction]
-        if instruction.target is own.sdpa_backward.default:
+        if instruction.target in _BACKWARD:
             gradients = Ref(instruction.name, 1), Ref(instruction.name, 2)
             dk, dv = self._sums(gradients[0], keys), self._sums(gradients[1], values)
             if dk is None or dv is None:

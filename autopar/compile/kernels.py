@@ -12,6 +12,8 @@ it cannot.
                                                           their own ATen bodies
     sdpa on CUDA                                          cuDNN's or flash attention, if it takes
                                                           the call; else its own body
+    sdpa_dropout on CUDA                                  our kernel, one operator, if it takes the
+                                                          call; else its own ATen body
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
+from autopar.ops.attention_dropout import (
+    Dropout,
+    has_kernel_for,
+    sdpa_dropout_backward_math,
+    sdpa_dropout_math,
+)
 from autopar.ops.cross_entropy import (
     cross_entropy,
     cross_entropy_backward,
     cross_entropy_rows,
-    has_kernel_for,
+    has_kernel_for_rows,
     softmax_sums,
 )
 from autopar.ops.padding import padded_narrow
@@ -51,7 +59,12 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
 
     keys = _KeyTable(random_op_ids)
     random = {target: partial(body, keys=keys) for target, body in _RANDOM.items()}
-    dropout = {own.dropout.default: partial(_dropout, keys)}
+    drop = partial(_dropout, keys)
+    dropout: Decompositions = {
+        own.dropout.default: drop,
+        own.sdpa_dropout.default: partial(_sdpa_dropout, drop),
+        own.sdpa_dropout_backward.default: partial(_sdpa_dropout_backward, drop),
+    }
     table, images = select_decomp_table(), ChannelsLast()
     gradient = aten.convolution_backward.default
     convolutions: Decompositions = {
@@ -82,15 +95,31 @@ def _sdpa_backward(*args: Any) -> Any:
 
 
 def _softmax_sums(x: Tensor) -> Any:
-    return NotImplemented if has_kernel_for(x) else softmax_sums(x)
+    return NotImplemented if has_kernel_for_rows(x) else softmax_sums(x)
 
 
 def _cross_entropy_backward(grad: Tensor, x: Tensor, *rest: Any) -> Any:
-    return NotImplemented if has_kernel_for(x) else cross_entropy_backward(grad, x, *rest)
+    return NotImplemented if has_kernel_for_rows(x) else cross_entropy_backward(grad, x, *rest)
 
 
 def _cross_entropy_rows(grad: Tensor, x: Tensor, *rest: Any) -> Any:
-    return NotImplemented if has_kernel_for(x) else cross_entropy_rows(grad, x, *rest)
+    return NotImplemented if has_kernel_for_rows(x) else cross_entropy_rows(grad, x, *rest)
+
+
+def _sdpa_dropout(drop: Dropout, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if not has_kernel_for(q, k, v, p=rest[4]):
+        return sdpa_dropout_math(q, k, v, *rest, dropout=drop)
+    out, lse = own.flash_dropout(q, k, v, *rest)
+    return out.transpose(1, 2), lse
+
+
+def _sdpa_dropout_backward(
+    drop: Dropout, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> Any:
+    if not has_kernel_for(q, k, v, p=rest[6]):
+        return sdpa_dropout_backward_math(dout, q, k, v, *rest, dropout=drop)
+    grads = own.flash_dropout_backward(dout, q, k, v, *rest)
+    return tuple(grad.transpose(1, 2) for grad in grads)
 
 
 class _KeyTable:

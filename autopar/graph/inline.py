@@ -53,7 +53,9 @@ _COMPUTE_OPERANDS = frozenset(
     }
 )
 # Asks for operands with strides of its own: what is in no memory yet is written for each call.
-_COPIES_OPERANDS = frozenset({torch.ops.autopar.sdpa.default})
+_COPIES_OPERANDS = frozenset(
+    {torch.ops.autopar.sdpa.default, torch.ops.autopar.sdpa_dropout.default}
+)
 
 
 def is_pointwise(op: Operator) -> bool:

@@ -23,6 +23,8 @@ _OWN = torch.ops.autopar
 # Position of op_id among the arguments of each operator that hashes one.
 OP_ID: Mapping[object, int] = {
     _OWN.dropout.default: 2,
+    _OWN.sdpa_dropout.default: 6,
+    _OWN.sdpa_dropout_backward.default: 9,
     _OWN.uniform.default: 1,
     _OWN.normal.default: 1,
     _OWN.randint.default: 1,

@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -153,8 +153,9 @@ def traced_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` as one `autopar::sdpa`, or as plain operators where that one
-    cannot serve: dropout inside, a mask with gradient, or inputs that are not four-dimensional."""
+    """`F.scaled_dot_product_attention` as one `autopar::sdpa` or `autopar::sdpa_dropout`, or as
+    plain operators where these cannot serve: a mask with gradient, dropout under any mask, or
+    inputs that are not four-dimensional."""
     if torch.is_autocast_enabled("cpu"):  # attention runs in the region's type
         narrow = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
@@ -165,6 +166,12 @@ def traced_sdpa(
     fits = fits and query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
     if attn_mask is not None:
         fits = fits and not attn_mask.requires_grad and attn_mask.ndim <= 4
+    if fits and attn_mask is None and 0.0 < dropout_p <= 1.0:
+        settings = (None, 0, float(dropout_p), [*query.shape[:3]], [0, 0, 0])  # no seed so far
+        dropped = torch.ops.autopar.sdpa_dropout(
+            query, key, value, is_causal, float(scale), *settings
+        )
+        return cast(Tensor, dropped[0])
     if not fits or dropout_p > 0.0:
         return _plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale)
     bias = None if attn_mask is None else _bias(attn_mask, query)

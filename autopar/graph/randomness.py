@@ -1,7 +1,8 @@
 """Every random operator of a traced graph becomes a hash of the step's seed.
 
 One `op_id` per operator, in trace order, so that the numbers depend on the model alone: on no plan,
-no recomputation and no device. Dropout becomes `autopar::dropout`; other noise is drawn by
+no recomputation and no device. Dropout becomes `autopar::dropout`, or is inside of attention
+(`autopar::sdpa_dropout`, which capture puts in place without a seed); other noise is drawn by
 `autopar::uniform`, `normal` or `randint`, and ordinary pointwise operators make of it what was
 asked for. The numbers are not those that torch's own generators draw.
 """
@@ -16,6 +17,7 @@ import torch
 
 import autopar.ops  # noqa: F401  registers the operators that are put in place
 from autopar.errors import CaptureError
+from autopar.graph.numbering import OP_ID
 from autopar.graph.program import Graph, GraphInput, InputKind, Operator, Ref, TensorMeta
 from autopar.graph.rewrite import Rewrite, derived, rewrite_graph
 
@@ -24,6 +26,7 @@ SEED = GraphInput("seed", InputKind.SEED, TensorMeta((2,), torch.int32), target=
 
 _DRAWN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WIDEST_RANGE = 1 << 31
+_LSE = 5  # position among the arguments of `sdpa_dropout_backward`
 _UNTAGGED = ("aten.random.", "aten.normal_functional.", "aten.rrelu_with_noise")
 _INSTEAD = {
     "randperm": "torch.rand(n).argsort() is a random permutation",
@@ -35,6 +38,7 @@ _INSTEAD = {
 def seeded_random(graph: Graph) -> Graph:
     """The pass. CaptureError, with the line of source, for an operator that has no recipe."""
     settings: dict[Ref, tuple[Any, ...]] = {}  # of each dropout, by mask
+    attentions: dict[Ref, int] = {}  # op_id of each attention with dropout, by lse
     metas = graph.metas()
     count = 0
 
@@ -46,6 +50,12 @@ def seeded_random(graph: Graph) -> Graph:
             return Rewrite((_dropout(op, op.args[0], constants),))
         if op.target is aten.native_dropout_backward.default and op.args[1] in settings:
             return Rewrite((_dropout(op, op.args[0], settings[op.args[1]]),))
+        if op.target is own.sdpa_dropout.default:
+            attentions[Ref(op.name, 1)] = count
+            count += 1
+            return Rewrite((_seeded(op, count - 1),))
+        if op.target is own.sdpa_dropout_backward.default:
+            return Rewrite((_seeded(op, attentions[op.args[_LSE]]),))
         mask = next((ref for ref in op.operands if ref in settings), None)
         if mask is not None:
             raise CaptureError(
@@ -79,6 +89,12 @@ def _dropout_constants(op: Operator, op_id: int) -> tuple[Any, ...]:
 def _dropout(op: Operator, x: Ref, constants: tuple[Any, ...]) -> Operator:
     args = (x, SEED.ref, *constants)
     return derived(op, op.name, own.dropout.default, args, op.results[0])
+
+
+def _seeded(op: Operator, op_id: int) -> Operator:
+    """Attention with dropout, given what it hashes; the seed comes before op_id."""
+    at = OP_ID[op.target]
+    return op.changed(args=(*op.args[: at - 1], SEED.ref, op_id, *op.args[at + 1 :]))
 
 
 def _is_random(op: Operator) -> bool:

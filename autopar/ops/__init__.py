@@ -1,6 +1,7 @@
 """Operators of our own. Importing this package registers them with torch."""
 
 from autopar.ops import attention as _attention
+from autopar.ops import attention_dropout as _attention_dropout
 from autopar.ops import cross_entropy as _cross_entropy
 from autopar.ops import experts as _experts
 from autopar.ops import hub as _hub
@@ -10,4 +11,4 @@ from autopar.ops import random as _random
 
 __all__: list[str] = []
 
-del _attention, _cross_entropy, _experts, _hub, _padding, _partial, _random
+del _attention, _attention_dropout, _cross_entropy, _experts, _hub, _padding, _partial, _random

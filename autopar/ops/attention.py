@@ -29,6 +29,9 @@ from autopar.ops.library import LIBRARY, define
 
 aten = torch.ops.aten
 
+Drop = Callable[[Tensor], Tensor]
+"""Dropout of a [B, H, S, T]: linear, the same mask each time."""
+
 define(
     "sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale,"
     " SymInt first_query=0) -> (Tensor out, Tensor lse)"
@@ -47,13 +50,17 @@ def sdpa_math(
     causal: bool,
     scale: float,
     first_query: int = 0,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Explicit attention in the accumulation dtype: any device, any widths. O(B H S T) memory."""
+    """Explicit attention in the accumulation dtype: any device, any widths. O(B H S T) memory.
+    drop: of the probabilities, which then do not add up to 1; lse is that of all scores."""
     groups = q.shape[1] // k.shape[1]
     scores = _scores(q, _expand_heads(k, groups), bias, causal, scale, first_query)
     lse = torch.logsumexp(scores, dim=-1)
     lse = lse.masked_fill(lse == float("-inf"), 0.0)  # [B, H, S]
     probs = torch.exp(scores - lse.unsqueeze(-1))
+    if drop is not None:
+        probs = drop(probs)
     out = probs @ _expand_heads(v, groups).to(probs.dtype)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
@@ -69,8 +76,10 @@ def sdpa_backward_math(
     causal: bool,
     scale: float,
     first_query: int = 0,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Explicit gradient of :func:`sdpa_math`."""
+    """Explicit gradient of :func:`sdpa_math`. sum(dout * out) is sum(p * dp) with dropout too, as
+    out is linear in p."""
     groups = q.shape[1] // k.shape[1]
     acc = accumulation_dtype(q.dtype)
     k_wide, v_wide = (_expand_heads(t, groups).to(acc) for t in (k, v))
@@ -78,10 +87,13 @@ def sdpa_backward_math(
     probs = torch.exp(scores - lse.unsqueeze(-1))
     dout = dout.to(acc)
     delta = (dout * out.to(acc)).sum(-1, keepdim=True)
-    dscores = probs * (dout @ v_wide.mT - delta) * scale  # [B, H, S, T]
+    dprobs = dout @ v_wide.mT  # [B, H, S, T]
+    kept = probs if drop is None else drop(probs)
+    dprobs = dprobs if drop is None else drop(dprobs)
+    dscores = probs * (dprobs - delta) * scale
     dq = dscores @ k_wide
     dk = _sum_heads(dscores.mT @ q.to(acc), groups)
-    dv = _sum_heads(probs.mT @ dout, groups)
+    dv = _sum_heads(kept.mT @ dout, groups)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
@@ -96,7 +108,7 @@ def _sdpa_cpu(
 ) -> tuple[Tensor, Tensor]:
     if not _has_cpu_flash(q, v, causal, first_query):
         return sdpa_math(q, k, v, bias, causal, scale, first_query)
-    q, k, v = map(_with_dense_rows, (q, k, v))
+    q, k, v = map(with_dense_rows, (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -119,7 +131,7 @@ def _sdpa_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _has_cpu_flash(q, v, causal, first_query):
         return sdpa_backward_math(dout, q, k, v, bias, out, lse, causal, scale, first_query)
-    q, k, v, out = map(_with_dense_rows, (q, k, v, out))
+    q, k, v, out = map(with_dense_rows, (q, k, v, out))
     groups = q.shape[1] // k.shape[1]
     k, v = _expand_heads(k, groups), _expand_heads(v, groups)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -301,7 +313,7 @@ _FLASH = AttentionKernel(_flash, _flash_backward, True)
 _EFFICIENT = AttentionKernel(_efficient, _efficient_backward, False)
 
 
-def _sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
+def sdpa_fake(q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     if q.ndim != 4 or q.shape[1] % k.shape[1]:
         raise ValueError(
             "autopar::sdpa wants q [B, H, S, D], k [B, G, T, D] with H a multiple of G:"
@@ -352,7 +364,7 @@ def _has_cpu_flash(q: Tensor, v: Tensor, causal: bool, first_query: int) -> bool
     return plain and not (causal and first_query)
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
+def with_dense_rows(x: Tensor) -> Tensor:
     """torch's CPU kernel reads the last dim as if its stride were 1, whatever it is."""
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -373,14 +385,13 @@ LIBRARY.impl("sdpa", _sdpa_cpu, "CPU")
 LIBRARY.impl("sdpa_backward", _sdpa_backward_cpu, "CPU")
 LIBRARY.impl("sdpa", _sdpa_cuda, "CUDA")
 LIBRARY.impl("sdpa_backward", _sdpa_backward_cuda, "CUDA")
-torch.library.register_fake("autopar::sdpa", _sdpa_fake, lib=LIBRARY)
+torch.library.register_fake("autopar::sdpa", sdpa_fake, lib=LIBRARY)
 torch.library.register_fake("autopar::sdpa_backward", _sdpa_backward_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "autopar::sdpa", _sdpa_grad, setup_context=_setup_context, lib=LIBRARY
 )
 
 
-@register_flop_formula(torch.ops.autopar.sdpa)
 def sdpa_flops(
     q_shape: Any, k_shape: Any, v_shape: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
 ) -> int:
@@ -389,7 +400,6 @@ def sdpa_flops(
     return int(sdpa_flop_count(q_shape, (*wide, *k_shape[2:]), (*wide, *v_shape[2:])))
 
 
-@register_flop_formula(torch.ops.autopar.sdpa_backward)
 def sdpa_backward_flops(
     dout_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *_args: Any, **_kwargs: Any
 ) -> int:
@@ -398,3 +408,7 @@ def sdpa_backward_flops(
     return int(
         sdpa_backward_flop_count(dout_shape, q_shape, (*wide, *k_shape[2:]), (*wide, *v_shape[2:]))
     )
+
+
+register_flop_formula(torch.ops.autopar.sdpa)(sdpa_flops)
+register_flop_formula(torch.ops.autopar.sdpa_backward)(sdpa_backward_flops)

@@ -87,7 +87,7 @@ def _losses(x: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
 # ---- on CUDA
 
 
-def has_kernel_for(x: Tensor) -> bool:
+def has_kernel_for_rows(x: Tensor) -> bool:
     """Whether rows begin where loads of several elements may."""
     narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     aligned = x.stride(0) * x.itemsize % _ALIGN_BYTES == 0 and x.stride(1) == 1
@@ -102,11 +102,11 @@ def _kernels() -> Any:
 
 
 def _softmax_sums_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().softmax_sums(x) if has_kernel_for(x) else softmax_sums(x)
+    return _kernels().softmax_sums(x) if has_kernel_for_rows(x) else softmax_sums(x)
 
 
 def _backward_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    if not has_kernel_for(x):
+    if not has_kernel_for_rows(x):
         return cross_entropy_backward(grad, x, *rest)
     dx = x.new_empty(x.shape)
     _kernels().gradient(grad, x, *rest, dx)
@@ -114,7 +114,7 @@ def _backward_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _rows_cuda(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not has_kernel_for(x):
+    if not has_kernel_for_rows(x):
         return cross_entropy_rows(grad, x, *rest)
     dx = x.new_empty(x.shape)
     return _kernels().rows(grad, x, *rest, dx), dx
@@ -124,14 +124,14 @@ def _rows_cuda(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_in_place(grad: Tensor, x: Tensor, *rest: Any) -> None:
-    if has_kernel_for(x):
+    if has_kernel_for_rows(x):
         _kernels().gradient(grad, x, *rest, x)
     else:
         x.copy_(cross_entropy_backward(grad, x, *rest))
 
 
 def _rows_in_place(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    if has_kernel_for(x):
+    if has_kernel_for_rows(x):
         losses: Tensor = _kernels().rows(grad, x, *rest, x)
         return losses
     losses, dx = cross_entropy_rows(grad, x, *rest)

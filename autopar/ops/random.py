@@ -31,8 +31,8 @@ from torch import Tensor
 
 from autopar.ops.library import LIBRARY, define
 
-_SHIFTS = (16, 15, 15)
-_MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+SHIFTS = (16, 15, 15)
+MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 _KEY_SALTS = (0x9E3779B9, 0x85EBCA6B)  # golden ratio; murmur3 finaliser: any two distinct odd words
 
 _SECOND_WORD = 1 << 31  # added to op_id: the low digits of float64
@@ -224,26 +224,26 @@ def _dim_bits(
 def mix(x: Word) -> Word:
     """A bijection of int32 whose every output bit depends on every input bit. x: a tensor, or
     anything else that has its operators."""
-    x = x ^ _logical_shift(x, _SHIFTS[0])
-    x = x * wrapped(_MULTIPLIERS[0])
-    x = x ^ _logical_shift(x, _SHIFTS[1])
-    x = x * wrapped(_MULTIPLIERS[1])
-    return x ^ _logical_shift(x, _SHIFTS[2])
+    x = x ^ _logical_shift(x, SHIFTS[0])
+    x = x * wrapped(MULTIPLIERS[0])
+    x = x ^ _logical_shift(x, SHIFTS[1])
+    x = x * wrapped(MULTIPLIERS[1])
+    return x ^ _logical_shift(x, SHIFTS[2])
 
 
 def mix_int(x: int) -> int:
     """:func:`mix` of a Python integer, as an unsigned 32-bit word."""
     x &= 0xFFFFFFFF
-    x ^= x >> _SHIFTS[0]
-    x = x * _MULTIPLIERS[0] & 0xFFFFFFFF
-    x ^= x >> _SHIFTS[1]
-    x = x * _MULTIPLIERS[1] & 0xFFFFFFFF
-    return x ^ (x >> _SHIFTS[2])
+    x ^= x >> SHIFTS[0]
+    x = x * MULTIPLIERS[0] & 0xFFFFFFFF
+    x ^= x >> SHIFTS[1]
+    x = x * MULTIPLIERS[1] & 0xFFFFFFFF
+    return x ^ (x >> SHIFTS[2])
 
 
 def make_keys(seed: Tensor, op_id: int) -> tuple[Tensor, Tensor]:
     """Two int32[1] words. They agree for two (seed, op_id) pairs only if both 32-bit hashes do."""
-    return _keys(seed, *_salts_of(op_id))
+    return _keys(seed, *salts_of(op_id))
 
 
 def _random_keys(seed: Tensor, op_ids: Sequence[int]) -> Tensor:
@@ -256,7 +256,7 @@ def _keys(seed: Tensor, first: int | Tensor, second: int | Tensor) -> tuple[Tens
     return mix(mix(word) ^ first), mix(mix(word + second) ^ first)
 
 
-def _salts_of(op_id: int) -> tuple[int, int]:
+def salts_of(op_id: int) -> tuple[int, int]:
     first, second = (wrapped(mix_int(mix_int(op_id) + salt)) for salt in _KEY_SALTS)
     return first, second
 
@@ -264,7 +264,7 @@ def _salts_of(op_id: int) -> tuple[int, int]:
 @functools.cache
 def _salts(op_ids: tuple[int, ...], device: torch.device) -> Tensor:
     """int32[2, op_ids]; kept, as bringing it to the device waits for the device."""
-    return torch.tensor([_salts_of(i) for i in op_ids], dtype=torch.int32, device=device).t()
+    return torch.tensor([salts_of(i) for i in op_ids], dtype=torch.int32, device=device).t()
 
 
 def _linear_index(atoms: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -301,6 +301,10 @@ def random_op_ids(target: Any, args: Sequence[Any]) -> tuple[int, ...]:
     """Those for which a call of one of our random operators needs keys; none for other calls."""
     if target is torch.ops.autopar.dropout.default:
         return (args[2],)
+    if target is torch.ops.autopar.sdpa_dropout.default:
+        return (args[6],)
+    if target is torch.ops.autopar.sdpa_dropout_backward.default:
+        return (args[9],)
     if target in _CREATING:
         return (args[1], args[1] + _SECOND_WORD)
     return ()

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from autopar.api import plan_model
 from autopar.errors import OptionError, PlanError
+from autopar.graph.numbering import OP_ID
 from autopar.options import SearchOptions
 from autopar.plan import Remat
 from autopar.report.verify import verify_record
@@ -96,10 +97,13 @@ def test_dropout_is_compared_on_and_off() -> None:
     plan, graph = plan_model(model, batch, FAST, options=SearchOptions(num_stages=1))
     report = verify_plan(model, batch, plan)
     assert report.dropout and report.ok and report.eager is not None
-    probabilities = {
-        op.args[3] for op in without_dropout(graph).operators if "dropout" in op.op_name
+    drops = [op for op in without_dropout(graph).operators if "dropout" in op.op_name]
+    assert {op.args[OP_ID[op.target] + 1] for op in drops} == {0.0}  # the probability comes next
+    assert {op.op_name for op in drops} == {
+        "autopar.dropout.default",
+        "autopar.sdpa_dropout.default",
+        "autopar.sdpa_dropout_backward.default",
     }
-    assert probabilities == {0.0}
     assert model.training and any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
 
 

@@ -1,4 +1,5 @@
-"""Causal attention of a shard of the queries: it starts at the shard's first one."""
+"""Attention of a shard: causal, it starts at the shard's first query; dropout starts at the
+shard's first row, head and query."""
 
 from __future__ import annotations
 
@@ -25,7 +26,20 @@ def _causal(query: int) -> Lowering:
     return lower
 
 
+def _dropout(query: int) -> Lowering:
+    """query: as above. The offsets are the last argument."""
+
+    def lower(site: Site) -> tuple[Ref, ...]:
+        dims, layout = site.call.operands[query], site.strategy.operands[query]
+        starts = [site.offset(dims, layout, dim) for dim in range(_QUERY_DIM + 1)]
+        return site.call_with({len(site.call.args) - 1: starts})
+
+    return lower
+
+
 LOWERINGS: Mapping[object, Lowering] = {
     torch.ops.autopar.sdpa.default: _causal(0),
     torch.ops.autopar.sdpa_backward.default: _causal(1),
+    torch.ops.autopar.sdpa_dropout.default: _dropout(0),
+    torch.ops.autopar.sdpa_dropout_backward.default: _dropout(1),
 }

@@ -93,7 +93,32 @@ def _sdpa_backward(call: Call) -> Rule:
     return Rule(tuple(results), (*(f for f in factors if f is not None), *linear))
 
 
+def _sdpa_dropout(call: Call) -> Rule:
+    """(q, k, v, causal, scale, seed, ..) -> (out, lse); every shard has the offsets of its own."""
+    results = _raw_results(call)
+    factors = (
+        _factor(call, "b", 0, range(3), None, results),
+        _factor(call, "h", 1, range(3), None, results),
+        _factor(call, "s", 2, (0,), None, results),
+    )
+    return Rule(tuple(results), tuple(f for f in factors if f is not None))
+
+
+def _sdpa_dropout_backward(call: Call) -> Rule:
+    """(dout, q, k, v, out, lse, causal, scale, seed, ..) -> (dq, dk, dv): linear in dout."""
+    results = _raw_results(call)
+    factors = (
+        _factor(call, "b", 0, range(6), None, results),
+        _factor(call, "h", 1, range(6), None, results),
+        _factor(call, "s", 2, (0, 1, 4, 5), None, results, partial=(1, 2)),
+    )
+    linear = linear_factors(call, [(0,)])
+    return Rule(tuple(results), (*(f for f in factors if f is not None), *linear))
+
+
 RULES: Mapping[object, RuleFn] = {
     torch.ops.autopar.sdpa.default: _sdpa,
     torch.ops.autopar.sdpa_backward.default: _sdpa_backward,
+    torch.ops.autopar.sdpa_dropout.default: _sdpa_dropout,
+    torch.ops.autopar.sdpa_dropout_backward.default: _sdpa_dropout_backward,
 }

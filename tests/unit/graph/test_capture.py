@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopar.errors import BatchError, CaptureError
+from autopar.graph import patches
 from autopar.graph.capture import capture_graph
 from autopar.graph.execute import graph_inputs, run_graph
+from autopar.graph.numbering import OP_ID
 from autopar.graph.program import Graph, InputKind, OutputKind, Phase
+from benchmarks.models.gpt import GPT, GPTConfig, example_batch
 from tests.unit.graph import zoo
 
 torch.set_num_threads(1)
@@ -53,9 +56,38 @@ def test_dropout_follows_the_seed_alone() -> None:
     first, same, other = (zoo.named_outputs(graph, model, batch, seed) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert first["loss"] != other["loss"]
-    drops = [op for op in graph.operators if op.op_name == "autopar.dropout.default"]
-    ids = {phase: [op.args[2] for op in drops if op.phase is phase] for phase in Phase}
+    drops = [op for op in graph.operators if op.target in OP_ID]
+    assert {op.op_name.split(".")[1] for op in drops} == {
+        "dropout",
+        "sdpa_dropout",
+        "sdpa_dropout_backward",
+    }
+    ids = {
+        phase: [op.args[OP_ID[op.target]] for op in drops if op.phase is phase] for phase in Phase
+    }
     assert ids[Phase.FORWARD] == list(range(6)) and sorted(ids[Phase.BACKWARD]) == list(range(6))
+
+
+def test_dropout_inside_attention_is_that_of_plain_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers of the same operator ids, so that the whole step is equal to rounding."""
+
+    def plain_sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, is_causal: bool) -> Tensor:
+        return patches._plain_sdpa(q, k, v, None, dropout_p, is_causal, q.shape[-1] ** -0.5)
+
+    torch.manual_seed(0)
+    config = GPTConfig(32, 2, 4, vocab_size=64, seq_len=12, dropout=0.3)
+    model, batch = GPT(config).double(), example_batch(config, 3)
+    graph = capture_graph(model, batch)
+    got = zoo.named_outputs(graph, model, batch, seed=1)
+    monkeypatch.setattr(patches, "traced_sdpa", plain_sdpa)
+    plain = capture_graph(model, batch)
+    want = zoo.named_outputs(plain, model, batch, seed=1)
+    inside = [op.op_name for op in graph.operators].count("autopar.sdpa_dropout.default")
+    assert inside == 2 and not any("sdpa" in op.op_name for op in plain.operators)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-11, atol=1e-13)
 
 
 def test_gradient_with_dropout_matches_finite_differences() -> None:

@@ -202,6 +202,12 @@ def _attention() -> Iterator[Case]:
             args = (x(2, 8, 4, 4, seed=4), q, k, v, bias, out, lse, True, 0.5)
             yield Case(backward, args)
     yield Case(sdpa, (q, q, q, None, True, 0.5))
+    dropped, backward = own.sdpa_dropout.default, own.sdpa_dropout_backward.default
+    seed = torch.tensor([5, 1], dtype=torch.int32)
+    for causal in (False, True):
+        rest = (causal, 0.5, seed, 3, 0.4, [2, 8, 4], [0, 0, 0])
+        yield Case(dropped, (q, k, v, *rest))
+        yield Case(backward, (x(2, 8, 4, 4, seed=4), q, k, v, *dropped(q, k, v, *rest), *rest))
 
 
 def _experts() -> Iterator[Case]:

@@ -86,6 +86,11 @@ def _attention(a: int, b: int, c: int, d: int) -> Iterator[Case]:
     out, lse = torch.ops.autopar.sdpa(q, k, v, None, True, 0.5)
     args = (x(a, b, c, d, seed=4), q, k, v, None, out, lse, True, 0.5)
     yield Case(torch.ops.autopar.sdpa_backward.default, args)
+    seed = torch.tensor([5, 1], dtype=torch.int32)
+    rest = (True, 0.5, seed, 3, 0.4, [a, b, c], [0, 0, 0])
+    yield Case(own.sdpa_dropout.default, (q, k, v, *rest))
+    args = (x(a, b, c, d, seed=4), q, k, v, *own.sdpa_dropout(q, k, v, *rest), *rest)
+    yield Case(own.sdpa_dropout_backward.default, args)
 
 
 FAMILIES: Mapping[str, Callable[[int, int, int, int], Iterator[Case]]] = {

@@ -97,6 +97,11 @@ def _local_dropout(site: Site) -> tuple[Ref, ...]:
     return site.call_with({4: shape, 5: shape, 6: [0] * len(shape), 7: 1})
 
 
+def _queries_alone(site: Site) -> tuple[Ref, ...]:
+    start = site.offset(site.call.operands[0], site.strategy.operands[0], 2)
+    return site.call_with({9: [0, 0, start]})
+
+
 def _arange_from_zero(site: Site) -> tuple[Ref, ...]:
     return (site.emit.compute(aten.arange.default, site.result_shape()[0]),)
 
@@ -137,6 +142,7 @@ EXPERTS_BACKWARD = Case(
 )
 DENSE = aten.embedding_dense_backward.default
 SEED = torch.tensor([5, 0], dtype=torch.int32)
+WHOLE = ([2, 4, 8], [0, 0, 0])  # of Q
 UNARY = {
     name: _with((P,), (P,)) for name in ("tanh", "relu", "silu", "gelu", "sigmoid", "abs", "exp")
 }
@@ -286,6 +292,16 @@ MUTATIONS = (
         "queries under a causal mask",
         Case(torch.ops.autopar.sdpa.default, (Q, Q, Q, None, True, 0.5)),
         _with((2, R, R), (2, 2), 8),
+    ),
+    Mutation(
+        "attention's dropout of a shard",
+        Case(torch.ops.autopar.sdpa_dropout.default, (Q, Q, Q, False, 0.5, SEED, 3, 0.4, *WHOLE)),
+        lowering=_as_it_is,
+    ),
+    Mutation(
+        "attention's dropout from the shard's first query",
+        Case(torch.ops.autopar.sdpa_dropout.default, (Q, Q, Q, False, 0.5, SEED, 3, 0.4, *WHOLE)),
+        lowering=_queries_alone,
     ),
     Mutation("rows stay where they are", EXPERTS, _local("exchange")),
     Mutation("experts from 0", EXPERTS, lowering=_as_it_is),

@@ -79,7 +79,11 @@ NO_BF16 = {
     aten._upsample_bilinear2d_aa.default: NO_KERNEL,
     aten._upsample_bilinear2d_aa_backward.default: NO_KERNEL,
 }
-LSE = 6  # of sdpa_backward: float32 in training in bfloat16
+# Position of lse: float32 in training in bfloat16.
+LSE = {
+    torch.ops.autopar.sdpa_backward.default: 6,
+    torch.ops.autopar.sdpa_dropout_backward.default: 5,
+}
 
 
 def test_every_rule_has_a_case() -> None:
@@ -155,8 +159,8 @@ def _in_bf16(case: Case) -> tuple[list[Any], dict[str, Any]]:
         return torch.bfloat16 if item is torch.float64 else item
 
     args = [narrow(item) for item in case.args]
-    if case.target is torch.ops.autopar.sdpa_backward.default:
-        args[LSE] = case.args[LSE].float()
+    if (lse := LSE.get(case.target)) is not None:
+        args[lse] = case.args[lse].float()
     return args, {key: narrow(item) for key, item in case.kwargs.items()}
 
 
