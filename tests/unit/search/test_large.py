@@ -45,15 +45,15 @@ def test_equal_stages_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "write_window", written)
     model, batch = deep()
     options = SearchOptions(
-        num_stages=8,
+        num_stages=9,
         num_microbatches=1,
         schedule=ScheduleKind.GPIPE,
         remat=Remat.NONE,
         cache=False,
         candidates=1,
     )
-    plan, _ = plan_model(model, batch, Cluster.parse("h100:1x8"), options=options)
-    assert len(windows[-1].pieces) < len(plan.stages) == 8
+    plan, _ = plan_model(model, batch, Cluster.parse("h100:1x9"), options=options)
+    assert len(windows[-1].pieces) < len(plan.stages) == 9
     assert verify_plan(model, batch, plan).ok
 
 
