@@ -40,7 +40,7 @@ _IN_PLACE: Mapping[object, Any] = {
     _ROWS: own.cross_entropy_rows_.default,
 }
 _SAME_MEMORY = VIEWS - {aten.clone.default}
-_MUCH = 16
+_MUCH = 16  # the scores have more bytes, by this factor, than what may be kept of them
 _RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 
 
@@ -100,10 +100,11 @@ def _other_readers(scores: fx.Node, last: fx.Node) -> list[fx.Node] | None:
         for user in view.users:
             if user.target in _SAME_MEMORY:
                 views += [user] if user not in views else []
-            elif user is not last and user.target is not _SUMS:
+            elif user is not last:
                 readers.append(user)
-    small = all(_MUCH * nbytes(reader) <= nbytes(scores) for reader in readers)
-    return readers if small and all(reader < last for reader in readers) else None
+    made = [reader for reader in readers if reader.target is not _SUMS]  # which is no pointwise one
+    small = all(_MUCH * nbytes(reader) <= nbytes(scores) for reader in made)
+    return made if small and all(reader < last for reader in readers) else None
 
 
 def _joined(program: LocalProgram, backward: Compute) -> LocalProgram:

@@ -173,6 +173,11 @@ def read_later(*args: Tensor) -> list[Tensor]:
     return [*found, scores.amax(1)]
 
 
+def summed_later(*args: Tensor) -> list[Tensor]:
+    scores, found = last_layer(*args)
+    return [*found, *own.softmax_sums(scores)]
+
+
 def much_is_made(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor) -> list[Tensor]:
     scores = hidden @ weight
     exp = scores.exp()
@@ -184,7 +189,7 @@ def given(_hidden: Tensor, _weight: Tensor, target: Tensor, grad: Tensor) -> lis
     return list(own.cross_entropy_rows(grad, grad.new_ones(ROWS_N, CLASSES), target, IGNORED))
 
 
-@pytest.mark.parametrize("body", [read_later, much_is_made, given])
+@pytest.mark.parametrize("body", [read_later, summed_later, much_is_made, given])
 def test_scores_that_something_else_reads_stay(body: Callable[..., list[Tensor]]) -> None:
     graph = overwrite_scores(graph_of(body, *examples()))
     assert not graph.graph.find_nodes(op="call_function", target=ROWS_IN_PLACE)
