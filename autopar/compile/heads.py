@@ -31,7 +31,7 @@ from autopar.lowering.program import (
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
-_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 _COPIES = frozenset({aten.clone.default})
 _EXPANDS = frozenset({aten.expand.default})
 _SUMS = frozenset({aten.sum.dim_IntList})
@@ -104,12 +104,12 @@ class _Walk:
         return [*grouped, replace(instruction, args=tuple(args))]
 
     def _repeat(self, ref: Ref) -> _Repeat | None:
-        whole = self._call(ref, _RESHAPES)
+        whole = self._call(ref, RESHAPES)
         if whole is None:
             return None
         copy = self._call(whole.args[0], _COPIES)
         wide = self._call((copy or whole).args[0], _EXPANDS)
-        narrow = None if wide is None else self._call(wide.args[0], _RESHAPES)
+        narrow = None if wide is None else self._call(wide.args[0], RESHAPES)
         if wide is None or narrow is None or len(wide.args[1]) != 5:
             return None
         batch, groups, times, length, width = wide.args[1]
@@ -122,7 +122,7 @@ class _Walk:
         sums over a group's heads; None where the gradient of a single head is read."""
         now: dict[str, list[Instruction]] = {}
         for view in self._readers[gradient]:
-            if not _calls(view, _RESHAPES) or tuple(view.args[1]) != repeat.sizes:
+            if not _calls(view, RESHAPES) or tuple(view.args[1]) != repeat.sizes:
                 return None
             now[view.name] = []
             for total in self._readers[Ref(view.name)]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import nbytes
 from autopar.compile.tables import VIEWS, materialize
 from autopar.graph.program import Ref
@@ -41,7 +42,6 @@ _IN_PLACE: Mapping[object, Any] = {
 }
 _SAME_MEMORY = VIEWS - {aten.clone.default}
 _MUCH = 16  # the scores have more bytes, by this factor, than what may be kept of them
-_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 
 
 def join_losses(program: LocalProgram) -> LocalProgram:
@@ -153,7 +153,7 @@ def _call(forward: Compute, name: str, target: Any, *args: Any) -> Compute:
 def _origin(made: Mapping[str, Instruction], ref: Ref) -> Ref:
     """What a value is in another shape."""
     maker = made.get(ref.name)
-    while isinstance(maker, Compute) and maker.target in _RESHAPES:
+    while isinstance(maker, Compute) and maker.target in RESHAPES:
         ref = maker.args[0]
         maker = made.get(ref.name)
     return ref
