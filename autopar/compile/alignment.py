@@ -4,7 +4,8 @@
     a[m, k] @ b[k, n]  =  (pad(a) @ pad(b))[:m, :n]        padded with zeros
 
 The zeros of an operand are written by the kernel that makes it, if Inductor makes it; the result
-is a view. Products that read one value share its padding.
+is a view. Products that read one value share its padding. `aligned_product` is a product whose
+readers want to know of that view when they are traced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ aten = torch.ops.aten
 
 ALIGN_BYTES = 16
 PAD_BYTES = 128  # a line of the cache: what is padded anyway is padded to whole ones
+PAD = aten.constant_pad_nd.default
 SMALL_PRODUCT = 1 << 27  # m k n below which it does not matter
 
 
@@ -30,12 +32,30 @@ def pad_products(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def aligned_product(a: Tensor, b: Tensor) -> Tensor:
+    """Decomposition of `autopar::aligned_product`: each row of the result is aligned."""
+    more = _missing(b.shape[1], a.itemsize)
+    if not more or a.shape[0] * b.shape[0] * b.shape[1] < SMALL_PRODUCT:
+        return torch.mm(a, b)
+    if b.stride(0) == 1:
+        padded = PAD(b.t(), [0, 0, 0, more], 0.0).t()
+    else:
+        padded = PAD(b, [0, more, 0, 0], 0.0)
+    product: Tensor = aten.slice.Tensor(torch.mm(a, padded), 1, 0, b.shape[1])
+    return product
+
+
 class _Padder:
     """The paddings that there are in one graph, by source and sizes."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._padded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        for node in graph.find_nodes(op="call_function", target=PAD):
+            source, pads = node.args[:2]
+            more = tuple(pads[1::2])[::-1]
+            if not any(pads[::2]) and node.args[2:] == (0.0,):
+                self._padded[_untransposed(source), more] = node
 
     def pad(self, node: fx.Node) -> None:
         *bias, left, right = node.args
@@ -72,7 +92,7 @@ class _Padder:
         known = self._padded.get((value, more))
         if known is None:
             pads = [size for last in reversed(more) for size in (0, last)]
-            known = self._call(before, aten.constant_pad_nd.default, value, pads, 0.0)
+            known = self._call(before, PAD, value, pads, 0.0)
             self._padded[value, more] = known
         return known
 
@@ -81,6 +101,15 @@ class _Padder:
             made = self._graph.call_function(target, args)
         made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
         return made
+
+
+def _untransposed(node: fx.Node) -> fx.Node:
+    """What a value is that was transposed twice."""
+    before = node.all_input_nodes[:1]
+    twice = before and all(
+        n.target is aten.permute.default and n.args[1] == [1, 0] for n in (node, *before)
+    )
+    return _untransposed(before[0].all_input_nodes[0]) if twice else node
 
 
 def _shape(node: Any) -> torch.Size:

@@ -6,6 +6,7 @@ it cannot.
     gradient of an embedding of a few rows                a sum for each row
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
+    aligned_product                                       a slice of a padded product
     uniform, normal, .., padded_narrow, keep_on_first,
     cross_entropy                                         their own ATen bodies
     its passes over the scores, on CUDA                   our kernels, if they take the rows; else
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from autopar.compile.activations import gelu, gelu_backward
+from autopar.compile.alignment import aligned_product
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
@@ -154,6 +156,7 @@ _RANDOM: Decompositions = {
 }
 _OWN: Decompositions = {
     own.padded_narrow.default: padded_narrow,
+    own.aligned_product.default: aligned_product,
     own.keep_on_first.default: keep_on_first,
     own.cross_entropy.default: cross_entropy,
     own.softmax_sums.default: _softmax_sums,

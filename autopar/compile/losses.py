@@ -7,11 +7,15 @@
 
 What g needs comes first then. A g that needs the loss, and a sharded vocabulary, whose devices meet
 between the two, stay as they are.
+
+Scores of a vocabulary such as 50257 are a slice of wider ones, of which each row is aligned
+(`compile.alignment`), as is the gradient that takes their memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch
 from torch import fx
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
+from autopar.compile.alignment import PAD
 from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import nbytes
 from autopar.compile.tables import VIEWS, materialize
@@ -35,11 +40,13 @@ from autopar.lowering.program import (
 aten, own = torch.ops.aten, torch.ops.autopar
 
 _FORWARD, _BACKWARD = own.cross_entropy.default, own.cross_entropy_backward.default
+_PRODUCT, _ALIGNED = aten.mm.default, own.aligned_product.default
 _ROWS, _SUMS = own.cross_entropy_rows.default, own.softmax_sums.default
 _IN_PLACE: Mapping[object, Any] = {
     _BACKWARD: own.cross_entropy_backward_.default,
     _ROWS: own.cross_entropy_rows_.default,
 }
+_SLICE = aten.slice.Tensor
 _SAME_MEMORY = VIEWS - {aten.clone.default}
 _MUCH = 16  # the scores have more bytes, by this factor, than what may be kept of them
 
@@ -49,6 +56,29 @@ def join_losses(program: LocalProgram) -> LocalProgram:
     for backward in [i for i in program.body if isinstance(i, Compute) and i.target is _BACKWARD]:
         program = _joined(program, backward)
     return program
+
+
+def align_scores(program: LocalProgram) -> LocalProgram:
+    """The same values: what makes scores for a joined loss alone may give them room between their
+    rows. O(instructions) for each loss."""
+    made = {instruction.name: instruction for instruction in program.body}
+    readers = Counter(ref.name for i in program.body for ref in reads_of(i))
+    readers.update(port.ref.name for port in program.outputs.values())
+    wide: set[str] = set()
+    for joined in made.values():
+        if isinstance(joined, Compute) and joined.target is _ROWS:
+            ref = joined.args[1]
+            while readers[ref.name] == 1 and isinstance(maker := made.get(ref.name), Compute):
+                if maker.target is _PRODUCT:
+                    wide.add(maker.name)
+                if maker.target not in RESHAPES:
+                    break
+                ref = maker.args[0]
+    body = tuple(
+        replace(i, target=_ALIGNED) if isinstance(i, Compute) and i.name in wide else i
+        for i in program.body
+    )
+    return replace(program, body=body)
 
 
 def overwrite_scores(module: fx.GraphModule) -> fx.GraphModule:
@@ -71,14 +101,19 @@ def _overwrite(node: fx.Node, gradient: fx.Node, losses: fx.Node | None) -> None
     scores, graph = node.args[1], node.graph
     if not isinstance(scores, fx.Node):
         return
-    others = _other_readers(scores, node)
-    if others is None:
+    views = _views(scores)
+    place = _place(views)
+    others = _other_readers(views, node)
+    if place is None or others is None:
         return
     for reader in others:  # Inductor would read the scores where it reads what is made of them
         materialize(graph, reader)
     with graph.inserting_before(node):
-        written = graph.call_function(_IN_PLACE[node.target], node.args)
-    gradient.replace_all_uses_with(scores)
+        args = (node.args[0], place, *node.args[2:])
+        written = graph.call_function(_IN_PLACE[node.target], args)
+    gradient.replace_all_uses_with(place)
+    if place is not scores:
+        _drop_padding(place, views[-1], written)
     if losses is not None:
         written.meta["val"] = losses.meta["val"]
         losses.replace_all_uses_with(written)
@@ -87,18 +122,51 @@ def _overwrite(node: fx.Node, gradient: fx.Node, losses: fx.Node | None) -> None
             graph.erase_node(old)
 
 
-def _other_readers(scores: fx.Node, last: fx.Node) -> list[fx.Node] | None:
-    """Small values that are made of the scores before `last`; None where a product did not make
-    the scores, or their memory is read later or made much of."""
+def _views(scores: fx.Node) -> list[fx.Node]:
+    """The scores and what they are a view of, up to what made that."""
     views = [scores]
-    while views[-1].target in _SAME_MEMORY:
+    while views[-1].target in _SAME_MEMORY or views[-1].target is _SLICE:
         views.append(views[-1].all_input_nodes[0])
-    if views[-1].target is not aten.mm.default:
+    return views
+
+
+def _place(views: Sequence[fx.Node]) -> fx.Node | None:
+    """Where the gradient is written: where the scores are, or in the first columns of a wider
+    product, if the scores are all of them."""
+    scores = views[0]
+    slices = [view for view in views if view.target is _SLICE]
+    if not slices:
+        return scores
+    value, first = scores.meta["val"], slices[-1].meta["val"]
+    whole = value.shape == first.shape and value.stride() == first.stride()
+    return slices[0] if whole and slices == list(views[-2:-1]) else None
+
+
+def _drop_padding(place: fx.Node, product: fx.Node, written: fx.Node) -> None:
+    """Whoever pads the gradient reads all of the product, whose last columns are zeros: those of
+    the padded operand that made them."""
+    more = product.meta["val"].shape[1] - place.meta["val"].shape[1]
+    weights = product.args[1]
+    while isinstance(weights, fx.Node) and weights.target in VIEWS:
+        weights = weights.all_input_nodes[0]
+    if not isinstance(weights, fx.Node) or weights.target is not PAD:
+        return
+    for user in list(place.users):
+        if user.target is PAD and written < user and user.args[1:] == ([0, more, 0, 0], 0.0):
+            user.replace_all_uses_with(product)
+            place.graph.erase_node(user)
+
+
+def _other_readers(views: Sequence[fx.Node], last: fx.Node) -> list[fx.Node] | None:
+    """Small values that are made of the scores before `last`; None where a product did not make
+    the scores, or their memory is read later or made much of. views: of the scores."""
+    if views[-1].target is not _PRODUCT:
         return None
+    views, scores = list(views), views[0]
     readers: list[fx.Node] = []
     for view in views:  # grows
         for user in view.users:
-            if user.target in _SAME_MEMORY:
+            if user.target in _SAME_MEMORY or user.target is _SLICE:
                 views += [user] if user not in views else []
             elif user is not last:
                 readers.append(user)

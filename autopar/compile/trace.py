@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.compile.heads import group_heads
 from autopar.compile.kernels import decompositions
-from autopar.compile.losses import join_losses
+from autopar.compile.losses import align_scores, join_losses
 from autopar.errors import InternalError
 from autopar.graph.program import Ref
 from autopar.layout import Offset
@@ -53,7 +53,7 @@ def trace(
     """inputs: examples of the program's inputs, then of its constants, in their order. groups: name
     and size of each mesh axis's process group. The graph returns the outputs in their order.
     Pre: is_traceable."""
-    program = join_losses(group_heads(program))
+    program = align_scores(join_losses(group_heads(program)))
     names = [port.ref.name for port in program.inputs.values()] + list(program.constants)
 
     def play(*tensors: Tensor) -> list[Tensor]:

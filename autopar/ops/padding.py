@@ -2,6 +2,9 @@
 
 Rows beyond the end are zeros, so that the shards of a tensor that does not divide evenly have one
 shape. The result is a contiguous copy.
+
+`autopar::aligned_product(a [m, k], b [k, n])`: a @ b; a compiler leaves room between its rows where
+they would not be aligned (`compile.alignment`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from torch import Tensor
 from autopar.ops.library import LIBRARY, define
 
 define("padded_narrow(Tensor x, int dim, SymInt start, SymInt length) -> Tensor")
+define("aligned_product(Tensor a, Tensor b) -> Tensor")
 
 
 def padded_narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
@@ -42,3 +46,5 @@ def _fake(x: Tensor, dim: int, start: int, length: int) -> Tensor:
 
 LIBRARY.impl("padded_narrow", padded_narrow, "CompositeExplicitAutograd")
 torch.library.register_fake("autopar::padded_narrow", _fake, lib=LIBRARY)
+LIBRARY.impl("aligned_product", torch.mm, "CompositeExplicitAutograd")
+torch.library.register_fake("autopar::aligned_product", torch.mm, lib=LIBRARY)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.compile import losses
+from autopar.compile import alignment, kernels, losses
 from autopar.compile.inductor import compile_module
 from autopar.compile.kernels import decompositions
-from autopar.compile.losses import join_losses, overwrite_scores
+from autopar.compile.losses import align_scores, join_losses, overwrite_scores
+from autopar.compile.passes import prepare
+from autopar.compile.trace import trace
 from autopar.graph.program import Ref, TensorMeta
 from autopar.lowering.program import Compute, LocalProgram, Port
 
@@ -193,3 +195,76 @@ def given(_hidden: Tensor, _weight: Tensor, target: Tensor, grad: Tensor) -> lis
 def test_scores_that_something_else_reads_stay(body: Callable[..., list[Tensor]]) -> None:
     graph = overwrite_scores(graph_of(body, *examples()))
     assert not graph.graph.find_nodes(op="call_function", target=ROWS_IN_PLACE)
+
+
+# ---- scores whose rows are not aligned
+
+
+ODD_ROWS, VOCABULARY = 8, 13
+
+
+def odd_step() -> LocalProgram:
+    """A last layer over a vocabulary of an odd size, and its gradients."""
+    body = (
+        call("w", aten.t.default, Ref("weight")),
+        call("scores", aten.mm.default, Ref("h"), Ref("w")),
+        call("shaped", aten.reshape.default, Ref("scores"), [2, ODD_ROWS // 2, VOCABULARY]),
+        call("x", aten.reshape.default, Ref("shaped"), [ODD_ROWS, VOCABULARY]),
+        call("f", ROWS, Ref("tangent"), Ref("x"), Ref("target"), IGNORED),
+        call("loss", aten.sum.default, Ref("f", 0)),
+        call("dh", aten.mm.default, Ref("f", 1), Ref("weight")),
+        call("dx_t", aten.t.default, Ref("f", 1)),
+        call("dw", aten.mm.default, Ref("dx_t"), Ref("h")),
+    )
+    inputs = {
+        "h": port("h", ODD_ROWS, WIDTH),
+        "weight": port("weight", VOCABULARY, WIDTH),
+        "target": port("target", ODD_ROWS, dtype=torch.int64),
+        "tangent": port("tangent"),
+    }
+    names = ("loss", (1,)), ("dh", (ODD_ROWS, WIDTH)), ("dw", (VOCABULARY, WIDTH))
+    return LocalProgram(inputs, body, {name: port(name, *shape) for name, shape in names}, {})
+
+
+def odd_values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "h": torch.randn(ODD_ROWS, WIDTH, generator=generator),
+        "weight": torch.randn(VOCABULARY, WIDTH, generator=generator),
+        "target": torch.tensor([0, 12, IGNORED, 7, 1, 1, 3, 12]),
+        "tangent": torch.tensor(0.25),
+    }
+
+
+@pytest.fixture
+def kernels_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are aligned have a kernel, as on GPUs; products are large."""
+    monkeypatch.setattr(kernels, "has_kernel_for_rows", lambda x: x.stride(0) * 4 % 16 == 0)
+    monkeypatch.setattr(alignment, "SMALL_PRODUCT", 1)
+
+
+@pytest.mark.usefixtures("kernels_for_rows")
+def test_odd_scores_are_aligned_and_overwritten() -> None:
+    """No copy is made of the gradient, though each product that reads it wants it padded."""
+    program = odd_step()
+    want = played(program, odd_values())
+    graph = prepare(trace(program, [*odd_values().values()], coordinates=(), groups=()), [])
+    (written,) = graph.graph.find_nodes(op="call_function", target=ROWS_IN_PLACE)
+    assert written.args[1].meta["val"].stride() == (32, 1)
+    pads = graph.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
+    assert [tuple(pad.meta["val"].shape) for pad in pads] == [(32, WIDTH)]  # the weight
+    for got, expected in zip(graph(*odd_values().values()), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    compiled = compile_module(graph)
+    for got, expected in zip(compiled.call([*odd_values().values()]), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("read", ["scores", "shaped", "x"])
+def test_odd_scores_that_something_else_reads_stay(read: str) -> None:
+    program = odd_step()
+    assert own.aligned_product.default in targets(align_scores(program))
+    outputs = {**program.outputs, "read": port(read, ODD_ROWS, VOCABULARY)}
+    assert own.aligned_product.default not in targets(
+        align_scores(replace(program, outputs=outputs))
+    )
