@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from autopar.compile.noise import register_loops
+from autopar.compile.reductions import kept_rows
 
 # By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
 FLAGS = {
@@ -62,7 +63,7 @@ def compile_module(module: fx.GraphModule) -> CompiledModule:
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     context = torch._guards.TracingContext(fakes[0].fake_mode)
     context.output_strides = []
-    with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS):
+    with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS), kept_rows():
         call: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
     outputs: Any = module.graph.output_node().args[0]
     made = [node.meta["val"] for node in outputs]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from autopar.api import parallelize
+from autopar.graph.precision import Precision
 from autopar.ops.cross_entropy import cross_entropy_backward, cross_entropy_rows
+from autopar.options import SearchOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +68,41 @@ def test_its_parts_are_too(rows: int, classes: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dx, want.to(dtype))
     own.cross_entropy_backward_(grad, x, target, lse, IGNORED, first)
     assert torch.equal(x, dx)
+
+
+class Head(nn.Module):
+    """A last layer over a vocabulary of an odd size, and its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 256)
+        self.head = nn.Linear(256, 5003, bias=False)
+
+    def forward(self, x_RH: Tensor, target_R: Tensor) -> Tensor:
+        scores_RV = self.head(self.inner(x_RH))
+        return nn.functional.cross_entropy(scores_RV.float(), target_R)
+
+
+def train(precision: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = Head().to("cuda")
+    batch = (torch.randn(1024, 64, device="cuda"), torch.randint(5003, (1024,), device="cuda"))
+    parallel = parallelize(
+        model,
+        batch,
+        precision=Precision.parse(precision),
+        options=SearchOptions(cache=False),
+    )
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=2.0)
+    losses = []
+    for _ in range(8):
+        losses.append(parallel.train_step(batch).clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_odd_vocabularies_train_as_in_float32() -> None:
+    want = train("fp32")
+    assert want[-1] < 0.98 * want[0]
+    torch.testing.assert_close(train("bf16"), want, rtol=2e-3, atol=0.0)
