@@ -62,8 +62,7 @@ def align_scores(program: LocalProgram) -> LocalProgram:
     """The same values: what makes scores for a joined loss alone may give them room between their
     rows. O(instructions) for each loss."""
     made = {instruction.name: instruction for instruction in program.body}
-    readers = Counter(ref.name for i in program.body for ref in reads_of(i))
-    readers.update(port.ref.name for port in program.outputs.values())
+    readers = _readers(program)
     wide: set[str] = set()
     for joined in made.values():
         if isinstance(joined, Compute) and joined.target is _ROWS:
@@ -79,6 +78,16 @@ def align_scores(program: LocalProgram) -> LocalProgram:
         for i in program.body
     )
     return replace(program, body=body)
+
+
+def _readers(program: LocalProgram) -> Counter[str]:
+    """How many times each value is read, by what is not dead: views that were made again for a
+    gradient, say, that is made with the loss now."""
+    readers = Counter(port.ref.name for port in program.outputs.values())
+    for instruction in reversed(program.body):
+        if readers[instruction.name] or not isinstance(instruction, Compute):
+            readers.update(ref.name for ref in reads_of(instruction))
+    return readers
 
 
 def overwrite_scores(module: fx.GraphModule) -> fx.GraphModule:

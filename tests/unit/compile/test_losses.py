@@ -210,6 +210,7 @@ def odd_step() -> LocalProgram:
         call("scores", aten.mm.default, Ref("h"), Ref("w")),
         call("shaped", aten.reshape.default, Ref("scores"), [2, ODD_ROWS // 2, VOCABULARY]),
         call("x", aten.reshape.default, Ref("shaped"), [ODD_ROWS, VOCABULARY]),
+        call("dead", aten.reshape.default, Ref("scores"), [2, ODD_ROWS // 2, VOCABULARY]),
         call("f", ROWS, Ref("tangent"), Ref("x"), Ref("target"), IGNORED),
         call("loss", aten.sum.default, Ref("f", 0)),
         call("dh", aten.mm.default, Ref("f", 1), Ref("weight")),
