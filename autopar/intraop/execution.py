@@ -21,9 +21,9 @@ class Execution(StrEnum):
 
 # Operators whose kernel writes over an operand of one program that is not read again: its position.
 _OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.default: 1}
-_ALIGN_BYTES = (
-    16  # of rows; else products want other sizes than the operand has (compile.alignment)
-)
+# Of rows that are a shard; else products want other sizes than the operand has (compile.alignment).
+# Whole rows are given room.
+_ALIGN_BYTES = 16
 
 
 def execution_of(graph: Graph, context: StageContext) -> Execution:

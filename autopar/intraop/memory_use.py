@@ -420,8 +420,9 @@ class _Lives:
         if place is None:
             return None
         ref, layout = op.operands[place], self._strategies[op.name].operands[place]
-        shape = local_shape(self._dims[ref], layout, self._sizes)
-        return read[place] if is_aligned(shape[-1], self._metas[ref].dtype) else None
+        meta, shape = self._metas[ref], local_shape(self._dims[ref], layout, self._sizes)
+        fits = shape[-1] == meta.shape[-1] or is_aligned(shape[-1], meta.dtype)
+        return read[place] if fits else None
 
     def _bytes(self, ref: Ref, layout: Layout) -> float:
         return local_bytes(self._metas[ref], self._dims[ref], layout, self._sizes)

@@ -44,6 +44,12 @@ SAMPLES = {
         llama.LlamaConfig(256, 896, 2, 8, 2, **SIZES), llama.Llama, llama.example_batch, 1.4
     ),
     "gpt": Sample(gpt.GPTConfig(256, 2, 8, dropout=0.0, **SIZES), gpt.GPT, gpt.example_batch, 1.2),
+    "gpt with a vocabulary of an odd size": Sample(
+        gpt.GPTConfig(256, 2, 8, dropout=0.0, **{**SIZES, "vocab_size": 4097}),
+        gpt.GPT,
+        gpt.example_batch,
+        1.2,
+    ),
 }
 
 
