@@ -63,16 +63,18 @@ def align_scores(program: LocalProgram) -> LocalProgram:
     rows. O(instructions) for each loss."""
     made = {instruction.name: instruction for instruction in program.body}
     readers = _readers(program)
-    wide: set[str] = set()
-    for joined in made.values():
-        if isinstance(joined, Compute) and joined.target is _ROWS:
-            ref = joined.args[1]
-            while readers[ref.name] == 1 and isinstance(maker := made.get(ref.name), Compute):
-                if maker.target is _PRODUCT:
-                    wide.add(maker.name)
-                if maker.target not in RESHAPES:
-                    break
-                ref = maker.args[0]
+
+    def product_for(ref: Ref) -> str | None:
+        """The product that makes a value that nobody else reads, in any shape."""
+        maker = made.get(ref.name)
+        if readers[ref.name] != 1 or not isinstance(maker, Compute):
+            return None
+        if maker.target in RESHAPES:
+            return product_for(maker.args[0])
+        return maker.name if maker.target is _PRODUCT else None
+
+    losses = [i for i in program.body if isinstance(i, Compute) and i.target is _ROWS]
+    wide = {product_for(loss.args[1]) for loss in losses}
     body = tuple(
         replace(i, target=_ALIGNED) if isinstance(i, Compute) and i.name in wide else i
         for i in program.body
@@ -146,22 +148,26 @@ def _place(views: Sequence[fx.Node]) -> fx.Node | None:
     slices = [view for view in views if view.target is _SLICE]
     if not slices:
         return scores
-    value, first = scores.meta["val"], slices[-1].meta["val"]
-    whole = value.shape == first.shape and value.stride() == first.stride()
-    return slices[0] if whole and slices == list(views[-2:-1]) else None
+    first = views[-2]
+    value, columns = scores.meta["val"], first.meta["val"]
+    whole = value.shape == columns.shape and value.stride() == columns.stride()
+    return first if whole and slices == [first] else None
 
 
 def _drop_padding(place: fx.Node, product: fx.Node, written: fx.Node) -> None:
     """Whoever pads the gradient reads all of the product, whose last columns are zeros: those of
     the padded operand that made them."""
     more = product.meta["val"].shape[1] - place.meta["val"].shape[1]
-    weights = product.args[1]
-    while isinstance(weights, fx.Node) and weights.target in VIEWS:
-        weights = weights.all_input_nodes[0]
+    more_rows, more_columns = ([0, 0, 0, more], 0.0), ([0, more, 0, 0], 0.0)
+    weights, wanted, other = product.args[1], more_columns, more_rows
+    while isinstance(weights, fx.Node) and weights.target is aten.permute.default:
+        weights, wanted, other = weights.all_input_nodes[0], other, wanted
     if not isinstance(weights, fx.Node) or weights.target is not PAD:
         return
+    if weights.args[1:] != wanted:
+        return
     for user in list(place.users):
-        if user.target is PAD and written < user and user.args[1:] == ([0, more, 0, 0], 0.0):
+        if user.target is PAD and written < user and user.args[1:] == more_columns:
             user.replace_all_uses_with(product)
             place.graph.erase_node(user)
 
