@@ -4,6 +4,7 @@ it cannot.
     convolutions                                          of operands with channels last
     gelu, by tanh                                         a sigmoid
     gradient of an embedding of a few rows                a sum for each row
+    mean and variance of channels                         two sums of one pass
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     uniform, normal, .., padded_narrow, keep_on_first,
@@ -28,6 +29,7 @@ from torch import Tensor
 from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
+from autopar.compile.moments import var_mean
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.attention_dropout import (
     Dropout,
@@ -153,6 +155,7 @@ _RANDOM: Decompositions = {
     own.randint.default: counter_randint,
 }
 _OWN: Decompositions = {
+    aten.var_mean.correction: var_mean,
     own.padded_narrow.default: padded_narrow,
     own.keep_on_first.default: keep_on_first,
     own.cross_entropy.default: cross_entropy,
