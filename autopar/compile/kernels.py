@@ -4,6 +4,7 @@ it cannot.
     convolutions                                          of operands with channels last
     gelu, by tanh                                         a sigmoid
     gradient of an embedding of a few rows                a sum for each row
+    mean and variance of channels                         two sums of one pass
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     aligned_product                                       a slice of a padded product
@@ -30,6 +31,7 @@ from autopar.compile.activations import gelu, gelu_backward
 from autopar.compile.alignment import aligned_product
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
+from autopar.compile.moments import var_mean
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.attention_dropout import (
     Dropout,
@@ -155,6 +157,7 @@ _RANDOM: Decompositions = {
     own.randint.default: counter_randint,
 }
 _OWN: Decompositions = {
+    aten.var_mean.correction: var_mean,
     own.padded_narrow.default: padded_narrow,
     own.aligned_product.default: aligned_product,
     own.keep_on_first.default: keep_on_first,

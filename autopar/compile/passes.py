@@ -2,6 +2,7 @@
 
     make_tables      small values that large ones read are made once
     make_sums        sums of large values that several kernels read, too
+    remake_masks     where relus let gradients through is found by what is read anyway
     make_operands    operands of products lie in memory as the products read them
     drop_copies      a cast there and back of what a kernel made is left out
     pad_products     products of matrices get sizes that tensor cores take
@@ -22,6 +23,7 @@ from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.copies import drop_copies
 from autopar.compile.losses import overwrite_scores
+from autopar.compile.masks import remake_masks
 from autopar.compile.overlap import overlap
 from autopar.compile.tables import make_operands, make_sums, make_tables
 
@@ -29,5 +31,5 @@ from autopar.compile.tables import make_operands, make_sums, make_tables
 def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModule:
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
-    made = drop_copies(make_operands(make_sums(make_tables(module))))
+    made = drop_copies(make_operands(remake_masks(make_sums(make_tables(module)))))
     return overwrite_scores(keep_sums_apart(overlap(pad_products(made), parameters)))

@@ -5,6 +5,7 @@
     sums      of two large values, read before and after a product of matrices, such as the stream
               between the blocks of a transformer: a norm would read all products since a sum was
               last in memory, and backward would be left its float32 result in place of the sum
+              (gradients of ResNets' streams pass a relu, behind which they are in memory)
     operands  of products, which they read as a matrix although their dims lie permuted in memory,
               such as gradients of rotated queries: made with their dims in order, they would be
               copied for the products
@@ -39,7 +40,7 @@ _DEAR = frozenset(
         aten.erf.default,
     }
 )
-_CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
+CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
 VIEWS = frozenset(
     {
         aten.view.default,
@@ -113,18 +114,21 @@ def _is_permuted(value: Tensor) -> bool:
 
 
 def _is_large_sum(node: fx.Node) -> bool:
-    """Whether it is the sum of two values of its own size, both of which a reader would read."""
+    """Whether it is the sum of two values of its own size, both of which a reader would read, as
+    it is or where a mask lets it through."""
+    if node.target is aten.where.self:  # the gradient of a relu of a sum
+        return any(_is_large_sum(n) and len(n.users) == 1 for n in node.all_input_nodes[1:])
     if node.target is not aten.add.Tensor:
         return False
     value: Tensor = node.meta["val"]
     operands = node.all_input_nodes
     whole = len(operands) == 2 and all(_numel(n) == value.numel() for n in operands)
-    return whole and value.is_contiguous()
+    return whole and (value.is_contiguous() or _is_permuted(value))
 
 
 def is_inlined(node: fx.Node) -> bool:
     """Whether Inductor writes it into its readers."""
-    if node.target in VIEWS or node.target in _CASTS:
+    if node.target in VIEWS or node.target in CASTS:
         return True
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 

@@ -31,7 +31,7 @@ def _cast(emit: Emitter, value: Ref, source: torch.dtype, target: torch.dtype) -
 
 
 def _batch_norm(site: Site) -> tuple[Ref, ...]:
-    """Two passes over the global batch: mean, then centred squares. The running variance uses
+    """Over a sharded batch two passes: mean, then centred squares. The running variance uses
     N / (N - 1) of the global N. Sums run in the dtype of the statistics; where that is wider than
     the input's, torch's shape function does not know it, and the call is written out as well."""
     axes = site.strategy.axes("bn")
@@ -43,20 +43,25 @@ def _batch_norm(site: Site) -> tuple[Ref, ...]:
     rank, count, dims = _reduction(shape_of(site.call.operands[0]))
     stats_dtype = site.call.result(1).dtype
     x = _cast(emit, x, site.call.dtypes[0], stats_dtype)
-    total = emit.all_reduce(emit.compute(aten.sum.dim_IntList, x, dims), axes)
-    mean = emit.compute(aten.div.Scalar, total, count)
+    if axes:
+        total = emit.all_reduce(emit.compute(aten.sum.dim_IntList, x, dims), axes)
+        mean = emit.compute(aten.div.Scalar, total, count)
+    else:
+        both = emit.compute(aten.var_mean.correction, x, dims, correction=0)
+        var, mean = Ref(both.name, 0), Ref(both.name, 1)
     centred = emit.compute(aten.sub.Tensor, x, _per_channel(emit, mean, rank))
     centred = site.fill(centred, 0)  # zeros less the mean are no zeros
-    square = emit.compute(aten.mul.Tensor, centred, centred)
-    squares = emit.all_reduce(emit.compute(aten.sum.dim_IntList, square, dims), axes)
-    var = emit.compute(aten.div.Scalar, squares, count)
+    if axes:
+        square = emit.compute(aten.mul.Tensor, centred, centred)
+        squares = emit.all_reduce(emit.compute(aten.sum.dim_IntList, square, dims), axes)
+        var = emit.compute(aten.div.Scalar, squares, count)
     invstd = emit.compute(aten.rsqrt.default, emit.compute(aten.add.Scalar, var, eps))
     y = emit.compute(aten.mul.Tensor, centred, _per_channel(emit, invstd, rank))
     if weight is not None:
         y = emit.compute(aten.mul.Tensor, y, _per_channel(emit, weight, rank))
     if bias is not None:
         y = emit.compute(aten.add.Tensor, y, _per_channel(emit, bias, rank))
-    unbiased = emit.compute(aten.div.Scalar, squares, max(1, count - 1))
+    unbiased = emit.compute(aten.mul.Scalar, var, count / max(1, count - 1))
     return (
         _cast(emit, y, stats_dtype, site.call.result().dtype),
         mean,

@@ -1,4 +1,5 @@
-"""Bytes that Inductor's code of a graph would hold on a GPU, by its own lowering and scheduler.
+"""Bytes that Inductor's code of a graph would hold or move on a GPU, by its own lowering and
+scheduler.
 
 No code is made: the graph is lowered with the rules for GPUs, although its values are on the CPU,
 and each buffer lives from the kernel that makes it to the last one that reads it. A kernel may
@@ -9,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
 from torch._inductor import config, ir
+from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 
 from autopar.compile.inductor import FLAGS
@@ -26,6 +31,20 @@ _NO_MEMORY = (ir.NoneLayout, ir.MultiOutputLayout, ir.MutationLayoutSHOULDREMOVE
 
 def peak_bytes(module: fx.GraphModule) -> float:
     """The most that is alive beside the inputs. Pre: a flat graph with fake values."""
+    with _lowered(module) as lowering:
+        return _peak(lowering.scheduler, set(lowering.get_output_names()))
+
+
+def moved_bytes(module: fx.GraphModule) -> int:
+    """What the fused kernels read and write: each value once per kernel. Pre: as above."""
+    as_on_gpus = mock.patch.object(Scheduler, "create_backend", lambda s, _: TritonScheduling(s))
+    with as_on_gpus, _lowered(module) as lowering:
+        fused = [n for n in lowering.scheduler.nodes if not isinstance(n.node, ir.ExternKernel)]
+        return sum(int(node.get_read_write_buffers_sizes()) for node in fused)
+
+
+@contextmanager
+def _lowered(module: fx.GraphModule) -> Iterator[Any]:
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     mode = fakes[0].fake_mode
     lowering: Any = GraphLowering(module, example_inputs=fakes)
@@ -40,7 +59,7 @@ def peak_bytes(module: fx.GraphModule) -> float:
     ):
         lowering.run(*fakes)
         lowering._update_scheduler()
-        return _peak(lowering.scheduler, set(lowering.get_output_names()))
+        yield lowering
 
 
 def _peak(scheduler: Any, outputs: set[str]) -> float:
