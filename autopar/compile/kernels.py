@@ -74,6 +74,7 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
     convolutions: Decompositions = {
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
+        aten.var_mean.correction: var_mean,
     }
     better: Decompositions = {
         target: partial(body, table[target]) for target, body in _BETTER.items()
@@ -157,7 +158,6 @@ _RANDOM: Decompositions = {
     own.randint.default: counter_randint,
 }
 _OWN: Decompositions = {
-    aten.var_mean.correction: var_mean,
     own.padded_narrow.default: padded_narrow,
     own.aligned_product.default: aligned_product,
     own.keep_on_first.default: keep_on_first,
