@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 # By kernel and largest head width. On an H100, 16 batches of 12 heads of 64, 1024 tokens, causal,
-# bfloat16, those of 64 are the fastest of nine or ten each: 0.18 and 0.44 ms, cuDNN with its own
+# bfloat16, those of 64 are the fastest of eight to ten each: 0.18 and 0.45 ms, cuDNN with its own
 # dropout 0.19 and 0.35. Those of 128 were not measured.
 TILES: Mapping[str, Mapping[int, Tiles]] = {
     "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2)},
