@@ -46,7 +46,8 @@ def aligned_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Padder:
-    """The paddings that there are in one graph, by source and sizes."""
+    """The paddings that there are in one graph, by source and sizes: those that it came with, too,
+    of `aligned_product` or the model itself."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
@@ -90,7 +91,7 @@ class _Padder:
             source = self._pad(value.args[0], more[::-1], before)
             return self._call(before, aten.permute.default, source, [1, 0])
         known = self._padded.get((value, more))
-        if known is None:
+        if known is None or before < known:  # the model's own may come later
             pads = [size for last in reversed(more) for size in (0, last)]
             known = self._call(before, PAD, value, pads, 0.0)
             self._padded[value, more] = known

@@ -5,7 +5,9 @@
 
 The result of a relu is a buffer, as the next product reads it. Backward would load it for the mask
 in each kernel that reads the masked gradient: the sums of a batch norm's backward, and the gradient
-that follows them. Both load `x`, too. The operators are those of forward, in the same order.
+that follows them. Both load `x`, too. The operators are those of forward, in the same order; a
+compiler may still round them otherwise in another kernel, so that a mask can differ where norm(x)
+is within rounding of zero.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 Both sums are of one kernel at the speed of memory. Mean and then centred squares read the batch
 twice, and Welford's updates cost more instructions than the batch takes to be read. The difference
 of squares loses what (mean - s)^2 is over the variance: `s` is of the channel itself, so that this
-is of the order of one whatever the mean, and a channel of equal elements has variance zero.
+is of the order of one whatever the mean (n at most, where `s` alone makes the variance), and a
+channel of equal elements has variance zero.
 """
 
 from __future__ import annotations

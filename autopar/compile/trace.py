@@ -1,10 +1,9 @@
 """A local program of one rank as a flat torch.fx graph of ATen operators and collectives.
 
-The program, with repeated heads read once (`compile.heads`) and losses beside their gradients
-(`compile.losses`), is played once on fake tensors and
-recorded: operators decompose into what Inductor lowers, arguments that differ between ranks become
-this rank's numbers. A collective starts where its instruction stands and is waited for by its first
-reader.
+The program, with repeated heads read once (`compile.heads`) and losses beside their gradients, of
+scores with aligned rows (`compile.losses`), is played once on fake tensors and recorded: operators
+decompose into what Inductor lowers, arguments that differ between ranks become this rank's numbers.
+A collective starts where its instruction stands and is waited for by its first reader.
 """
 
 from __future__ import annotations

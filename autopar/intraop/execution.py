@@ -22,7 +22,7 @@ class Execution(StrEnum):
 # Operators whose kernel writes over an operand of one program that is not read again: its position.
 _OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.default: 1}
 # Of rows that are a shard; else products want other sizes than the operand has (compile.alignment).
-# Whole rows are given room.
+# Whole rows are given room, if the loss is joined with its gradient (compile.losses).
 _ALIGN_BYTES = 16
 
 

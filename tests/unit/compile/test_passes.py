@@ -166,6 +166,23 @@ def test_products_are_padded(monkeypatch: pytest.MonkeyPatch, bias_shape: tuple[
         torch.testing.assert_close(got, want)
 
 
+def test_a_padding_that_the_model_makes_later_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alignment, "SMALL_PRODUCT", 1)
+
+    def body(a: Tensor, b: Tensor) -> list[Tensor]:
+        product = a @ b
+        wide = aten.constant_pad_nd(a, [0, 25, 0, 0], 0.0)
+        return [product, wide, a @ b]
+
+    a, b = torch.randn(8, 7), torch.randn(7, 8)
+    module = pad_products(traced(body, a, b))
+    module.graph.lint()
+    module.recompile()
+    assert targets(module).count(aten.constant_pad_nd.default) == 3  # of b once, of a before
+    for got, want in zip(module(a, b), body(a, b), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_aligned_and_small_products_stay() -> None:
     a, b = torch.randn(512, 512), torch.randn(512, 513)
     odd = pad_products(traced(lambda a, b: [a @ b], a, b))
