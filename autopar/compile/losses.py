@@ -166,10 +166,20 @@ def _drop_padding(place: fx.Node, product: fx.Node, written: fx.Node) -> None:
         return
     if weights.args[1:] != wanted:
         return
-    for user in list(place.users):
-        if user.target is PAD and written < user and user.args[1:] == more_columns:
-            user.replace_all_uses_with(product)
-            place.graph.erase_node(user)
+    for value in _reshaped(place):
+        for user in list(value.users):
+            if user.target is PAD and written < user and user.args[1:] == more_columns:
+                user.replace_all_uses_with(product)
+                place.graph.erase_node(user)
+
+
+def _reshaped(node: fx.Node) -> list[fx.Node]:
+    """A value, and what has its shape after reshapes of it."""
+    found = [node]
+    for value in found:  # grows
+        found += [user for user in value.users if user.target in RESHAPES]
+    shape = node.meta["val"].shape
+    return [value for value in found if value.meta["val"].shape == shape]
 
 
 def _other_readers(views: Sequence[fx.Node], last: fx.Node) -> list[fx.Node] | None:

@@ -124,22 +124,27 @@ def _sums(x_row, classes, BLOCK: tl.constexpr, EACH: tl.constexpr):  # type: ign
 @triton.jit  # type: ignore[untyped-decorator]
 def _write(x_row, dx_row, classes, lse, grad, target, picked, counted, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gradients of a row. picked: the target's score, read before. Elements are written by the
-    thread that read them."""
+    thread that read them: from the end, where the pass before this one ended. A mask that ends at
+    an odd element makes loads and stores of single ones, so whole blocks have none."""
     columns = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(classes, BLOCK)
+    blocks = classes // BLOCK
     dtype = dx_row.dtype.element_ty
     if counted:
+        if blocks * BLOCK < classes:
+            last = blocks * BLOCK + columns
+            x = tl.load(x_row + last, mask=last < classes, other=0.0)
+            dx = tl.exp(x.to(tl.float32) - lse) * grad
+            tl.store(dx_row + last, dx.to(dtype), mask=last < classes)
         for index in range(0, blocks):
             start = (blocks - 1 - index) * BLOCK
-            here = start + columns < classes
-            x = tl.load(x_row + start + columns, mask=here, other=0.0)
+            x = tl.load(x_row + start + columns)
             dx = tl.exp(x.to(tl.float32) - lse) * grad
-            tl.store(dx_row + start + columns, dx.to(dtype), mask=here)
+            tl.store(dx_row + start + columns, dx.to(dtype))
         tl.debug_barrier()
         if (target >= 0) & (target < classes):
             tl.store(dx_row + target, ((tl.exp(picked - lse) - 1.0) * grad).to(dtype))
     else:
-        for index in range(0, blocks):
+        for index in range(0, blocks + 1):
             here = index * BLOCK + columns < classes
             nothing = tl.zeros((BLOCK,), dtype)
             tl.store(dx_row + index * BLOCK + columns, nothing, mask=here)

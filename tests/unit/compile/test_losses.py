@@ -213,8 +213,10 @@ def odd_step() -> LocalProgram:
         call("dead", aten.reshape.default, Ref("scores"), [2, ODD_ROWS // 2, VOCABULARY]),
         call("f", ROWS, Ref("tangent"), Ref("x"), Ref("target"), IGNORED),
         call("loss", aten.sum.default, Ref("f", 0)),
-        call("dh", aten.mm.default, Ref("f", 1), Ref("weight")),
-        call("dx_t", aten.t.default, Ref("f", 1)),
+        call("dshaped", aten.reshape.default, Ref("f", 1), [2, ODD_ROWS // 2, VOCABULARY]),
+        call("dx", aten.reshape.default, Ref("dshaped"), [ODD_ROWS, VOCABULARY]),
+        call("dh", aten.mm.default, Ref("dx"), Ref("weight")),
+        call("dx_t", aten.t.default, Ref("dx")),
         call("dw", aten.mm.default, Ref("dx_t"), Ref("h")),
     )
     inputs = {
