@@ -9,6 +9,7 @@
     overlap          the order: collectives beside everything else
     keep_sums_apart  sums that a concatenation reads are buffers of their own
     overwrite_scores gradients of scores take the scores' memory
+    widen_gradients  gradients of weights leave their product in the type that they are kept in
 
 Each keeps the values.
 """
@@ -22,6 +23,7 @@ from torch import fx
 from autopar.compile.alignment import pad_products
 from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.copies import drop_copies
+from autopar.compile.gradients import widen_gradients
 from autopar.compile.losses import overwrite_scores
 from autopar.compile.masks import remake_masks
 from autopar.compile.overlap import overlap
@@ -32,4 +34,5 @@ def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModu
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
     made = drop_copies(make_operands(remake_masks(make_sums(make_tables(module)))))
-    return overwrite_scores(keep_sums_apart(overlap(pad_products(made), parameters)))
+    ordered = keep_sums_apart(overlap(pad_products(made), parameters))
+    return widen_gradients(overwrite_scores(ordered))
