@@ -47,6 +47,7 @@ def work(request: Mapping[str, Any], folder: Path) -> None:
     case = next(c for c in SPEED_CASES if c.name == request["case"])
     task = _TASKS[request.get("task", "speed")]
     turns = Turns(request.get("turns"))
+    torch.backends.cudnn.benchmark = True  # as scripts that train convolutional networks have it
     for number, name in enumerate(request["runners"]):
         faulthandler.dump_traceback_later(request["runner_limit_s"], exit=True)
         try:
