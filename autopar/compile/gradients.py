@@ -8,13 +8,12 @@ more, and lose what optimizers with float32 states could use.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 import autopar.ops  # noqa: F401  (registers autopar::wide_product)
 from autopar.compile.heads import RESHAPES
+from autopar.compile.nodes import call
 from autopar.compile.tables import VIEWS
 
 aten, own = torch.ops.aten, torch.ops.autopar
@@ -52,15 +51,11 @@ def _widen(graph: fx.Graph, cast: fx.Node) -> None:
     if not is_product or len(source.users) > 1 or not narrow[0].meta["val"].is_contiguous():
         return
 
-    def call(old: fx.Node, target: Any, *args: Any) -> fx.Node:
-        with graph.inserting_before(old):
-            made = graph.call_function(target, args)
-        made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-        return made
-
-    made = call(source, own.wide_product.default, *source.args, torch.float32)
+    with graph.inserting_before(source):
+        made = call(graph, own.wide_product.default, *source.args, torch.float32)
     for view in reversed(views):
-        made = call(view, view.target, made, *view.args[1:])
+        with graph.inserting_before(view):
+            made = call(graph, view.target, made, *view.args[1:])
     cast.replace_all_uses_with(made)
     for old in (cast, *views, source):
         graph.erase_node(old)

@@ -6,6 +6,7 @@
     make_operands    operands of products lie in memory as the products read them
     drop_copies      a cast there and back of what a kernel made is left out
     pad_products     products of matrices get sizes that tensor cores take
+    sum_in_blocks    sums over rows, as of a bias' gradient, come with what they sum
     overlap          the order: collectives beside everything else
     keep_sums_apart  sums that a concatenation reads are buffers of their own
     overwrite_scores gradients of scores take the scores' memory
@@ -21,6 +22,7 @@ from collections.abc import Collection
 from torch import fx
 
 from autopar.compile.alignment import pad_products
+from autopar.compile.column_sums import sum_in_blocks
 from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.copies import drop_copies
 from autopar.compile.gradients import widen_gradients
@@ -34,5 +36,5 @@ def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModu
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
     before the step. Changes `module`, too."""
     made = drop_copies(make_operands(remake_masks(make_sums(make_tables(module)))))
-    ordered = keep_sums_apart(overlap(pad_products(made), parameters))
-    return widen_gradients(overwrite_scores(ordered))
+    made = overlap(sum_in_blocks(pad_products(made)), parameters)
+    return widen_gradients(overwrite_scores(keep_sums_apart(made)))

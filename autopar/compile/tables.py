@@ -89,14 +89,14 @@ def make_operands(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if not is_inlined(node) or node.target in VIEWS or not _is_permuted(node.meta["val"]):
             continue
-        if any(_is_multiplied(user) for user in node.users if _keeps_order(user)):
+        if any(is_multiplied(user) for user in node.users if _keeps_order(user)):
             materialize(module.graph, node)
     return module
 
 
-def _is_multiplied(node: fx.Node) -> bool:
+def is_multiplied(node: fx.Node) -> bool:
     """Whether a product reads it as it lies in memory."""
-    return any(is_heavy(u) or (_keeps_order(u) and _is_multiplied(u)) for u in node.users)
+    return any(is_heavy(u) or (_keeps_order(u) and is_multiplied(u)) for u in node.users)
 
 
 def _keeps_order(node: fx.Node) -> bool:
