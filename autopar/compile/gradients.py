@@ -50,7 +50,6 @@ def _widen(graph: fx.Graph, cast: fx.Node) -> None:
     is_product = source.target in _PRODUCTS and source.meta["val"].dtype in _NARROW
     if not is_product or len(source.users) > 1 or not narrow[0].meta["val"].is_contiguous():
         return
-
     with graph.inserting_before(source):
         made = call(graph, own.wide_product.default, *source.args, torch.float32)
     for view in reversed(views):

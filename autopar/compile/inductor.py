@@ -7,6 +7,7 @@ flags below keep.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from autopar.compile.noise import register_loops
+from autopar.compile.noise import dropout
+from autopar.compile.pooling import max_pool_backward
 from autopar.compile.reductions import kept_rows
 
 # By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
@@ -51,6 +53,19 @@ class CompiledModule:
 
     call: Compiled
     results: tuple[Result, ...]
+
+
+@functools.cache
+def register_loops() -> None:
+    """Tells Inductor of ours, once per process. Its own module is loaded then: seconds."""
+    from torch._inductor.lowering import register_lowering
+
+    own = torch.ops.autopar
+    for target, loop in (
+        (own.keyed_dropout.default, dropout),
+        (own.max_pool_backward.default, max_pool_backward),
+    ):
+        register_lowering(target, type_promotion_kind=None)(loop)
 
 
 def compile_module(module: fx.GraphModule) -> CompiledModule:

@@ -5,6 +5,8 @@ it cannot.
     gelu, by tanh                                         a sigmoid
     gradient of an embedding of a few rows                a sum for each row
     mean and variance of channels                         two sums of one pass
+    gradient of a max-pool over rows and columns          our loops (`compile.pooling`), if its
+                                                          forward is of the same program
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     aligned_product                                       a slice of a padded product
@@ -32,6 +34,7 @@ from autopar.compile.alignment import aligned_product
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.compile.moments import var_mean
+from autopar.compile.pooling import MaxPools
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.attention_dropout import (
     Dropout,
@@ -69,17 +72,24 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
         own.sdpa_dropout.default: partial(_sdpa_dropout, drop),
         own.sdpa_dropout_backward.default: partial(_sdpa_dropout_backward, drop),
     }
-    table, images = select_decomp_table(), ChannelsLast()
+    table, images, pools = select_decomp_table(), ChannelsLast(), MaxPools()
     gradient = aten.convolution_backward.default
+    pool, pool_gradient = _POOLS
     convolutions: Decompositions = {
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
         aten.var_mean.correction: var_mean,
+        pool: partial(pools.forward, table[pool]),
+        pool_gradient: partial(pools.backward, table.get(pool_gradient, _as_it_is)),
     }
     better: Decompositions = {
         target: partial(body, table[target]) for target, body in _BETTER.items()
     }
     return {**table, **convolutions, **better, **_OWN, **random, **dropout}
+
+
+def _as_it_is(*_: Any) -> Any:
+    return NotImplemented
 
 
 def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:
@@ -147,6 +157,7 @@ class _KeyTable:
         return self._keys, self._rows[op_id]
 
 
+_POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool2d_with_indices_backward.default)
 _BETTER: Decompositions = {  # given Inductor's
     aten.gelu.default: gelu,
     aten.gelu_backward.default: gelu_backward,

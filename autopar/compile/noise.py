@@ -6,7 +6,6 @@ Bits are those of `ops.random.counter_dropout`.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +16,7 @@ import torch
 from autopar.ops.random import mix, threshold, wrapped
 
 
-@functools.cache
-def register_loops() -> None:
-    """Tells Inductor, once per process. Its own module is loaded then: seconds."""
-    from torch._inductor.lowering import register_lowering
-
-    target = torch.ops.autopar.keyed_dropout.default
-    register_lowering(target, type_promotion_kind=None)(_dropout)
-
-
-def _dropout(
+def dropout(
     x: Any,
     seed: Any,
     keys: Any,
@@ -37,7 +27,7 @@ def _dropout(
     offsets: Sequence[int],
     row_atoms: int,
 ) -> Any:
-    """Arguments: of `ops.random.keyed_dropout`; tensors are Inductor's."""
+    """Lowering of `autopar::keyed_dropout`: tensors are Inductor's."""
     from torch._inductor.ir import Pointwise
     from torch._inductor.virtualized import ops
 

@@ -7,10 +7,11 @@ from autopar.ops import experts as _experts
 from autopar.ops import hub as _hub
 from autopar.ops import padding as _padding
 from autopar.ops import partial as _partial
+from autopar.ops import pooling as _pooling
 from autopar.ops import products as _products
 from autopar.ops import random as _random
 
 __all__: list[str] = []
 
-del _attention, _attention_dropout, _cross_entropy, _experts, _hub, _padding, _partial, _products
-del _random
+del _attention, _attention_dropout, _cross_entropy, _experts, _hub, _padding, _partial, _pooling
+del _products, _random

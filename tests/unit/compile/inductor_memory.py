@@ -24,7 +24,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch._inductor.virtualized import V
 
-from autopar.compile.inductor import FLAGS
+from autopar.compile.inductor import FLAGS, register_loops
 
 _NO_MEMORY = (ir.NoneLayout, ir.MultiOutputLayout, ir.MutationLayoutSHOULDREMOVE)
 
@@ -57,6 +57,7 @@ def _free_loops() -> Iterator[None]:
 
 @contextmanager
 def _lowered(module: fx.GraphModule) -> Iterator[Any]:
+    register_loops()
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     mode = fakes[0].fake_mode
     lowering: Any = GraphLowering(module, example_inputs=fakes)
