@@ -4,10 +4,12 @@ that writes it:
     y [N, C] = f(x)                y [N / R, R, C] = f(x as [N / R, R, ..])
     sum over n of y[n, c]    ->    sum over blocks b of (sum over r of y[b, r, c])
 
-Inductor splits a sum of many rows, too, but only where it reads y, into parts along which it does
-not write y: y is read once more. f is a concatenation of columns or an operator of each element.
-Where f needs sums of rows, as in the backward of a norm, its kernel walks along rows and keeps y as
-it is.
+Inductor splits a sum of many rows, too, but into as many parts as keep a GPU busy, such as 22 of
+6144 columns for 132 processors. It fuses the sum with the kernel that writes y only where a dim of
+y is as long as that, and reads y once more otherwise.
+
+f is a concatenation of columns or an operator of each element. Where it needs sums of rows, as in
+the backward of a norm, its kernel walks along rows, and y stays as it is.
 """
 
 from __future__ import annotations
