@@ -50,7 +50,7 @@ class MaxPools:
         ceil_mode: bool = False,
     ) -> Any:
         sizes = [_of_both(each) for each in (kernel, stride or kernel, padding, dilation)]
-        if max(map(math.prod, sizes[:2])) > MOST:
+        if max(map(math.prod, sizes[:2])) > MOST or not x.is_floating_point():
             return otherwise(x, kernel, stride, padding, dilation, ceil_mode)
         y, offsets = prims._low_memory_max_pool_with_offsets(x, *sizes, ceil_mode)
         args = (offsets, sizes[0], x.shape[-2:], *sizes[1:])
