@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.compile.nodes import call
+
 aten = torch.ops.aten
 
 ALIGN_BYTES = 16
@@ -99,9 +101,7 @@ class _Padder:
 
     def _call(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
         with self._graph.inserting_before(before):
-            made = self._graph.call_function(target, args)
-        made.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-        return made
+            return call(self._graph, target, *args)
 
 
 def _untransposed(node: fx.Node) -> fx.Node:

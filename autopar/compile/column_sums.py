@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.compile.heads import RESHAPES
-from autopar.compile.nodes import call
+from autopar.compile.nodes import call, in_dtype
 from autopar.compile.tables import VIEWS, is_inlined, is_multiplied, materialize
 from autopar.ops.attention import accumulation_dtype
 
@@ -30,7 +30,6 @@ ROWS = 256  # of a block, at most: its sums are a small part of its bytes
 LEAST_ROWS = 32
 SMALL = 1 << 22  # elements of y, below which a GPU has too few columns of blocks to walk along
 
-_CAST = torch.ops.prims.convert_element_type.default
 _SUM, _CAT, _BUFFER = aten.sum.dim_IntList, aten.cat.default, aten.as_strided.default
 _OF_ROWS = frozenset({_SUM, aten.mean.dim, aten.amax.default, aten.var_mean.correction})
 
@@ -46,10 +45,9 @@ def sum_in_blocks(module: fx.GraphModule) -> fx.GraphModule:
         dtype, wide = total.meta["val"].dtype, accumulation_dtype(value.meta["val"].dtype)
         blocks = _in_blocks(graph, value)
         with graph.inserting_before(total):
-            made = blocks if _dtype(blocks) == wide else call(graph, _CAST, blocks, wide)
-            made = call(graph, _SUM, call(graph, _SUM, made, [1]), *total.args[1:])
-            made = made if dtype == wide else call(graph, _CAST, made, dtype)
-        total.replace_all_uses_with(made)
+            parts = call(graph, _SUM, in_dtype(graph, blocks, wide), [1])
+            made = call(graph, _SUM, parts, *total.args[1:])
+            total.replace_all_uses_with(in_dtype(graph, made, dtype))
         graph.erase_node(total)
     return module
 
@@ -119,8 +117,3 @@ def _in_blocks(graph: fx.Graph, value: fx.Node) -> fx.Node:
 
 def _block_rows(value: Tensor) -> int:
     return math.gcd(math.prod(value.shape[:-1]), ROWS)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    value: Tensor = node.meta["val"]
-    return value.dtype

@@ -8,20 +8,18 @@ embedding is one: Inductor sums it in float32, whatever the type of the rows.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from autopar.compile.nodes import CAST
 from autopar.compile.tables import is_inlined
-
-_CAST = torch.ops.prims.convert_element_type.default
 
 
 def drop_copies(module: fx.GraphModule) -> fx.GraphModule:
     """The same values to rounding, in place. Pre: flat ATen graph with fake values. O(nodes)."""
     graph = module.graph
-    for back in graph.find_nodes(op="call_function", target=_CAST):
+    for back in graph.find_nodes(op="call_function", target=CAST):
         narrow = back.args[0]
-        if narrow.target is not _CAST or len(narrow.users) > 1:
+        if narrow.target is not CAST or len(narrow.users) > 1:
             continue
         source = narrow.args[0]
         is_made = source.op == "call_function" and not is_inlined(source)

@@ -13,21 +13,19 @@ from torch import Tensor, fx
 
 import autopar.ops  # noqa: F401  (registers autopar::wide_product)
 from autopar.compile.heads import RESHAPES
-from autopar.compile.nodes import call
-from autopar.compile.tables import VIEWS
+from autopar.compile.nodes import CAST, call
+from autopar.compile.tables import SAME_MEMORY
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
-_CAST = torch.ops.prims.convert_element_type.default
 _PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
-_SAME_MEMORY = (VIEWS | {aten.slice.Tensor}) - {aten.clone.default}
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 
 def widen_gradients(module: fx.GraphModule) -> fx.GraphModule:
     """The same values to the rounding of the narrow type, in place. Pre: flat ATen graph with fake
     values. O(nodes)."""
-    for cast in module.graph.find_nodes(op="call_function", target=_CAST):
+    for cast in module.graph.find_nodes(op="call_function", target=CAST):
         value: Tensor = cast.meta["val"]
         if value.dtype is torch.float32 and value.is_contiguous() and _is_result(cast):
             _widen(module.graph, cast)
@@ -44,7 +42,7 @@ def _is_result(node: fx.Node) -> bool:
 def _widen(graph: fx.Graph, cast: fx.Node) -> None:
     views: list[fx.Node] = []
     (source,) = narrow = cast.all_input_nodes
-    while len(source.users) == 1 and source.target in _SAME_MEMORY:
+    while len(source.users) == 1 and source.target in SAME_MEMORY:
         views.append(source)
         source = source.all_input_nodes[0]
     is_product = source.target in _PRODUCTS and source.meta["val"].dtype in _NARROW

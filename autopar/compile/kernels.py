@@ -74,18 +74,17 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
     }
     table, images, pools = select_decomp_table(), ChannelsLast(), MaxPools()
     gradient = aten.convolution_backward.default
-    pool, pool_gradient = _POOLS
-    convolutions: Decompositions = {
+    of_images: Decompositions = {
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
         aten.var_mean.correction: var_mean,
-        pool: partial(pools.forward, table[pool]),
-        pool_gradient: partial(pools.backward, table.get(pool_gradient, _as_it_is)),
+        _POOL: partial(pools.forward, table[_POOL]),
+        _POOL_GRADIENT: partial(pools.backward, table.get(_POOL_GRADIENT, _as_it_is)),
     }
     better: Decompositions = {
         target: partial(body, table[target]) for target, body in _BETTER.items()
     }
-    return {**table, **convolutions, **better, **_OWN, **random, **dropout}
+    return {**table, **of_images, **better, **_OWN, **random, **dropout}
 
 
 def _as_it_is(*_: Any) -> Any:
@@ -157,7 +156,8 @@ class _KeyTable:
         return self._keys, self._rows[op_id]
 
 
-_POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool2d_with_indices_backward.default)
+_POOL = aten.max_pool2d_with_indices.default
+_POOL_GRADIENT = aten.max_pool2d_with_indices_backward.default
 _BETTER: Decompositions = {  # given Inductor's
     aten.gelu.default: gelu,
     aten.gelu_backward.default: gelu_backward,

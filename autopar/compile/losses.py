@@ -26,7 +26,7 @@ import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.compile.alignment import PAD
 from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import nbytes
-from autopar.compile.tables import VIEWS, materialize
+from autopar.compile.tables import SAME_MEMORY, materialize
 from autopar.graph.program import Ref
 from autopar.lowering.program import (
     Compute,
@@ -47,7 +47,6 @@ _IN_PLACE: Mapping[object, Any] = {
     _ROWS: own.cross_entropy_rows_.default,
 }
 _SLICE = aten.slice.Tensor
-_SAME_MEMORY = VIEWS - {aten.clone.default}
 _MUCH = 16  # the scores have more bytes, by this factor, than what may be kept of them
 
 
@@ -136,7 +135,7 @@ def _overwrite(node: fx.Node, gradient: fx.Node, losses: fx.Node | None) -> None
 def _views(scores: fx.Node) -> list[fx.Node]:
     """The scores and what they are a view of, up to what made that."""
     views = [scores]
-    while views[-1].target in _SAME_MEMORY or views[-1].target is _SLICE:
+    while views[-1].target in SAME_MEMORY:
         views.append(views[-1].all_input_nodes[0])
     return views
 
@@ -191,7 +190,7 @@ def _other_readers(views: Sequence[fx.Node], last: fx.Node) -> list[fx.Node] | N
     readers: list[fx.Node] = []
     for view in views:  # grows
         for user in view.users:
-            if user.target in _SAME_MEMORY or user.target is _SLICE:
+            if user.target in SAME_MEMORY:
                 views += [user] if user not in views else []
             elif user is not last:
                 readers.append(user)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+CAST = torch.ops.prims.convert_element_type.default
+
 
 def nbytes(node: fx.Node) -> int:
     value: Tensor = node.meta["val"]
@@ -18,3 +20,8 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
     return node
+
+
+def in_dtype(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value in this type."""
+    return node if node.meta["val"].dtype is dtype else call(graph, CAST, node, dtype)

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from autopar.compile.nodes import call
+from autopar.compile.nodes import CAST, call, in_dtype
 from autopar.compile.overlap import SMALL_BYTES, early_and_late, is_heavy
-from autopar.compile.tables import VIEWS, materialize
+from autopar.compile.tables import CASTS, VIEWS, materialize
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, collective_of
 from autopar.lowering.program import CollectiveOp
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 
 aten = torch.ops.aten
-_CAST = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ def _is_fit(op: CollectiveOp, reduce: str, value: Tensor, peers: Peers) -> bool:
 
 def _may_alias(node: fx.Node) -> bool:
     """Whether its result may be the memory of an operand, once Inductor has compiled it."""
-    if node.target in VIEWS or node.target in (_CAST, aten._to_copy.default):
+    if node.target in VIEWS or node.target in CASTS:
         return True
     schema = getattr(node.target, "_schema", None)
     returns = () if schema is None else schema.returns
@@ -272,7 +271,7 @@ def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> 
             part = call(
                 graph, aten.select.int, others, 0, part_of_place(rank, peers.rank, own=False)
             )
-        part = _cast(graph, part, dtype)
+        part = in_dtype(graph, part, dtype)
         total = part if total is None else call(graph, aten.add.Tensor, total, part)
     if total is None:
         raise InternalError("a group without ranks")
@@ -281,7 +280,7 @@ def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> 
     for view in _between(copy.wait, cast):
         result = call(graph, view.target, result, *view.args[1:])
     replaced = cast or copy.wait
-    result = _cast(graph, result, replaced.meta["val"].dtype)
+    result = in_dtype(graph, result, replaced.meta["val"].dtype)
     replaced.replace_all_uses_with(result)
     materialize(graph, result)
     while replaced is not copy.wait:
@@ -294,7 +293,7 @@ def _cast_of(node: fx.Node) -> fx.Node | None:
     """The cast that alone reads a value, also through views that keep its order."""
     while len(node.users) == 1:
         (node,) = node.users
-        if node.target is _CAST:
+        if node.target is CAST:
             return node
         if node.target not in VIEWS or not node.meta["val"].is_contiguous():
             return None
@@ -307,7 +306,3 @@ def _between(first: fx.Node, last: fx.Node | None) -> list[fx.Node]:
     while last is not None and (last := last.all_input_nodes[0]) is not first:
         found.append(last)
     return found[::-1]
-
-
-def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["val"].dtype is dtype else call(graph, _CAST, node, dtype)

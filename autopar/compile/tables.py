@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from autopar.compile.nodes import CAST
 from autopar.compile.overlap import is_heavy
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ _DEAR = frozenset(
         aten.erf.default,
     }
 )
-CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
+CASTS = frozenset({CAST, aten._to_copy.default})
 VIEWS = frozenset(
     {
         aten.view.default,
@@ -52,6 +53,7 @@ VIEWS = frozenset(
         aten.clone.default,
     }
 )
+SAME_MEMORY = (VIEWS | {aten.slice.Tensor}) - {aten.clone.default}
 
 
 def make_tables(module: fx.GraphModule) -> fx.GraphModule:

@@ -127,16 +127,16 @@ def _write(x_row, dx_row, classes, lse, grad, target, picked, counted, BLOCK: tl
     thread that read them: from the end, where the pass before this one ended. A mask that ends at
     an odd element makes loads and stores of single ones, so whole blocks have none."""
     columns = tl.arange(0, BLOCK)
-    blocks = classes // BLOCK
+    whole = classes // BLOCK * BLOCK
+    last = whole + columns
     dtype = dx_row.dtype.element_ty
     if counted:
-        if blocks * BLOCK < classes:
-            last = blocks * BLOCK + columns
+        if whole < classes:
             x = tl.load(x_row + last, mask=last < classes, other=0.0)
             dx = tl.exp(x.to(tl.float32) - lse) * grad
             tl.store(dx_row + last, dx.to(dtype), mask=last < classes)
-        for index in range(0, blocks):
-            start = (blocks - 1 - index) * BLOCK
+        for done in range(BLOCK, whole + BLOCK, BLOCK):
+            start = whole - done
             x = tl.load(x_row + start + columns)
             dx = tl.exp(x.to(tl.float32) - lse) * grad
             tl.store(dx_row + start + columns, dx.to(dtype))
@@ -144,10 +144,11 @@ def _write(x_row, dx_row, classes, lse, grad, target, picked, counted, BLOCK: tl
         if (target >= 0) & (target < classes):
             tl.store(dx_row + target, ((tl.exp(picked - lse) - 1.0) * grad).to(dtype))
     else:
-        for index in range(0, blocks + 1):
-            here = index * BLOCK + columns < classes
-            nothing = tl.zeros((BLOCK,), dtype)
-            tl.store(dx_row + index * BLOCK + columns, nothing, mask=here)
+        nothing = tl.zeros((BLOCK,), dtype)
+        for start in range(0, whole, BLOCK):
+            tl.store(dx_row + start + columns, nothing)
+        if whole < classes:
+            tl.store(dx_row + last, nothing, mask=last < classes)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

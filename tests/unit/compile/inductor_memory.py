@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -35,18 +35,18 @@ def peak_bytes(module: fx.GraphModule) -> float:
         return _peak(lowering.scheduler, set(lowering.get_output_names()))
 
 
-def moved_bytes(module: fx.GraphModule, *, any_order: bool = False) -> int:
-    """What the fused kernels read and write: each value once per kernel. any_order: loops may be
-    put in another order for a fusion, and concatenations are pointwise. Pre: as above."""
-    as_on_gpus = mock.patch.object(Scheduler, "create_backend", lambda s, _: TritonScheduling(s))
-    with as_on_gpus, _free_loops() if any_order else nullcontext(), _lowered(module) as lowering:
+def moved_bytes(module: fx.GraphModule) -> int:
+    """What the fused kernels read and write: each value once per kernel. Loops may be put in
+    another order for a fusion, and concatenations are pointwise. Pre: as above."""
+    with _fused_as_on_gpus(), _lowered(module) as lowering:
         fused = [n for n in lowering.scheduler.nodes if not isinstance(n.node, ir.ExternKernel)]
         return sum(int(node.get_read_write_buffers_sizes()) for node in fused)
 
 
 @contextmanager
-def _free_loops() -> Iterator[None]:
+def _fused_as_on_gpus() -> Iterator[None]:
     with (
+        mock.patch.object(Scheduler, "create_backend", lambda s, _: TritonScheduling(s)),
         mock.patch.object(BaseSchedulerNode, "is_cpu", lambda _: False),
         mock.patch.object(scheduler, "is_gpu", lambda _: True),
         mock.patch.object(ir, "is_gpu", lambda _: True),

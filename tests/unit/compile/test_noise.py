@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autopar.compile import kernels
 from autopar.compile.inductor import compile_module
 from autopar.compile.kernels import decompositions
+from tests.devices import DEVICES
 
 dropout = torch.ops.autopar.dropout.default
 
@@ -22,18 +23,6 @@ def dropped(x: Tensor, y: Tensor, z: Tensor, seed: Tensor) -> list[Tensor]:
         dropout(z, seed, 9, 0.9, [64, 70000, 70000], [2, 32, 16], [62, 69000, 4001], 1),
         dropout(y, seed, 8, 0.0, [64, 300], [16, 300], [16, 0], 1),
     ]
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

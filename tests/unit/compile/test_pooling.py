@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.compile.inductor import compile_module
 from autopar.compile.kernels import decompositions
+from tests.devices import DEVICES
 from tests.unit.compile.inductor_memory import moved_bytes
 
 aten, own = torch.ops.aten, torch.ops.autopar
@@ -106,18 +107,6 @@ def test_an_image_without_a_batch() -> None:
     given = inputs(pool, (3, 12, 16), torch.float32)
     got = compile_module(traced(of(pool), *given)).call(list(given))
     torch.testing.assert_close(list(got), both_ways(*given, *pool))
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::wide_product)
+from tests.devices import DEVICES
 
 own = torch.ops.autopar
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -19,8 +18,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def test_sums_are_not_rounded(
     device: str, dtype: torch.dtype, batch: tuple[int, ...], is_transposed: tuple[bool, bool]
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     generator = torch.Generator().manual_seed(0)
     operands = []
     for shape, transposed in zip([(48, 64), (64, 80)], is_transposed, strict=True):
