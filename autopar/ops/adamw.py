@@ -1,20 +1,23 @@
 """One step of AdamW for many float32 tensors on a GPU, as one kernel at the speed of memory.
 
-m = b1 m + (1 - b1) g
-v = b2 v + (1 - b2) g^2
-p = p - lr wd p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+    m = b1 m + (1 - b1) g
+    v = b2 v + (1 - b2) g^2
+    p = p - lr wd p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+p: parameter, g: its gradient, m: average, v: average of squares, t: steps with this one.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autopar.ops.library import has_triton
 
 _ALIGN_BYTES = 16
 _MOST_GUARDS = 256
@@ -37,7 +40,7 @@ def fits(
     lists = (parameters, gradients, averages, squares, steps)
     if not parameters or any(len(tensors) != len(parameters) for tensors in lists):
         return False
-    if not parameters[0].is_cuda or not _has_triton():
+    if not parameters[0].is_cuda or not has_triton():
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
@@ -76,11 +79,6 @@ def adamw(
             eps=eps,
         )
     torch.autograd.graph.increment_version([*parameters, *averages, *squares])
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _lie_alike(lists: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) -> bool:

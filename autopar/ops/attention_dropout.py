@@ -20,8 +20,6 @@ them, out and dq [B, S, H, D], dk and dv [B, T, G, D].
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +37,7 @@ from autopar.ops.attention import (
     sdpa_math,
     with_dense_rows,
 )
-from autopar.ops.library import LIBRARY, define
+from autopar.ops.library import LIBRARY, define, has_triton
 from autopar.ops.random import counter_dropout
 
 own = torch.ops.autopar
@@ -138,12 +136,7 @@ def has_kernel_for(q: Tensor, k: Tensor, v: Tensor, p: float) -> bool:
     width = q.shape[3]
     fits = width == k.shape[3] == v.shape[3] and width % 8 == 0 and 16 <= width <= 128
     drops = 0.0 < p < 1.0 and bool(q.numel()) and bool(k.numel())
-    return q.device.type == "cuda" and narrow and fits and drops and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return q.device.type == "cuda" and narrow and fits and drops and has_triton()
 
 
 def _flash_math(*args: Any) -> tuple[Tensor, Tensor]:

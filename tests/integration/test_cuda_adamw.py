@@ -146,11 +146,7 @@ def test_infinite_squares_stop_a_parameter() -> None:
 def test_what_is_written_is_of_another_version() -> None:
     state = State()
     gradients = gradients_of(1)
-    written = [
-        *state.parameters,
-        *state.averages,
-        *state.squares,
-    ]
+    written = [*state.parameters, *state.averages, *state.squares]
     before = [x._version for x in (*written, *gradients)]
     state.step(gradients, lr=1e-3, beta1=0.9, beta2=0.999)
     after = [x._version for x in (*written, *gradients)]

@@ -40,7 +40,7 @@ class Lists(SimpleNamespace):
 def lists(monkeypatch: pytest.MonkeyPatch) -> Lists:
     """On a CPU that passes for a GPU."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr(adamw, "_has_triton", lambda: True)
+    monkeypatch.setattr(adamw, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Lists()
 
@@ -60,7 +60,7 @@ def test_tensors_on_a_cpu_are_refused() -> None:
 
 
 def test_without_triton_all_are_refused(lists: Lists, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw, "_has_triton", lambda: False)
+    monkeypatch.setattr(adamw, "has_triton", lambda: False)
     assert not lists.fit()
 
 
