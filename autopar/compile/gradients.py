@@ -1,12 +1,21 @@
-"""Gradients of weights leave their product in the type that they are kept in.
+"""Gradients of weights leave what makes them without a cast behind it.
 
     float32(bfloat16(a @ b))  ->  a @ b in float32,    a result that nothing else reads
 
 The product has summed in float32. Rounded and cast back, a gradient would be written and read once
 more, and lose what optimizers with float32 states could use.
+
+    float32(row-major(convolution's))  ->  convolution's
+
+cuDNN sums in float32, too, but gives what it rounded, and with channels last. That is the same
+value, in half the bytes, and `runtime.gradients` reads it as it is.
 """
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +28,7 @@ from autopar.compile.tables import SAME_MEMORY
 aten, own = torch.ops.aten, torch.ops.autopar
 
 _PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
+_COPIES = frozenset({CAST, aten.clone.default})
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -31,6 +41,35 @@ def widen_gradients(module: fx.GraphModule) -> fx.GraphModule:
             _widen(module.graph, cast)
     module.recompile()
     return module
+
+
+def leave_narrow(module: fx.GraphModule, gradients: Collection[int]) -> fx.GraphModule:
+    """Returns gradients of convolutions' weights in the type and order in which these make them, in
+    place. gradients: positions of results whose reader takes either. Pre: flat ATen graph with
+    fake values. O(gradients)."""
+    output = module.graph.output_node()
+    results: Any = output.args[0]
+    made = [_as_made(n) if i in gradients else n for i, n in enumerate(results)]
+    output.args = (tuple(made),)
+    for old, new in zip(results, made, strict=True):
+        while old is not new and not old.users:
+            (source,) = old.all_input_nodes
+            module.graph.erase_node(old)
+            old = source
+    module.recompile()
+    return module
+
+
+def _as_made(result: fx.Node) -> fx.Node:
+    """What a convolution made, if this is the same value in a wider type and maybe other strides,
+    and nothing else reads it."""
+    node = result
+    while node.target in _COPIES and len(node.users) == 1:
+        node = node.all_input_nodes[0]
+    if node.target is not operator.getitem or len(node.users) > 1:
+        return result
+    of_convolution = node.all_input_nodes[0].target == aten.convolution_backward.default
+    return node if of_convolution and node.meta["val"].dtype in _NARROW else result
 
 
 def _is_result(node: fx.Node) -> bool:

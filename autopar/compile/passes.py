@@ -11,6 +11,7 @@
     keep_sums_apart  sums that a concatenation reads are buffers of their own
     overwrite_scores gradients of scores take the scores' memory
     widen_gradients  gradients of weights leave their product in the type that they are kept in
+    leave_narrow     those of convolutions in the type in which they are made
 
 Each keeps the values.
 """
@@ -25,16 +26,20 @@ from autopar.compile.alignment import pad_products
 from autopar.compile.column_sums import sum_in_blocks
 from autopar.compile.concatenations import keep_sums_apart
 from autopar.compile.copies import drop_copies
-from autopar.compile.gradients import widen_gradients
+from autopar.compile.gradients import leave_narrow, widen_gradients
 from autopar.compile.losses import overwrite_scores
 from autopar.compile.masks import remake_masks
 from autopar.compile.overlap import overlap
 from autopar.compile.tables import make_operands, make_sums, make_tables
 
 
-def prepare(module: fx.GraphModule, parameters: Collection[int]) -> fx.GraphModule:
+def prepare(
+    module: fx.GraphModule, parameters: Collection[int], gradients: Collection[int] = ()
+) -> fx.GraphModule:
     """Pre: flat ATen graph with fake values. parameters: positions of the inputs that are there
-    before the step. Changes `module`, too."""
+    before the step; gradients: of results that may have another type and other strides. Changes
+    `module`, too."""
     made = drop_copies(make_operands(remake_masks(make_sums(make_tables(module)))))
     made = overlap(sum_in_blocks(pad_products(made)), parameters)
-    return widen_gradients(overwrite_scores(keep_sums_apart(made)))
+    made = widen_gradients(overwrite_scores(keep_sums_apart(made)))
+    return leave_narrow(made, gradients)

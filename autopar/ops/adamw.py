@@ -5,11 +5,15 @@
     p = p - lr wd p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 p: parameter, g: its gradient, m: average, v: average of squares, t: steps with this one.
+
+A gradient may be in bfloat16, and in another order in memory than its parameter, as a convolution
+makes it: then nobody has to write it in float32 first.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -19,8 +23,12 @@ from torch import Tensor
 
 from autopar.ops.library import has_triton
 
+Turn = tuple[int, int]
+
 _ALIGN_BYTES = 16
 _MOST_GUARDS = 256
+_MOST_TURNS = 4096
+_MOST_TURNED = 2**31 - 2**16  # elements of a gradient that is not in float32: they have indices
 
 # Types, devices, shapes and strides of tensors that fit, by what tensors they are likely to be.
 _guards: dict[Hashable, Any] = {}
@@ -35,8 +43,9 @@ def fits(
 ) -> bool:
     """Whether `adamw` takes these, lists of one length. All on one CUDA device and float32. A
     parameter and what belongs to it are of one shape, lie alike in memory without gaps and begin at
-    multiples of 16 bytes; a step has one element. Not while a CUDA graph is captured: it would keep
-    the addresses of the first step's gradients."""
+    multiples of 16 bytes; a step has one element. A gradient may be in bfloat16 instead, with
+    some dims of the parameter moved inside the others (`_turn`). Not while a CUDA graph is
+    captured: it would keep the addresses of the first step's gradients."""
     lists = (parameters, gradients, averages, squares, steps)
     if not parameters or any(len(tensors) != len(parameters) for tensors in lists):
         return False
@@ -72,6 +81,7 @@ def adamw(
             averages,
             squares,
             steps,
+            turns=list(map(_turn_of, parameters, gradients)),
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -108,30 +118,64 @@ def _belong(
     parameter: Tensor, gradient: Tensor, average: Tensor, square: Tensor, step: Tensor
 ) -> bool:
     """Whether types, shapes and strides of what belongs to one parameter are as `fits` asks."""
-    alike = (parameter, gradient, average, square)
-    return (
-        all(x.dtype is torch.float32 for x in (*alike, step))
-        and step.numel() == 1
-        and len({x.shape for x in alike}) == 1
-        and (parameter.numel() == 0 or _lie_in_one_order(alike))
+    kept = (parameter, average, square)
+    if not all(x.dtype is torch.float32 for x in (*kept, step)) or step.numel() != 1:
+        return False
+    if len({x.shape for x in (*kept, gradient)}) != 1:
+        return False
+    narrow = gradient.dtype is torch.bfloat16
+    if not narrow and gradient.dtype is not torch.float32:
+        return False
+    if parameter.numel() == 0:
+        return True
+    if not _lie_in_one_order(kept if narrow else (*kept, gradient)):
+        return False
+    return not narrow or (
+        parameter.numel() <= _MOST_TURNED and _turn_of(parameter, gradient) is not None
     )
 
 
 def _lie_in_one_order(tensors: Sequence[Tensor]) -> bool:
-    first = _order(tensors[0])
-    return first is not None and all(_order(x) == first for x in tensors)
+    first = _order(tensors[0].shape, tensors[0].stride())
+    return first is not None and all(_order(x.shape, x.stride()) == first for x in tensors)
 
 
-def _order(x: Tensor) -> tuple[int, ...] | None:
-    """Dims of more than one element, outermost first; None where x has gaps or overlaps."""
-    dims = [dim for dim, length in enumerate(x.shape) if length > 1]
-    dims.sort(key=x.stride, reverse=True)
+def _order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """Dims of more than one element, outermost first; None where there are gaps or overlaps."""
+    dims = [dim for dim, length in enumerate(shape) if length > 1]
+    dims.sort(key=strides.__getitem__, reverse=True)
     inside = 1
     for dim in reversed(dims):
-        if x.stride(dim) != inside:
+        if strides[dim] != inside:
             return None
-        inside *= x.shape[dim]
+        inside *= shape[dim]
     return tuple(dims)
+
+
+def _turn_of(parameter: Tensor, gradient: Tensor) -> Turn | None:
+    """None for a gradient in float32, and for one whose order is no turn of its parameter's."""
+    if gradient.dtype is torch.float32:
+        return None
+    return _turn(gradient.shape, parameter.stride(), gradient.stride())
+
+
+@functools.lru_cache(maxsize=_MOST_TURNS)
+def _turn(shape: tuple[int, ...], strides: tuple[int, ...], turned: tuple[int, ...]) -> Turn | None:
+    """How element (o, a, b) of a tensor in row-major order over [O, A, B] lies at (o, b, a) of
+    another one over [O, B, A]: (A, B). None where it lies otherwise. A weight [O, I, H, W] and its
+    gradient with channels last: (I, H W); the same order: (numel, 1)."""
+    one, other = _order(shape, strides), _order(shape, turned)
+    if one is None or other is None:
+        return None
+    same = 0
+    while same < len(one) and one[same] == other[same]:
+        same += 1
+    left, right = one[same:], other[same:]
+    for cut in range(1, len(left)):
+        if right == left[cut:] + left[:cut]:
+            outer, inner = (math.prod(shape[d] for d in dims) for dims in (left[:cut], left[cut:]))
+            return outer, inner
+    return None if left else (math.prod(shape), 1)
 
 
 def _begin_well(tensors: Sequence[Tensor]) -> bool:

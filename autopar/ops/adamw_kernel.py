@@ -25,6 +25,8 @@ WARPS = 8
 STAGES = 2  # blocks that are on their way
 
 _MOST_TABLES = 256
+_COLUMNS = 9
+_WIDE = (0, 0)  # in place of a turn: the gradient is in float32
 
 _tables: dict[Hashable, Tensor] = {}  # where tensors lie
 _owners: dict[Hashable, Tensor] = {}  # the tensor of each chunk
@@ -37,13 +39,15 @@ def step(
     squares: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
+    turns: Sequence[tuple[int, int] | None],
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
     eps: float,
 ) -> None:
-    """In place, on the current stream of the current device, which the tensors are on."""
+    """In place, on the current stream of the current device, which the tensors are on. turns: for
+    gradients in bfloat16 where their elements lie (`ops.adamw`), None for those in float32."""
     device = parameters[0].device
     numels = tuple(map(Tensor.numel, parameters))
     counts = [-(-numel // CHUNK) for numel in numels]
@@ -52,15 +56,17 @@ def step(
         return
     lists = (parameters, gradients, averages, squares, steps)
     addresses = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in lists)
+    turned = tuple(turn or _WIDE for turn in turns)
     # A table is written and read on one stream: none has to wait for another.
     place = (CHUNK, device, torch.cuda.current_stream(device).cuda_stream, numels)
-    table = _tables.get((place, addresses))
+    table = _tables.get((place, addresses, turned))
     if table is None:
         firsts = accumulate(counts[:-1], initial=0)
-        columns = struct.pack(f"{7 * len(counts)}q", *chain(*addresses, numels, firsts))
-        rows = torch.frombuffer(bytearray(columns), dtype=torch.int64).view(7, -1).T.contiguous()
-        table = _on_device(rows, device)
-        _keep(_tables, (place, addresses), table)
+        values = chain(*addresses, numels, firsts, *zip(*turned, strict=True))
+        columns = struct.pack(f"{_COLUMNS * len(counts)}q", *values)
+        rows = torch.frombuffer(bytearray(columns), dtype=torch.int64).view(_COLUMNS, -1)
+        table = _on_device(rows.T.contiguous(), device)
+        _keep(_tables, (place, addresses, turned), table)
     owners = _owners.get(place)
     if owners is None:
         numbers = torch.arange(len(counts), dtype=torch.int32)
@@ -75,6 +81,7 @@ def step(
         *_shares(beta1),
         *_shares(beta2),
         CHUNK=CHUNK,
+        COLUMNS=_COLUMNS,
         BLOCK=BLOCK,
         STAGES=STAGES,
         num_warps=WARPS,
@@ -107,26 +114,28 @@ def _mixed(old, new, kept, kept_too, taken):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _turned(place, outer, inner):  # type: ignore[no-untyped-def]
+    """Where an element of a tensor over [O, outer, inner] lies in one over [O, inner, outer]."""
+    first = place // (outer * inner) * (outer * inner)
+    a = (place - first) // inner
+    b = place - first - a * inner
+    return first + b * outer + a
+
+
+@triton.jit
 def _block(  # type: ignore[no-untyped-def]
     parameter_ptr,
     gradient_ptr,
     average_ptr,
     square_ptr,
     lanes,
+    gradient_lanes,
     mask,
-    rate,
-    decay,
-    eps,
-    scale,
-    kept1,
-    kept1_too,
-    taken1,
-    kept2,
-    kept2_too,
-    taken2,
+    rates,
 ):
-    """rate: lr / (1 - beta1^t); scale: 1 / sqrt(1 - beta2^t). A parameter is rounded once."""
-    gradient = tl.load(gradient_ptr + lanes, mask=mask)
+    """rates: of `_step_kernel`. A parameter is rounded once."""
+    rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2 = rates
+    gradient = tl.load(gradient_ptr + gradient_lanes, mask=mask).to(tl.float32)
     average = tl.load(average_ptr + lanes, mask=mask)
     square = tl.load(square_ptr + lanes, mask=mask)
     parameter = tl.load(parameter_ptr + lanes, mask=mask)
@@ -137,6 +146,52 @@ def _block(  # type: ignore[no-untyped-def]
     tl.store(average_ptr + lanes, average, mask=mask)
     tl.store(square_ptr + lanes, square, mask=mask)
     tl.store(parameter_ptr + lanes, parameter, mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _chunk(  # type: ignore[no-untyped-def]
+    parameter_ptr,
+    gradient_ptr,
+    average_ptr,
+    square_ptr,
+    first,
+    count,
+    outer,
+    inner,
+    rates,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Elements [first, first + count). Pointers: to the first one, but for a NARROW gradient, whose
+    elements are turned: to the tensor's own."""
+    columns = tl.arange(0, BLOCK)
+    whole = count // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        lanes = start + columns
+        _block(
+            parameter_ptr,
+            gradient_ptr,
+            average_ptr,
+            square_ptr,
+            lanes,
+            _turned(first + lanes, outer, inner) if NARROW else lanes,
+            None,
+            rates,
+        )
+    if whole < count:
+        # A mask that ends at an odd element makes loads and stores of single ones.
+        lanes = whole + columns
+        _block(
+            parameter_ptr,
+            gradient_ptr,
+            average_ptr,
+            square_ptr,
+            lanes,
+            _turned(first + lanes, outer, inner) if NARROW else lanes,
+            lanes < count,
+            rates,
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -155,63 +210,56 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     taken2,
     log_beta2,
     CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Rows of the table: addresses of parameter, gradient, average, square and step, number of
-    elements, first chunk."""
+    elements, first chunk, the gradient's turn or zeros."""
     FLOAT: tl.constexpr = tl.pointer_type(tl.float32)
-    columns = tl.arange(0, BLOCK)
+    BFLOAT: tl.constexpr = tl.pointer_type(tl.bfloat16)
     chunk = tl.program_id(0)
-    row = table_ptr + tl.load(owners_ptr + chunk) * 7
+    row = table_ptr + tl.load(owners_ptr + chunk) * COLUMNS
     first = (chunk - tl.load(row + 6)) * CHUNK
     count = tl.minimum(tl.load(row + 5) - first, CHUNK).to(tl.int32)
     parameter_ptr = tl.multiple_of(tl.load(row).to(FLOAT), 16) + first
-    gradient_ptr = tl.multiple_of(tl.load(row + 1).to(FLOAT), 16) + first
+    gradient = tl.load(row + 1)
     average_ptr = tl.multiple_of(tl.load(row + 2).to(FLOAT), 16) + first
     square_ptr = tl.multiple_of(tl.load(row + 3).to(FLOAT), 16) + first
     done = tl.load(tl.load(row + 4).to(FLOAT)).to(tl.float64)
+    outer = tl.load(row + 7).to(tl.int32)
+    inner = tl.load(row + 8).to(tl.int32)
     # 1 - beta^t is near 0 for early t.
     rate = tl.div_rn(lr, (1.0 - tl.exp(done * log_beta1)).to(tl.float32))
     scale = tl.div_rn(1.0, tl.sqrt_rn((1.0 - tl.exp(done * log_beta2)).to(tl.float32)))
-    whole = count // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        _block(
+    rates = (rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2)
+    if outer == 0:
+        _chunk(
             parameter_ptr,
-            gradient_ptr,
+            tl.multiple_of(gradient.to(FLOAT), 16) + first,
             average_ptr,
             square_ptr,
-            start + columns,
-            None,
-            rate,
-            decay,
-            eps,
-            scale,
-            kept1,
-            kept1_too,
-            taken1,
-            kept2,
-            kept2_too,
-            taken2,
+            0,
+            count,
+            outer,
+            inner,
+            rates,
+            NARROW=False,
+            BLOCK=BLOCK,
+            STAGES=STAGES,
         )
-    if whole < count:
-        # A mask that ends at an odd element makes loads and stores of single ones.
-        lanes = whole + columns
-        _block(
+    else:
+        _chunk(
             parameter_ptr,
-            gradient_ptr,
+            gradient.to(BFLOAT),
             average_ptr,
             square_ptr,
-            lanes,
-            lanes < count,
-            rate,
-            decay,
-            eps,
-            scale,
-            kept1,
-            kept1_too,
-            taken1,
-            kept2,
-            kept2_too,
-            taken2,
+            first.to(tl.int32),
+            count,
+            outer,
+            inner,
+            rates,
+            NARROW=True,
+            BLOCK=BLOCK,
+            STAGES=STAGES,
         )

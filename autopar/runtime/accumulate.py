@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from autopar.runtime.interpreter import Shards
@@ -72,4 +73,5 @@ def _is_own(tensor: Tensor, owners: Counter[int]) -> bool:
     """Whether nothing else can see an addition in place. A view of a larger storage may be of a
     value that is kept elsewhere, such as a saved one."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-    return whole and tensor.is_contiguous() and owners[_storage(tensor)] == 1
+    dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    return whole and dense and owners[_storage(tensor)] == 1

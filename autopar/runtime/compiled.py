@@ -30,11 +30,12 @@ def compiler(
     device: torch.device,
     peers: PeerGroups | None = None,
     copies_if: Callable[[int], bool] = lambda _: True,
+    gradients: Collection[str] = (),
 ) -> PlayerMaker:
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
     traced, and those that need not be compiled, as they do nothing. peers: for collectives by
     copies (`compile.peers`), in programs of which `copies_if` says so, from how many operators
-    they have."""
+    they have. gradients: outputs that may come in a narrower type and in other strides."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):
@@ -47,6 +48,7 @@ def compiler(
             parameters=parameters,
             peers=peers,
             copies_if=copies_if,
+            gradients=gradients,
         )
 
     return make
@@ -68,13 +70,14 @@ class CompiledProgram:
         parameters: Collection[str] = (),
         peers: PeerGroups | None = None,
         copies_if: Callable[[int], bool] = lambda _: True,
+        gradients: Collection[str] = (),
     ) -> None:
         """groups: name and size of each mesh axis's process group. parameters: inputs that are
         there before the step: what depends on them alone may start first. peers: among its groups
-        those whose collectives may be copies."""
+        those whose collectives may be copies. gradients: as in `compiler`."""
         self._program, self._coordinates, self._groups = program, coordinates, tuple(groups)
         self._constants = [t.to(device) for t in program.constants.values()]
-        self._parameters = frozenset(parameters)
+        self._parameters, self._gradients = frozenset(parameters), frozenset(gradients)
         self._peers, self._copies_if = peers, copies_if
         self._wanted: tuple[Place, ...] = ()
         self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
@@ -120,7 +123,8 @@ class CompiledProgram:
         self._strides = [value.stride() for value in values]
         module = trace(self._program, values, coordinates=self._coordinates, groups=self._groups)
         early = [i for i, key in enumerate(self._program.inputs) if key in self._parameters]
-        ordered = prepare(module, early)
+        narrow = [i for i, key in enumerate(self._program.outputs) if key in self._gradients]
+        ordered = prepare(module, early, narrow)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
         self._wanted, self._places = (), None
         if self._peers is not None and self._copies_if(self.num_operators):

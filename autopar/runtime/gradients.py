@@ -4,6 +4,9 @@ Such an update runs on the shards at once where they are laid out alike; DTensor
 placements of every tensor anew, in tens of microseconds each. A step of
 `torch.optim.AdamW(.., fused=True)` is that of `ops.adamw` for the shards that it fits. Gradients
 see the call by `__torch_function__`: torch 2.11 does not ask a DTensor's `__torch_dispatch__`.
+
+A gradient may have been made in a narrower type than its parameter's, and in other strides. It is
+brought into the parameter's when somebody asks for its local tensor; that step of AdamW does not.
 """
 
 from __future__ import annotations
@@ -30,6 +33,23 @@ _NUM_LISTS = 6  # of AdamW
 class Gradient(DTensor):
     """A DTensor in all else."""
 
+    # As it was made, and the strides that its local tensor gets; nothing once that is there.
+    _made: tuple[Tensor, tuple[int, ...]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """The local tensor when it is asked for first. Everything that reads a DTensor's values or
+        writes into them asks for it. (Called for attributes that are not there.)"""
+        if name != "_local_tensor" or self._made is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        narrow, strides = self._made
+        with torch.no_grad():
+            local = torch.empty_strided(
+                narrow.shape, strides, dtype=self.dtype, device=narrow.device
+            )
+            self._local_tensor = local.copy_(narrow)
+        self._made = None
+        return local
+
     @classmethod
     def __torch_function__(
         cls,
@@ -40,21 +60,29 @@ class Gradient(DTensor):
     ) -> Any:
         keywords = dict(kwargs or {})
         if func in _LISTED and not torch.is_grad_enabled() and _is_alike(args, keywords):
-            local = [_shards(arg) for arg in args]
             options = {key: _shards(arg) for key, arg in keywords.items()}
-            if func == torch._fused_adamw_ and _is_usual(local, options):
-                return _adamw(local, options)
-            return func(*local, **options)
+            if func == torch._fused_adamw_ and _is_usual(args, options):
+                return _adamw(args, options)
+            return func(*map(_shards, args), **options)
         return torch._C._disabled_torch_function_impl(func, types, args, keywords)
 
 
 def as_gradient(local: Tensor, parameter: Tensor) -> Tensor:
-    """A local gradient in the form of its parameter. Pre: it has the shape of its shard."""
+    """A local gradient in the form of its parameter. Pre: it has the shape of its shard and, but
+    for that of a DTensor, its type."""
     if not isinstance(parameter, DTensor):
         return local
+    shard = parameter._local_tensor
+    narrow = local.dtype is not shard.dtype
     # DTensor.__init__ does nothing, at the price of all the rest
-    gradient: Tensor = Gradient.__new__(Gradient, local, parameter._spec, requires_grad=False)
-    return gradient
+    gradient: Any = Gradient.__new__(
+        Gradient, shard if narrow else local, parameter._spec, requires_grad=False
+    )
+    if narrow:
+        gradient._made = (local, shard.stride())
+        del gradient._local_tensor
+    made: Tensor = gradient
+    return made
 
 
 def _is_alike(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -96,8 +124,9 @@ def _is_usual(lists: Sequence[Any], options: Mapping[str, Any]) -> bool:
 def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
     """By our kernel what it takes, by torch's the rest. Decided for each parameter: ranks have
     other shards, but what is replicated has to stay the same on all of them."""
-    parameters, gradients, averages, squares, _, steps = lists
-    columns = (parameters, gradients, averages, squares, steps)
+    parameters, given, averages, squares, _, steps = lists
+    gradients = list(map(_as_made, given))
+    columns = (_shards(parameters), gradients, *map(_shards, (averages, squares, steps)))
     names = ("lr", "beta1", "beta2", "weight_decay", "eps")
     rates = {name: options[name] for name in names}
     if adamw.fits(*columns):
@@ -105,13 +134,22 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
         return
     ours: list[Sequence[Tensor]] = []
     others: list[Sequence[Tensor]] = []
-    for row in zip(*columns, strict=True):
-        (ours if adamw.fits(*([x] for x in row)) else others).append(row)
+    for row, gradient in zip(zip(*columns, strict=True), given, strict=True):
+        if adamw.fits(*([x] for x in row)):
+            ours.append(row)
+        else:
+            others.append((row[0], *_shards([gradient]), *row[2:]))
     if ours:
         adamw.adamw(*map(list, zip(*ours, strict=True)), **rates)
     if others:
         left = [list(column) for column in zip(*others, strict=True)]
         torch._fused_adamw_(*left[:4], [], left[4], **options)  # type: ignore[call-overload]
+
+
+def _as_made(gradient: Any) -> Any:
+    if isinstance(gradient, Gradient) and gradient._made is not None:
+        return gradient._made[0]
+    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
 
 
 def _shards(arg: Any) -> Any:

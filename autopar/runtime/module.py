@@ -342,6 +342,7 @@ def _make_executors(
                 device,
                 peers,
                 _copies_if(captures, seconds),
+                gradients=() if comm is None else parameters,  # of a whole step, by these names
             )
             if captures:
                 play_whole = capturer(play_whole, {*parameters, *stage.buffers}, seconds)

@@ -112,6 +112,8 @@ class RestingParameter:
         """In the form of the parameter, with strides that optimizers want."""
         if lent and self._seen is not None and self._seen[0] is shard:
             return self._seen[1]
+        if shard.dtype is not self._shard.dtype:  # and in the strides in which it was made
+            return as_gradient(self._valid(shard), parameter)
         laid_out = with_strides(shard, self._shard.stride())
         gradient = as_gradient(self._valid(laid_out), parameter)
         shares = laid_out.data_ptr() == shard.data_ptr()

@@ -11,8 +11,10 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 from autopar.api import parallelize
-from autopar.compile import overlap
+from autopar.compile import overlap, passes
+from autopar.compile.gradients import leave_narrow
 from autopar.compile.inductor import compile_module
+from autopar.graph.precision import Precision
 from autopar.options import SearchOptions
 from autopar.runtime import compiled as runtime_compiled
 from autopar.runtime.captured import CapturedProgram
@@ -201,6 +203,69 @@ def test_a_stream_that_starts_with_gathered_rows() -> None:
     """Norms far behind the first read these rows where Inductor writes them into its kernels."""
     for collected, copied in run_processes(gpts, 2):
         check(collected, copied)
+
+
+class Images(nn.Module):
+    """Two convolutions and what lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.norm(self.one(x)).relu()).mean((2, 3))).square().mean()
+
+
+def train_images(*, narrow: bool, captured: bool = False) -> list[Tensor]:
+    """Three steps are added up, twice. Losses, gradients and parameters."""
+    torch.manual_seed(0)
+    model, x = Images(), torch.randn(ROWS, 3, 9, 9)
+    taken = leave_narrow if narrow else lambda module, _: module
+    with patch.object(passes, "leave_narrow", taken):
+        parallel = parallelize(
+            model,
+            (x,),
+            cluster="cpu:1x1",
+            options=SearchOptions(cache=False),
+            precision=Precision.parse("bf16/bf16"),
+            device="cpu",
+            compiled=True,
+        )
+        parallel.compile_ahead((x,))
+    (executor,) = parallel._executors.values()
+    if captured:
+        assert isinstance(executor.whole, CompiledProgram)
+        staying = [p.name for p in executor.stage.parameters]
+        executor.whole = CapturedProgram(
+            executor.whole, staying=staying, seconds=None, recorder=Recorder()
+        )
+    weights = [parallel.one.weight, parallel.two.weight]
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1, fused=True)
+    record = []
+    for step in range(6):
+        record.append(parallel.train_step((x * (step + 1),)).detach())
+        if step % 3 == 0:  # not added to another one
+            assert all((w.grad._made is not None) is narrow for w in weights)
+        if step % 2:
+            record += [w.grad.to_local().clone() for w in weights]
+        if step:
+            optimizer.step()
+        if step % 3 == 2:
+            parallel.zero_grad()
+    return record + [p.detach().to_local() for p in parallel.parameters()]
+
+
+def images(world: World) -> list[list[Tensor]]:
+    assert world.size == 1
+    plain, narrow = (train_images(narrow=n) for n in (False, True))
+    return [plain, narrow, train_images(narrow=True, captured=True)]
+
+
+def test_gradients_of_convolutions_come_as_they_are_made() -> None:
+    ((plain, *others),) = run_processes(images, 1)
+    for other in others:
+        assert all(map(torch.equal, plain, other))
 
 
 def test_two_processes() -> None:

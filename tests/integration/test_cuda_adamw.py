@@ -133,6 +133,29 @@ def test_however_it_is_cut(
         assert torch.equal(x, y)
 
 
+def test_narrow_gradients_are_read_where_they_lie() -> None:
+    """In bfloat16, channels last beside row-major parameters, and in the parameters' own order."""
+    shapes = [(4097,), (64, 32, 3, 3), (8, 200, 7, 7), (96, 128, 1, 1), (130, 70), (1, 5, 3, 3)]
+    found = []
+    for narrow in (True, False):
+        torch.manual_seed(0)
+        values = [torch.randn(shape, device="cuda") for shape in shapes for _ in range(3)]
+        made = [x.bfloat16() for x in values[::3]]
+        if narrow:
+            made = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in made]
+        else:
+            made = [x.float() for x in made]
+        parameters, averages = values[1::3], values[2::3]
+        squares = [x * x for x in averages]
+        steps = [torch.full((), 3.0, device="cuda") for _ in shapes]
+        lists = (parameters, made, averages, squares, steps)
+        assert fits(*lists)
+        adamw(*lists, lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=DECAY, eps=EPS)
+        found.append([*parameters, *averages, *squares])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_infinite_squares_stop_a_parameter() -> None:
     for beta2 in (0.999, 0.5):
         state = State()

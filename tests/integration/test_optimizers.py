@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar.ops import adamw
 from autopar.runtime.comm import World
-from autopar.runtime.gradients import as_gradient
+from autopar.runtime.gradients import Gradient, as_gradient
 from autopar.runtime.launch import run_processes
 
 SHAPES = [(4, 3), (5,), (2, 6)]
@@ -125,3 +126,86 @@ def on_a_gpu(world: World) -> None:
     with patch.object(adamw, "adamw", wraps=adamw.adamw) as kernel:
         optimizer.step()
     assert kernel.call_count == 1
+
+
+class Reading:
+    """What users and torch do with a gradient, as values that compare."""
+
+    @staticmethod
+    def local(g: DTensor) -> Tensor:
+        return g.to_local()
+
+    @staticmethod
+    def whole(g: DTensor) -> Tensor:
+        return g.full_tensor()
+
+    @staticmethod
+    def sum(g: DTensor) -> Tensor:
+        return (g + g).full_tensor()
+
+    @staticmethod
+    def detached(g: DTensor) -> Tensor:
+        return g.detach().clone().to_local()
+
+    @staticmethod
+    def scaled_in_place(g: DTensor) -> Tensor:
+        g.mul_(2)
+        return g.to_local()
+
+    @staticmethod
+    def scaled_as_a_list(g: DTensor) -> Tensor:
+        torch._foreach_mul_([g], 2.0)
+        return g.to_local()
+
+    @staticmethod
+    def moved(g: DTensor) -> Tensor:
+        return g.redistribute(g.device_mesh, [Replicate()]).to_local()
+
+    @staticmethod
+    def saved(g: DTensor) -> Tensor:
+        file = io.BytesIO()
+        torch.save(g, file)
+        file.seek(0)
+        with torch.serialization.safe_globals([Gradient]):
+            return torch.load(file, weights_only=False).to_local()
+
+    @staticmethod
+    def norm(g: DTensor) -> Tensor:
+        return torch.nn.utils.get_total_norm([g]).full_tensor()
+
+    @staticmethod
+    def text(g: DTensor) -> Tensor:
+        return torch.tensor(bytearray(str(g), "utf-8"))
+
+    @staticmethod
+    def flattened(g: DTensor) -> Tensor:
+        names, _ = g.__tensor_flatten__()
+        return getattr(g, names[0])
+
+
+READINGS = [name for name in vars(Reading) if not name.startswith("_")]
+IMAGES = (6, 4, 3, 3)
+
+
+def read_narrow_gradients(world: World) -> None:
+    """A gradient in bfloat16 with channels last is what it would be in its parameter's form."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    narrow = torch.randn(IMAGES).bfloat16().to(memory_format=torch.channels_last)
+    for placement in (Replicate(), Shard(0)):
+        for name in READINGS:
+            found = []
+            for made in (narrow, narrow.float().contiguous()):
+                local = torch.zeros(IMAGES)
+                on_mesh = DTensor.from_local(local, mesh, [placement], run_check=False)
+                parameter = nn.Parameter(on_mesh)
+                parameter.grad = as_gradient(made.clone(), parameter)
+                assert parameter.grad.dtype is torch.float32
+                with torch.no_grad():
+                    found.append(getattr(Reading, name)(parameter.grad))
+                assert torch.equal(local, torch.zeros(IMAGES))
+            got, want = found
+            assert torch.equal(got, want) and got.stride() == want.stride(), name
+
+
+def test_narrow_gradients_look_like_others() -> None:
+    run_processes(read_narrow_gradients, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -112,13 +114,27 @@ TAKEN = {
     "no elements": alike(lambda x: beside(x[:0], 1), 1),
     "steps of one dim": change("steps", 0, lambda x: x.reshape(1)),
     "one step": of_one_step,
+    "a narrow gradient": change("gradients", 1, lambda x: x.bfloat16()),
+    "a narrow gradient, channels last": change(
+        "gradients", 0, lambda x: channels_last(x.bfloat16())
+    ),
+    "a narrow gradient, transposed": change(
+        "gradients", 1, lambda x: x.bfloat16().T.contiguous().T
+    ),
     "parameters that are none": change("parameters", 0, lambda x: x.detach()),
 }
 REFUSED = {
     "no tensors": lambda lists: lists.__dict__.update({name: [] for name in vars(lists)}),
     "lists of other lengths": lambda lists: lists.steps.pop(),
     "a wider type": change("parameters", 1, lambda x: x.double()),
-    "a narrower gradient": change("gradients", 1, lambda x: x.bfloat16()),
+    "a gradient in half precision": change("gradients", 1, lambda x: x.half()),
+    "a narrow gradient with gaps": change(
+        "gradients", 1, lambda x: x.bfloat16().repeat(1, 2)[:, :4]
+    ),
+    "a narrow gradient in no turn": change(
+        "gradients", 0, lambda x: x.bfloat16().permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    ),
+    "a narrow average": change("averages", 1, lambda x: x.bfloat16()),
     "a step that is an integer": change("steps", 1, lambda x: x.long()),
     "steps of two elements": change("steps", 1, lambda x: x.expand(2)),
     "another shape": change("averages", 1, lambda x: x.T.contiguous()),
@@ -153,3 +169,32 @@ def test_what_stays_is_known(lists: Lists, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(adamw, "_belong", lambda *_: pytest.fail("looked at again"))
     with_other_gradients(lists)
     assert lists.fit()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 4), (1, 3, 2, 2), (7,), (1, 1), (3, 4)])
+def test_turns(shape: tuple[int, ...]) -> None:
+    """Of all orders of a tensor in memory, those that are turns; by counting elements."""
+    whole = torch.arange(math.prod(shape))
+    found = 0
+    for order in itertools.permutations(range(len(shape))):
+        back = [order.index(d) for d in range(len(shape))]
+        for inverse in itertools.permutations(range(len(shape))):
+            parameter = torch.empty([shape[d] for d in inverse]).permute(
+                [inverse.index(d) for d in range(len(shape))]
+            )
+            gradient = torch.empty([shape[d] for d in order]).permute(back)
+            turn = adamw._turn(shape, parameter.stride(), gradient.stride())
+            if turn is None:
+                continue
+            found += 1
+            outer, inner = turn
+            in_memory = whole.view(-1, outer, inner).mT.reshape(-1)
+            numbers = torch.empty_strided(shape, parameter.stride(), dtype=torch.int64)
+            numbers.as_strided(whole.shape, (1,)).copy_(whole)
+            turned = torch.empty_strided(shape, gradient.stride(), dtype=torch.int64)
+            assert torch.equal(turned.copy_(numbers).as_strided(whole.shape, (1,)), in_memory)
+    dims = sum(length > 1 for length in shape)
+    # Each cut of what follows the dims that stay outermost, and the same order once.
+    ways = 1 + sum(rest - 1 for rest in range(2, dims + 1))
+    copies = math.factorial(len(shape)) ** 2 // math.factorial(dims) ** 2
+    assert found == math.factorial(dims) * ways * copies
