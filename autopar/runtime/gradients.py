@@ -50,6 +50,11 @@ class Gradient(DTensor):
         self._made = None
         return local
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        local = self._local_tensor.clone()
+        memo[id(self)] = copied = Gradient.__new__(Gradient, local, self._spec, requires_grad=False)
+        return copied
+
     @classmethod
     def __torch_function__(
         cls,

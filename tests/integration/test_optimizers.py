@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -146,6 +147,13 @@ class Reading:
     @staticmethod
     def detached(g: DTensor) -> Tensor:
         return g.detach().clone().to_local()
+
+    @staticmethod
+    def copied(g: DTensor) -> Tensor:
+        """One copy of what is mentioned twice; the original stays as it is."""
+        twice = copy.deepcopy([g, g])
+        twice[0].mul_(2)
+        return torch.cat([twice[1].to_local(), g.to_local()])
 
     @staticmethod
     def scaled_in_place(g: DTensor) -> Tensor:
