@@ -61,15 +61,15 @@ def leave_narrow(module: fx.GraphModule, gradients: Collection[int]) -> fx.Graph
 
 
 def _as_made(result: fx.Node) -> fx.Node:
-    """What a convolution made, if this is the same value in a wider type and maybe other strides,
-    and nothing else reads it."""
+    """What a convolution made for its weight, if this is the same value in a wider type and maybe
+    other strides, and nothing else reads it."""
     node = result
     while node.target in _COPIES and len(node.users) == 1:
         node = node.all_input_nodes[0]
-    if node.target is not operator.getitem or len(node.users) > 1:
+    if node.target is not operator.getitem or node.args[1] != 1 or len(node.users) > 1:
         return result
-    of_convolution = node.all_input_nodes[0].target == aten.convolution_backward.default
-    return node if of_convolution and node.meta["val"].dtype in _NARROW else result
+    of_weight = node.all_input_nodes[0].target == aten.convolution_backward.default
+    return node if of_weight and node.meta["val"].dtype in _NARROW else result
 
 
 def _is_result(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, OutputKind, Phase, Ref
-from autopar.intraop.execution import Execution, overwritten
+from autopar.intraop.execution import Execution, left_as_made, overwritten
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.stage_problem import StageProblem, weight
 from autopar.layout import local_share
@@ -43,21 +43,22 @@ def with_moment(
     number = {n.name: i for i, n in enumerate(built.nodes) if n.kind == "operator"}
     number |= {n.name: i for n, i in built.twins if n.kind == "operator"}
 
-    def hold(times: float, ref: Ref) -> None:
-        """So often the bytes of a value as it is made."""
+    def hold(times: float, ref: Ref, memory: Ref) -> None:
+        """So often the bytes of a value as it is made, in the memory of another one."""
         node = number[ref.name]
         nbytes = [
             local_share(built.dims[ref], choice.results[ref.index], sizes)
             for choice in built.nodes[node].choices
             if isinstance(choice, Strategy)
         ]
-        more[node] += times * metas[ref].nbytes * np.array(nbytes)
+        whole = min(metas[ref].nbytes, metas[memory].nbytes)
+        more[node] += times * whole * np.array(nbytes)
 
     for op in graph.operators:
         if is_save(op):
-            hold(-weight(built.copies, op.name), Ref(op.name))
-    for ref, times in _alive(graph, built, phase, time, execution):
-        hold(times, ref)
+            hold(-weight(built.copies, op.name), Ref(op.name), Ref(op.name))
+    for ref, memory, times in _alive(graph, built, phase, time, execution):
+        hold(times, ref, memory)
     pairs = zip(built.problem.node_bytes, more, strict=True)
     node_bytes = tuple(np.maximum(0.0, m_v + more_v) for m_v, more_v in pairs)
     return replace(built.problem, node_bytes=node_bytes)
@@ -65,9 +66,10 @@ def with_moment(
 
 def _alive(
     graph: Graph, built: StageProblem, phase: Phase, time: int, execution: Execution
-) -> Iterator[tuple[Ref, float]]:
-    """A value of each memory of the phase that is alive then, and how often it is there: more than
-    once in folded layers, of which not all are written."""
+) -> Iterator[tuple[Ref, Ref, float]]:
+    """A value of each memory of the phase that is alive then, the value that it is the memory of,
+    and how often it is there: more than once in folded layers, of which not all are written."""
+    as_made = left_as_made(graph, execution)
     roots: dict[Ref, Ref] = {}
     born: dict[Ref, int] = {}
     last: dict[Ref, int] = {}  # when a value is read, itself and not a view of it
@@ -86,7 +88,8 @@ def _alive(
             turns.setdefault(copy.fold, now)
         for ref in op.operands:
             last[ref] = now
-        place = 0 if op.operands and holds_nothing(op) else overwritten(op, execution)
+        aliases = bool(op.operands) and (holds_nothing(op) or op.name in as_made)
+        place = 0 if aliases else overwritten(op, execution)
         for ref in op.refs:
             born[ref] = now
             if place is not None:
@@ -105,7 +108,7 @@ def _alive(
             seen.add(root)
             copy = built.copies.get(kept.get(ref, ref.name))
             if copy is None:
-                yield ref, 1.0
+                yield ref, root, 1.0
                 continue
             arrives = turns.get(copy.fold, now + 1)  # what is not written is there since, or until
             unwritten = (
@@ -113,4 +116,4 @@ def _alive(
                 if ref in kept
                 else start == 0 and copy.which == 1 and time < arrives
             )
-            yield ref, 1.0 + (copy.times - 2) * unwritten
+            yield ref, root, 1.0 + (copy.times - 2) * unwritten

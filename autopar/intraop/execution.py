@@ -9,8 +9,10 @@ import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.estimate import EXPOSED_SHARE, MeshCosts, exchanges_rows
-from autopar.graph.program import Graph, InputKind, Operator, OutputKind
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Ref
 from autopar.intraop.stage_problem import StageContext
+
+aten = torch.ops.aten
 
 
 class Execution(StrEnum):
@@ -51,6 +53,24 @@ def _is_one_program(context: StageContext) -> bool:
 def overwritten(op: Operator, execution: Execution) -> int | None:
     """The operand whose memory the result of an operator takes, by position."""
     return _OVERWRITTEN.get(op.target) if execution is Execution.STEP else None
+
+
+def left_as_made(graph: Graph, execution: Execution) -> frozenset[str]:
+    """Names of the casts of gradients that are not made: an optimizer reads what convolutions made
+    for their weights (`compile.gradients`)."""
+    if execution is not Execution.STEP:
+        return frozenset()
+    gradients = {out.ref for out in graph.outputs_of(OutputKind.GRADIENT)}
+    of_weights = {
+        Ref(op.name, 1) for op in graph.operators if op.target is aten.convolution_backward.default
+    }
+    return frozenset(
+        op.name
+        for op in graph.operators
+        if op.target is aten._to_copy.default
+        and gradients.issuperset(op.refs)
+        and op.operands[0] in of_weights
+    )
 
 
 def is_aligned(row: int, dtype: torch.dtype) -> bool:

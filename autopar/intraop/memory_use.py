@@ -38,7 +38,7 @@ from typing import NamedTuple
 from autopar.estimate import local_bytes
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
-from autopar.intraop.execution import Execution, is_aligned, overwritten
+from autopar.intraop.execution import Execution, is_aligned, left_as_made, overwritten
 from autopar.intraop.stage_problem import Copy, ParameterChoice, weight
 from autopar.intraop.workspace import has_workspace, workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
@@ -58,11 +58,12 @@ class _Step(NamedTuple):
 
 @lru_cache(maxsize=16)  # graphs: a layer is asked about at several prices, a stage under limits
 def _steps(graph: Graph, execution: Execution) -> tuple[_Step, ...]:
+    as_made = left_as_made(graph, execution)
     return tuple(
         _Step(
             op,
             is_save(op),
-            bool(op.operands) and holds_nothing(op),
+            bool(op.operands) and (holds_nothing(op) or op.name in as_made),
             overwritten(op, execution),
             has_workspace(op),
         )

@@ -11,6 +11,7 @@ from torch import nn
 from autopar.estimate import MeshCosts
 from autopar.graph.capture import capture_graph
 from autopar.graph.layers import cluster_layers
+from autopar.graph.precision import Precision
 from autopar.graph.program import Graph
 from autopar.lowering.lower import PreparedStage, prepare_stages
 from autopar.mesh import LogicalMesh
@@ -43,6 +44,26 @@ def attention() -> tuple[nn.Module, torch.Tensor]:
 
 def tied() -> tuple[nn.Module, torch.Tensor]:
     return Tied(64), torch.empty(128, 64)
+
+
+class Images(nn.Module):
+    """Two convolutions, one without a bias; images of 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 16, 3, bias=False), nn.Conv2d(16, 32, 3)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.one(x).relu()).relu().mean((2, 3))).square().mean()
+
+
+@cache
+def image_graph() -> Graph:
+    """In bfloat16 around float32 parameters."""
+    with torch.device("meta"):
+        model, x = Images(), torch.empty(16, 4, 8, 8)
+    return cluster_layers(capture_graph(model, (x,), precision=Precision.parse("bf16/bf16")), 1)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autopar.graph.program import Phase
+from autopar.graph.program import Graph, Phase
 from autopar.intraop.build import build_problem
 from autopar.intraop.crowded import with_moment
 from autopar.intraop.execution import execution_of
@@ -14,7 +14,7 @@ from autopar.intraop.memory_use import crowded_moment, transient_bytes
 from autopar.intraop.stage_problem import Fold, StageContext
 from autopar.lowering.lower import prepare_stages
 from autopar.plan import Remat
-from tests.unit.intraop.stages import costs_of, gpt2_graph
+from tests.unit.intraop.stages import costs_of, gpt2_graph, image_graph
 
 
 @pytest.mark.parametrize("remat", Remat)
@@ -27,6 +27,26 @@ def test_no_assignment_holds_less(
     mesh: tuple[int, ...], microbatches: int, folded: bool, compiled: bool, remat: Remat
 ) -> None:
     graph = gpt2_graph(4, 32, 4, n_embd=32, n_head=4, n_positions=32, vocab_size=64)
+    check(graph, mesh, microbatches, folded=folded, compiled=compiled, remat=remat)
+
+
+@pytest.mark.parametrize(("mesh", "near"), [((1,), 0.7), ((2, 2), 0.5)])
+def test_gradients_as_convolutions_make_them(mesh: tuple[int, ...], near: float) -> None:
+    """On more devices, in layouts at random, much of the peak is copies in other layouts."""
+    check(image_graph(), mesh, 1, folded=False, compiled=True, remat=Remat.NONE, near=near)
+
+
+def check(
+    graph: Graph,
+    mesh: tuple[int, ...],
+    microbatches: int,
+    *,
+    folded: bool,
+    compiled: bool,
+    remat: Remat,
+    near: float = 0.7,
+) -> None:
+    """near: the share of the peak that the row has at least."""
     (stage,) = prepare_stages(graph, remat, [0], compiled=compiled)
     folds = (Fold(2, 5),) if folded else ()
     context = StageContext(microbatches, in_flight=2, folds=folds, compiled=compiled)
@@ -48,4 +68,4 @@ def test_no_assignment_holds_less(
             row = with_moment(stage.graph, built, moment, mesh, execution)
             assert row.bytes(choice) <= peak * (1 + 1e-9)
         row = with_moment(stage.graph, built, crowded, mesh, execution)
-        assert row.bytes(choice) > 0.7 * peak
+        assert row.bytes(choice) > near * peak

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.estimate import EXPOSED_SHARE, MeshCosts
-from autopar.intraop.execution import Execution, execution_of, exposed_share
+from autopar.graph.program import OutputKind
+from autopar.intraop.execution import Execution, execution_of, exposed_share, left_as_made
 from autopar.intraop.stage_problem import StageContext
 from autopar.mesh import LogicalMesh
 from cost_models import Cluster
-from tests.unit.intraop.stages import stage_of
+from tests.unit.intraop.stages import image_graph, stage_of
 
 
 def test_a_collective_of_a_parameter_is_hidden_in_a_compiled_step_alone() -> None:
@@ -26,3 +27,14 @@ def test_a_collective_of_a_parameter_is_hidden_in_a_compiled_step_alone() -> Non
     ):
         assert exposed_share(graph, costs, other) == 1.0
         assert execution_of(graph, other) is not Execution.STEP
+
+
+def test_gradients_of_convolutions_are_left_as_they_are_made() -> None:
+    """Those of other weights are widened; so are all where gradients are added up."""
+    graph = image_graph()
+    left = left_as_made(graph, Execution.STEP)
+    gradients = {o.ref.name: o.target for o in graph.outputs_of(OutputKind.GRADIENT)}
+    paths = {i.name: i.target for i in graph.inputs}
+    assert {paths[gradients[name]] for name in left} == {"one.weight", "two.weight"}
+    assert not left_as_made(graph, Execution.PROGRAMS)
+    assert not left_as_made(graph, Execution.OPERATORS)
