@@ -21,7 +21,7 @@ import numpy as np
 
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, OutputKind, Phase, Ref
-from autopar.intraop.execution import Execution, left_as_made, overwritten
+from autopar.intraop.execution import Execution, gradient_casts, overwritten
 from autopar.intraop.problem import IntraOpProblem
 from autopar.intraop.stage_problem import StageProblem, weight
 from autopar.layout import local_share
@@ -69,7 +69,7 @@ def _alive(
 ) -> Iterator[tuple[Ref, Ref, float]]:
     """A value of each memory of the phase that is alive then, the value that it is the memory of,
     and how often it is there: more than once in folded layers, of which not all are written."""
-    as_made = left_as_made(graph, execution)
+    casts = gradient_casts(graph, execution)
     roots: dict[Ref, Ref] = {}
     born: dict[Ref, int] = {}
     last: dict[Ref, int] = {}  # when a value is read, itself and not a view of it
@@ -88,9 +88,9 @@ def _alive(
             turns.setdefault(copy.fold, now)
         for ref in op.operands:
             last[ref] = now
-        aliases = bool(op.operands) and (holds_nothing(op) or op.name in as_made)
+        aliases = bool(op.operands) and (holds_nothing(op) or op.name in casts.left)
         place = 0 if aliases else overwritten(op, execution)
-        for ref in op.refs:
+        for ref in () if op.name in casts.wide else op.refs:
             born[ref] = now
             if place is not None:
                 roots[ref] = roots.get(op.operands[place], op.operands[place])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.estimate import EXPOSED_SHARE, MeshCosts, exchanges_rows
-from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Ref
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind
+from autopar.graph.work import is_view
 from autopar.intraop.stage_problem import StageContext
 
 aten = torch.ops.aten
@@ -26,6 +29,7 @@ _OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.d
 # Of rows that are a shard; else products want other sizes than the operand has (compile.alignment).
 # Whole rows are given room, if the loss is joined with its gradient (compile.losses).
 _ALIGN_BYTES = 16
+_WIDENED = frozenset({aten.mm.default, aten.bmm.default})
 
 
 def execution_of(graph: Graph, context: StageContext) -> Execution:
@@ -55,22 +59,41 @@ def overwritten(op: Operator, execution: Execution) -> int | None:
     return _OVERWRITTEN.get(op.target) if execution is Execution.STEP else None
 
 
-def left_as_made(graph: Graph, execution: Execution) -> frozenset[str]:
-    """Names of the casts of gradients that are not made: an optimizer reads what convolutions made
-    for their weights (`compile.gradients`)."""
-    if execution is not Execution.STEP:
-        return frozenset()
-    gradients = {out.ref for out in graph.outputs_of(OutputKind.GRADIENT)}
-    of_weights = {
-        Ref(op.name, 1) for op in graph.operators if op.target is aten.convolution_backward.default
-    }
-    return frozenset(
-        op.name
-        for op in graph.operators
-        if op.target is aten._to_copy.default
-        and gradients.issuperset(op.refs)
-        and op.operands[0] in of_weights
-    )
+class GradientCasts(NamedTuple):
+    """Names of operators around the casts of gradients, of compiled code (`compile.gradients`).
+
+    left: casts that are not made, as an optimizer reads what convolutions made for their weights.
+    wide: products that are made in the type of the cast behind them, and not in their own.
+    """
+
+    left: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
+
+
+def gradient_casts(graph: Graph, execution: Execution) -> GradientCasts:
+    """O(edges)."""
+    if execution is Execution.OPERATORS:
+        return GradientCasts()
+    makers = {ref: op for op in graph.operators for ref in op.refs}
+    readers = Counter(ref for op in graph.operators for ref in op.operands)
+    readers.update(out.ref for out in graph.outputs)
+    left, wide = set(), set()
+    for out in graph.outputs_of(OutputKind.GRADIENT):
+        cast = makers.get(out.ref)
+        if cast is None or cast.target is not aten._to_copy.default or readers[out.ref] > 1:
+            continue
+        source = cast.operands[0]
+        maker = makers.get(source)
+        if maker is not None and maker.target is aten.convolution_backward.default:
+            if source.index == 1 and execution is Execution.STEP:
+                left.add(cast.name)
+            continue
+        while maker is not None and readers[source] == 1 and is_view(maker):
+            source = maker.operands[0]
+            maker = makers.get(source)
+        if maker is not None and readers[source] == 1 and maker.target in _WIDENED:
+            wide.add(maker.name)
+    return GradientCasts(frozenset(left), frozenset(wide))
 
 
 def is_aligned(row: int, dtype: torch.dtype) -> bool:

@@ -38,7 +38,7 @@ from typing import NamedTuple
 from autopar.estimate import local_bytes
 from autopar.graph.hubs import holds_nothing, is_hub, is_save
 from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase, Ref, TensorMeta
-from autopar.intraop.execution import Execution, is_aligned, left_as_made, overwritten
+from autopar.intraop.execution import Execution, gradient_casts, is_aligned, overwritten
 from autopar.intraop.stage_problem import Copy, ParameterChoice, weight
 from autopar.intraop.workspace import has_workspace, workspace_bytes
 from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
@@ -52,18 +52,20 @@ class _Step(NamedTuple):
     op: Operator
     is_save: bool
     aliases: bool  # its first operand
+    is_wide: bool  # as it is made: its cast alone is in memory
     overwrites: int | None  # the operand whose memory it takes
     works: bool  # in a workspace
 
 
 @lru_cache(maxsize=16)  # graphs: a layer is asked about at several prices, a stage under limits
 def _steps(graph: Graph, execution: Execution) -> tuple[_Step, ...]:
-    as_made = left_as_made(graph, execution)
+    casts = gradient_casts(graph, execution)
     return tuple(
         _Step(
             op,
             is_save(op),
-            bool(op.operands) and (holds_nothing(op) or op.name in as_made),
+            bool(op.operands) and (holds_nothing(op) or op.name in casts.left),
+            op.name in casts.wide,
             overwritten(op, execution),
             has_workspace(op),
         )
@@ -398,7 +400,8 @@ class _Lives:
                 self._held[ref] = (memory, layout)
             else:
                 self._define(ref, layout)
-                self._live(self._held[ref][0])
+                if not step.is_wide:
+                    self._live(self._held[ref][0])
         decomposed = self._execution is Execution.OPERATORS
         if decomposed and (
             strategy.axes("vp") or strategy.axes("bn")

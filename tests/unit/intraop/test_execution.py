@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from autopar.estimate import EXPOSED_SHARE, MeshCosts
 from autopar.graph.program import OutputKind
-from autopar.intraop.execution import Execution, execution_of, exposed_share, left_as_made
+from autopar.intraop.execution import Execution, execution_of, exposed_share, gradient_casts
 from autopar.intraop.stage_problem import StageContext
 from autopar.mesh import LogicalMesh
 from cost_models import Cluster
@@ -29,12 +29,19 @@ def test_a_collective_of_a_parameter_is_hidden_in_a_compiled_step_alone() -> Non
         assert execution_of(graph, other) is not Execution.STEP
 
 
-def test_gradients_of_convolutions_are_left_as_they_are_made() -> None:
-    """Those of other weights are widened; so are all where gradients are added up."""
+def test_which_casts_of_gradients_are_not_made() -> None:
+    """Of weights of convolutions, unless gradients are added up; products leave in the wide
+    type."""
     graph = image_graph()
-    left = left_as_made(graph, Execution.STEP)
-    gradients = {o.ref.name: o.target for o in graph.outputs_of(OutputKind.GRADIENT)}
     paths = {i.name: i.target for i in graph.inputs}
-    assert {paths[gradients[name]] for name in left} == {"one.weight", "two.weight"}
-    assert not left_as_made(graph, Execution.PROGRAMS)
-    assert not left_as_made(graph, Execution.OPERATORS)
+    whose = {o.ref.name: paths[o.target] for o in graph.outputs_of(OutputKind.GRADIENT)}
+    found = {execution: gradient_casts(graph, execution) for execution in Execution}
+    assert {whose[name] for name in found[Execution.STEP].left} == {"one.weight", "two.weight"}
+    assert not found[Execution.PROGRAMS].left
+    (product,) = found[Execution.PROGRAMS].wide
+    assert found[Execution.STEP].wide == {product}
+    makers = {op.name: op for op in graph.operators}
+    (head,) = [name for name, path in whose.items() if path == "head.weight"]
+    view = makers[head].operands[0].name
+    assert product in {view, *(ref.name for ref in makers[view].operands)}
+    assert not any(found[Execution.OPERATORS])

@@ -35,6 +35,14 @@ def test_a_tensor_of_its_own_becomes_the_sum() -> None:
     assert own_copies({"a": [alone]})["a"][0] is alone
 
 
+def test_so_does_one_with_channels_last_but_no_transposed_one() -> None:
+    images = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert own_copies({"a": [images]})["a"][0] is images
+    turned = torch.ones(3, 4).T
+    copied = own_copies({"a": [turned]})["a"][0]
+    assert copied is not turned and torch.equal(copied, turned)
+
+
 def test_what_others_may_still_read_is_copied() -> None:
     sent, sums = torch.ones(4), Accumulator()
     for _ in range(2):
