@@ -5,13 +5,19 @@ the image.
     max_pool2d_with_indices_backward(g, x, indices)  ->  autopar::max_pool_backward(g, offsets)
 
 An offset is a byte, an index eight; and ATen's backward reads x for nothing but its size.
+
+    threshold_backward(max_pool_backward(g), x)      ->  max_pool_backward(threshold_backward(g, y))
+
+A relu before a pool finds its mask in x. But an element that gets a gradient is the maximum of the
+window that it gets it from, so that y says the same, bit for bit: it is smaller, and what follows
+often keeps it anyway. x is then free after the pool.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +32,14 @@ MOST = 25  # elements of a window of which Inductor finds the offset, and loops 
 
 _POOL = aten.max_pool2d_with_indices.default
 _GRADIENT = aten.max_pool2d_with_indices_backward.default
+_MASK = aten.threshold_backward.default
 
 
 def pools_by_offsets(graph: Graph) -> Graph:
     """Rewrites pools of floating values with windows and steps of at most MOST elements, whose
     indices nothing but their own gradient reads. O(edges)."""
     metas = graph.metas()
-    readers: defaultdict[Ref, list[Operator]] = defaultdict(list)
-    for op in graph.operators:
-        for ref in op.operands:
-            readers[ref].append(op)
+    readers = _readers(graph)
     outputs = {out.ref for out in graph.outputs}
 
     def fits(pool: Operator) -> bool:
@@ -61,6 +65,46 @@ def pools_by_offsets(graph: Graph) -> Graph:
         return None
 
     return rewrite_graph(graph, step)
+
+
+def masks_before_pools(graph: Graph) -> Graph:
+    """Rewrites the gradient of a pool by offsets whose only reader is the gradient of the relu that
+    the pool reads. Both stay partners of the pool. O(edges)."""
+    metas = graph.metas()
+    readers = _readers(graph)
+    pools = {op.name: op for op in graph.operators if op.target is own.max_pool.default}
+    outputs = {out.ref for out in graph.outputs}
+    waiting: dict[Ref, Operator] = {}
+
+    def moves(back: Operator) -> bool:
+        pool, result = pools.get(back.args[1].name), Ref(back.name)
+        if pool is None or result in outputs or len(readers[result]) != 1:
+            return False
+        (reader,) = readers[result]
+        return reader.target is _MASK and reader.args[:2] == (result, pool.args[0])
+
+    def step(op: Operator) -> Rewrite | None:
+        if op.target is own.max_pool_backward.default and moves(op):
+            waiting[Ref(op.name)] = op
+            return Rewrite()
+        if op.target is not _MASK or op.args[0] not in waiting:
+            return None
+        back = waiting.pop(op.args[0])
+        grad, offsets, *geometry = back.args
+        args = (grad, Ref(offsets.name), op.args[2])
+        masked = derived(back, op.name, _MASK, args, metas[grad])
+        spread = back.changed(args=(Ref(op.name), offsets, *geometry))
+        return Rewrite((masked, spread), {0: Ref(back.name)})
+
+    return rewrite_graph(graph, step)
+
+
+def _readers(graph: Graph) -> Mapping[Ref, list[Operator]]:
+    readers: defaultdict[Ref, list[Operator]] = defaultdict(list)
+    for op in graph.operators:
+        for ref in op.operands:
+            readers[ref].append(op)
+    return readers
 
 
 def _is_of(reader: Operator, pool: Operator) -> bool:

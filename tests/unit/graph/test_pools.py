@@ -99,6 +99,65 @@ def test_backward_reads_a_byte_for_each_maximum() -> None:
     assert back.operands[1:] == (pool.refs[1],)
 
 
+def of_a_relu(x: Tensor) -> Tensor:
+    return functional.max_pool2d(functional.relu(x), 3, stride=2, padding=1)
+
+
+def test_a_relu_before_a_pool_is_masked_by_the_pools_result() -> None:
+    graph = captured(of_a_relu)
+    (relu,) = (op for op in graph.operators if op.target is aten.relu.default)
+    (mask,) = (op for op in graph.operators if op.target is aten.threshold_backward.default)
+    (pool,) = (op for op in graph.operators if op.target is own.max_pool.default)
+    (back,) = (op for op in graph.operators if op.target is own.max_pool_backward.default)
+    assert [op for op in graph.operators if relu.refs[0] in op.operands] == [pool]
+    assert mask.operands[1] == pool.refs[0] and back.operands[0] == mask.refs[0]
+    assert mask.forward == back.forward == pool.name
+
+
+class Weighted(nn.Module):
+    """A sum of a relu's pool, each maximum times a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        x = torch.randint(-2, 3, (2, 3, 9, 10)).float()
+        self.x = nn.Parameter(torch.where(torch.rand(x.shape) < 0.02, torch.nan, x))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (of_a_relu(self.x).nan_to_num() * weight).sum()
+
+
+def test_masks_by_the_result_are_those_by_the_operand_bit_for_bit() -> None:
+    """Of ties, of windows without a positive value, and of values that are no number."""
+    torch.manual_seed(0)
+    zoo.assert_equals_eager(Weighted(), torch.randn(2, 3, 5, 5), None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: of_a_relu(x) + x.relu().mean(),
+        lambda x: of_a_relu(x.relu()) + functional.max_pool2d(x.relu(), 3, 2, 1),
+        lambda x: functional.max_pool2d(x.relu(), 2) + functional.max_pool2d(x.relu(), 2),
+        lambda x: functional.max_pool2d(functional.max_pool2d(x.relu(), 2).relu(), 2),
+        lambda x: twice(x.relu()),
+        lambda x: (lambda y: functional.max_pool2d(y, 2) + y.sum())(x.relu()),
+    ],
+)
+def test_relus_and_pools_in_other_orders(pool: Callable[[Tensor], Tensor]) -> None:
+    captured(pool)
+
+
+def test_a_relu_that_others_read_is_masked_by_itself() -> None:
+    def pool(x: Tensor) -> Tensor:
+        y = x.relu()
+        return functional.max_pool2d(y, 2) + y.sum()
+
+    graph = captured(pool)
+    (relu,) = (op for op in graph.operators if op.target is aten.relu.default)
+    (mask,) = (op for op in graph.operators if op.target is aten.threshold_backward.default)
+    assert mask.operands[1] == relu.refs[0]
+
+
 @pytest.mark.parametrize(
     "pool",
     [
