@@ -5,8 +5,9 @@ it cannot.
     gelu, by tanh                                         a sigmoid
     gradient of an embedding of a few rows                a sum for each row
     mean and variance of channels                         two sums of one pass
-    gradient of a max-pool over rows and columns          our loops (`compile.pooling`), if its
-                                                          forward is of the same program
+    max_pool                                              Inductor's own
+    max_pool_backward                                     one operator, for which Inductor has our
+                                                          loops (`compile.pooling`)
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     aligned_product                                       a slice of a padded product
@@ -34,7 +35,7 @@ from autopar.compile.alignment import aligned_product
 from autopar.compile.convolutions import ChannelsLast
 from autopar.compile.embeddings import embedding_backward
 from autopar.compile.moments import var_mean
-from autopar.compile.pooling import MaxPools
+from autopar.compile.pooling import max_pool
 from autopar.ops.attention import sdpa_backward_fused, sdpa_fused
 from autopar.ops.attention_dropout import (
     Dropout,
@@ -72,23 +73,17 @@ def decompositions(random_op_ids: Sequence[int]) -> dict[Any, Callable[..., Any]
         own.sdpa_dropout.default: partial(_sdpa_dropout, drop),
         own.sdpa_dropout_backward.default: partial(_sdpa_dropout_backward, drop),
     }
-    table, images, pools = select_decomp_table(), ChannelsLast(), MaxPools()
+    table, images = select_decomp_table(), ChannelsLast()
     gradient = aten.convolution_backward.default
     of_images: Decompositions = {
         aten.convolution.default: images.forward,
         gradient: partial(images.backward, table[gradient]),
         aten.var_mean.correction: var_mean,
-        _POOL: partial(pools.forward, table[_POOL]),
-        _POOL_GRADIENT: partial(pools.backward, table.get(_POOL_GRADIENT, _as_it_is)),
     }
     better: Decompositions = {
         target: partial(body, table[target]) for target, body in _BETTER.items()
     }
     return {**table, **of_images, **better, **_OWN, **random, **dropout}
-
-
-def _as_it_is(*_: Any) -> Any:
-    return NotImplemented
 
 
 def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *rest: Any) -> Tensor:
@@ -156,8 +151,6 @@ class _KeyTable:
         return self._keys, self._rows[op_id]
 
 
-_POOL = aten.max_pool2d_with_indices.default
-_POOL_GRADIENT = aten.max_pool2d_with_indices_backward.default
 _BETTER: Decompositions = {  # given Inductor's
     aten.gelu.default: gelu,
     aten.gelu_backward.default: gelu_backward,
@@ -172,6 +165,7 @@ _OWN: Decompositions = {
     own.padded_narrow.default: padded_narrow,
     own.aligned_product.default: aligned_product,
     own.keep_on_first.default: keep_on_first,
+    own.max_pool.default: max_pool,
     own.cross_entropy.default: cross_entropy,
     own.softmax_sums.default: _softmax_sums,
     own.cross_entropy_backward.default: _cross_entropy_backward,

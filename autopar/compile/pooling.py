@@ -1,4 +1,4 @@
-"""The gradient of a max-pool, with as few look-ups of windows as there are.
+"""Max-pools by offsets: Inductor's, and a gradient with as few look-ups of windows as there are.
 
     h + padding = stride o + dilation r        row `r` of window `o` is row `h` of the image
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,64 +24,10 @@ from torch import Tensor
 
 from autopar.ops.attention import accumulation_dtype
 
-aten, own, prims = torch.ops.aten, torch.ops.autopar, torch.ops.prims
 
-MOST = 25  # elements of a window of which Inductor finds the offset; loops of a gradient
-
-Otherwise = Callable[..., Any]
-"""Inductor's decomposition, by indices."""
-
-
-class MaxPools:
-    """Decompositions of the max-pools of one program, both directions of which are in it."""
-
-    def __init__(self) -> None:
-        self._offsets: dict[int, tuple[Tensor, Tensor]] = {}  # by indices, which are kept
-
-    def forward(
-        self,
-        otherwise: Otherwise,
-        x: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int] = (),
-        padding: Sequence[int] = (0,),
-        dilation: Sequence[int] = (1,),
-        ceil_mode: bool = False,
-    ) -> Any:
-        sizes = [_of_both(each) for each in (kernel, stride or kernel, padding, dilation)]
-        if max(map(math.prod, sizes[:2])) > MOST or not x.is_floating_point():
-            return otherwise(x, kernel, stride, padding, dilation, ceil_mode)
-        y, offsets = prims._low_memory_max_pool_with_offsets(x, *sizes, ceil_mode)
-        args = (offsets, sizes[0], x.shape[-2:], *sizes[1:])
-        indices = prims._low_memory_max_pool_offsets_to_indices(*args)
-        self._offsets[id(indices)] = (indices, offsets)
-        return y, indices
-
-    def backward(
-        self,
-        otherwise: Otherwise,
-        grad: Tensor,
-        x: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        ceil_mode: bool,
-        indices: Tensor,
-    ) -> Any:
-        known = self._offsets.get(id(indices))
-        if known is None:
-            return otherwise(grad, x, kernel, stride, padding, dilation, ceil_mode, indices)
-        sizes = [_of_both(each) for each in (kernel, stride or kernel, padding, dilation)]
-        return own.max_pool_backward(grad, known[1], list(x.shape[-2:]), *sizes)
-
-
-def _of_both(sizes: Sequence[int]) -> list[int]:
-    """Of rows and columns: one number is for both."""
-    return [sizes[0], sizes[-1]]
-
-
-# ---- Inductor's
+def max_pool(x: Tensor, *geometry: Any) -> Any:
+    """Inductor's own. Pre: windows and steps of at most `graph.pools.MOST` elements."""
+    return torch.ops.prims._low_memory_max_pool_with_offsets(x, *geometry)
 
 
 def max_pool_backward(

@@ -3,7 +3,8 @@ surprising.
 
 Normal form: no aliasing or assertion operators; a bias is added by an `add` of its own, so that a
 sharded contraction adds it once; a mean loss is a sum divided by its weight, so that both parts can
-be partial sums; random numbers are hashes of a seed (`graph.randomness`); views and casts are made
+be partial sums; max-pools keep offsets in their windows, and a relu before one no operand
+(`graph.pools`); random numbers are hashes of a seed (`graph.randomness`); views and casts are made
 once per module and phase; everything is read by something.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from autopar.graph.casts import read_narrow_scores
+from autopar.graph.pools import masks_before_pools, pools_by_offsets
 from autopar.graph.program import (
     Graph,
     InputKind,
@@ -254,6 +256,8 @@ _PASSES: tuple[Callable[[Graph], Graph], ...] = (
     split_biased_matmuls,
     split_mean_losses,
     wide_batch_statistics,
+    pools_by_offsets,
+    masks_before_pools,
     seeded_random,
     read_narrow_scores,
     merge_repeated_views,

@@ -53,6 +53,7 @@ _EXPENSIVE = {
     aten.sort.default,
     aten.topk.default,
     aten.max_pool2d_with_indices.default,
+    torch.ops.autopar.max_pool.default,
 }
 
 _SOURCE, _SINK = "source", "sink"

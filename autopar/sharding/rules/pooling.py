@@ -10,7 +10,7 @@ import torch
 from autopar.sharding.registry import RuleFn
 from autopar.sharding.rule import Call, Rule, letter_rule
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.autopar
 
 
 def _spatial(num_spatial: int, *, backward: bool = False, is_linear: bool = True) -> RuleFn:
@@ -93,6 +93,8 @@ def _table() -> Mapping[object, RuleFn]:
         for spatial, names in backward.items():
             table |= _overloads(names, spatial, backward=True)
     table |= {
+        own.max_pool.default: _spatial(2, is_linear=False),
+        own.max_pool_backward.default: _spatial(2, backward=True),
         aten.im2col.default: _columns,
         aten.col2im.default: _columns,
         aten.pixel_shuffle.default: _pixel_shuffle,

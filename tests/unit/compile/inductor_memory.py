@@ -3,7 +3,8 @@ scheduler.
 
 No code is made: the graph is lowered with the rules for GPUs, although its values are on the CPU,
 and each buffer lives from the kernel that makes it to the last one that reads it. A kernel may
-write over an operand of the same size that it is the last to read.
+write over an operand of the same size that it is the last to read, and keeps to itself what it
+makes and nobody else reads.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ def _lowered(module: fx.GraphModule) -> Iterator[Any]:
         yield lowering
 
 
+def _is_local(scheduler: Any, node: BaseSchedulerNode, name: str) -> bool:
+    """As `Kernel.remove_kernel_local_buffers` decides when code is made."""
+    parts = {part.get_name() for part in node.get_nodes()}
+    return len(parts) > 1 and scheduler.can_buffer_be_removed_through_fusion(name, parts)
+
+
 def _peak(scheduler: Any, outputs: set[str]) -> float:
     nodes = scheduler.nodes
     sizes: dict[str, int] = {}
@@ -86,6 +93,7 @@ def _peak(scheduler: Any, outputs: set[str]) -> float:
             name = buffer.get_name()
             layout = buffer.node.maybe_get_layout()
             held = layout is not None and not isinstance(layout, _NO_MEMORY)
+            held = held and not _is_local(scheduler, node, name)
             others = [*buffer.get_aliases(), *buffer.get_mutations()]
             roots[name] = roots.get(others[0], others[0]) if others else name
             born[name] = time

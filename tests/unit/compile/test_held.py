@@ -22,7 +22,7 @@ from autopar.layout import local_shape
 from autopar.lowering.lower import lower_plan
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan
-from benchmarks.models import gpt, llama
+from benchmarks.models import gpt, llama, wide_resnet
 from cost_models import Cluster
 from tests.unit.compile.inductor_memory import peak_bytes
 
@@ -49,6 +49,12 @@ SAMPLES = {
         gpt.GPT,
         gpt.example_batch,
         1.2,
+    ),
+    "wide resnet": Sample(
+        wide_resnet.WideResNetConfig(64, 2, (1, 1), num_classes=16, image_size=64),
+        wide_resnet.WideResNet,
+        wide_resnet.example_batch,
+        0.95,
     ),
 }
 

@@ -1,8 +1,9 @@
-"""Gradients of max-pools as a compiler gets them are torch's."""
+"""Max-pools and their gradients as a compiler gets them are torch's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,40 +14,13 @@ from autopar.compile.inductor import compile_module
 from autopar.compile.kernels import decompositions
 from tests.devices import DEVICES
 from tests.unit.compile.inductor_memory import moved_bytes
+from tests.unit.ops.pools import POOLS, Pool, both_ways, by_offsets, inputs
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
-Pool = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], bool]
-
-# kernel, stride, padding, dilation, ceil_mode; rows and columns
-POOLS: list[tuple[Pool, tuple[int, int]]] = [
-    (([3, 3], [2, 2], [1, 1], [1, 1], False), (12, 16)),
-    (([3, 3], [2, 2], [1, 1], [1, 1], False), (11, 13)),
-    (([3, 3], [2, 2], [0, 0], [1, 1], True), (10, 9)),
-    (([2, 2], [], [0, 0], [1, 1], False), (8, 9)),
-    (([3], [1], [1], [1], False), (5, 6)),
-    (([2, 3], [3, 1], [1, 0], [1, 2], False), (9, 10)),  # rows in no window
-    (([5, 4], [2, 3], [2, 2], [2, 1], True), (14, 15)),
-    (([5, 5], [1, 1], [2, 2], [1, 1], False), (3, 4)),
-    (([1, 1], [2, 2], [0, 0], [1, 1], False), (5, 7)),
-]
-
-
-def both_ways(x: Tensor, grad: Tensor, *pool: object) -> list[Tensor]:
-    y, indices = aten.max_pool2d_with_indices(x, *pool)
-    return [y, aten.max_pool2d_with_indices_backward(grad, x, *pool, indices)]
-
 
 def of(pool: Pool) -> Callable[..., list[Tensor]]:
-    return lambda x, grad: both_ways(x, grad, *pool)
-
-
-def inputs(pool: Pool, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """With ties."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(4, tuple(shape), generator=generator).to(dtype)
-    y, _ = aten.max_pool2d_with_indices(x, *pool)
-    return x, torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return lambda x, grad: by_offsets(x, grad, *pool)
 
 
 def traced(play: Callable[..., object], *given: Tensor) -> fx.GraphModule:
@@ -74,14 +48,14 @@ def test_values_are_torchs(dtype: torch.dtype, layout: torch.memory_format) -> N
         for each in inputs(pool, (2, 3, *size), dtype)
     ]
 
-    def play(*tensors: Tensor) -> list[Tensor]:
+    def play(by: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
         pairs = zip(tensors[::2], tensors[1::2], POOLS, strict=True)
-        return [made for x, grad, (pool, _) in pairs for made in both_ways(x, grad, *pool)]
+        return [made for x, grad, (pool, _) in pairs for made in by(x, grad, *pool)]
 
-    module = traced(play, *given)
+    module = traced(partial(play, by_offsets), *given)
     assert targets(module).count(own.max_pool_backward.default) == len(POOLS)
     for got in (module(*given), compile_module(module).call(list(given))):
-        for one, other in zip(got, play(*given), strict=True):
+        for one, other in zip(got, play(both_ways, *given), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
             assert one.stride() == other.stride()
 
@@ -94,11 +68,11 @@ def test_values_that_are_no_number() -> None:
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.05, torch.nan, x)
 
     def play(x: Tensor, grad: Tensor) -> list[Tensor]:
-        _, indices = aten.max_pool2d_with_indices(x, *pool)
-        return [indices, aten.max_pool2d_with_indices_backward(grad, x, *pool, indices)]
+        _, offsets = own.max_pool(x, *pool)
+        return [offsets, own.max_pool_backward(grad, offsets, [12, 16], *pool[:-1])]
 
-    indices, dx = compile_module(traced(play, x, grad)).call([x, grad])
-    want = aten.max_pool2d_with_indices_backward(grad, x, *pool, indices)
+    offsets, dx = compile_module(traced(play, x, grad)).call([x, grad])
+    want = own.max_pool_backward(grad, offsets, [12, 16], *pool[:-1])
     torch.testing.assert_close(dx, want, rtol=0, atol=0)
 
 
@@ -121,27 +95,18 @@ def test_gradients_of_a_narrow_type_are_summed_in_a_wide_one(device: str) -> Non
         torch.testing.assert_close(got[1].double(), exact, rtol=2**-8, atol=0)
 
 
-def test_other_calls_are_left() -> None:
-    """Large windows or strides, and a gradient whose forward is of another program."""
-    for kernel, stride in (([6, 5], [2, 2]), ([2, 2], [6, 5])):
-        large: Pool = (kernel, stride, [0, 0], [1, 1], False)
-        given = inputs(large, (2, 3, 12, 16), torch.float32)
-        module = traced(of(large), *given)
-        assert own.max_pool_backward.default not in targets(module)
-        for got, want in zip(module(*given), both_ways(*given, *large), strict=True):
-            torch.testing.assert_close(got, want)
-
+def test_a_gradient_of_offsets_of_another_program() -> None:
     pool = POOLS[0][0]
     x, grad = inputs(pool, (2, 3, 12, 16), torch.float32)
-    indices = aten.max_pool2d_with_indices(x, *pool)[1]
+    offsets = own.max_pool(x, *pool)[1]
 
-    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        gradient: Tensor = aten.max_pool2d_with_indices_backward(grad, x, *pool, indices)
-        return gradient
+    def backward(grad: Tensor, offsets: Tensor) -> tuple[Tensor]:
+        return (own.max_pool_backward(grad, offsets, [12, 16], *pool[:-1]),)
 
-    alone = traced(backward, grad, x, indices)
-    assert own.max_pool_backward.default not in targets(alone)
-    torch.testing.assert_close(alone(grad, x, indices), backward(grad, x, indices))
+    alone = traced(backward, grad, offsets)
+    assert own.max_pool_backward.default in targets(alone)
+    want = both_ways(x, grad, *pool)[1]
+    torch.testing.assert_close(compile_module(alone).call([grad, offsets])[0], want)
 
 
 def test_offsets_and_gradients_are_read_once() -> None:
