@@ -74,7 +74,8 @@ def inductor_bytes(graph: Graph, plan: ParallelPlan) -> float:
     with mock.patch.object(kernels, "has_kernel_for_rows", lambda _: True):  # as on a GPU
         traced = trace(program, inputs, coordinates=(0,), groups=[("0", 1)])
     at_rest = sum(tensor.nbytes for tensor in inputs)
-    return at_rest + peak_bytes(prepare(traced, parameters))
+    gradients = [i for i, name in enumerate(program.outputs) if name in names]
+    return at_rest + peak_bytes(prepare(traced, parameters, gradients))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
