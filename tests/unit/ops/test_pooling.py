@@ -21,9 +21,11 @@ def test_values_are_torchs(
 ) -> None:
     x, grad = (t.to(device) for t in inputs(pool, (2, 3, *size), torch.float64))
     x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
-    for got, want in zip(by_offsets(x, grad, *pool), both_ways(x, grad, *pool), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
-        assert got.stride() == want.stride()
+    (y, dx), want = by_offsets(x, grad, *pool), both_ways(x, grad, *pool)
+    assert torch.equal(y, want[0])
+    # GPUs add up windows that share a maximum, up to 25, in any order.
+    torch.testing.assert_close(dx, want[1], rtol=0, atol=0 if device == "cpu" else 25e-15)
+    assert [y.stride(), dx.stride()] == [each.stride() for each in want]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
