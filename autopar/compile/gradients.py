@@ -45,11 +45,11 @@ def widen_gradients(module: fx.GraphModule) -> fx.GraphModule:
 
 def leave_narrow(module: fx.GraphModule, gradients: Collection[int]) -> fx.GraphModule:
     """Returns gradients of convolutions' weights in the type and order in which these make them, in
-    place. gradients: positions of results whose reader takes either. Pre: flat ATen graph with
-    fake values. O(gradients)."""
+    place. gradients: positions of results whose reader takes either, as `runtime.gradients` does.
+    Pre: flat ATen graph with fake values. O(gradients)."""
     output = module.graph.output_node()
     results: Any = output.args[0]
-    made = [_as_made(n) if i in gradients else n for i, n in enumerate(results)]
+    made = [_unwidened(n) if i in gradients else n for i, n in enumerate(results)]
     output.args = (tuple(made),)
     for old, new in zip(results, made, strict=True):
         while old is not new and not old.users:
@@ -60,7 +60,7 @@ def leave_narrow(module: fx.GraphModule, gradients: Collection[int]) -> fx.Graph
     return module
 
 
-def _as_made(result: fx.Node) -> fx.Node:
+def _unwidened(result: fx.Node) -> fx.Node:
     """What a convolution made for its weight, if this is the same value in a wider type and maybe
     other strides, and nothing else reads it."""
     node = result

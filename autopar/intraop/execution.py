@@ -30,6 +30,7 @@ _OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.d
 # Whole rows are given room, if the loss is joined with its gradient (compile.losses).
 _ALIGN_BYTES = 16
 _WIDENED = frozenset({aten.mm.default, aten.bmm.default})
+_LEFT = (aten.convolution_backward.default, 1)
 
 
 def execution_of(graph: Graph, context: StageContext) -> Execution:
@@ -63,6 +64,8 @@ class GradientCasts(NamedTuple):
     """Names of operators around the casts of gradients, of compiled code (`compile.gradients`).
 
     left: casts that are not made, as an optimizer reads what convolutions made for their weights.
+    Only where no sum is pending, which is done behind the cast. A model without a process group
+    does make them.
     wide: products that are made in the type of the cast behind them, and not in their own.
     """
 
@@ -83,17 +86,16 @@ def gradient_casts(graph: Graph, execution: Execution) -> GradientCasts:
         if cast is None or cast.target is not aten._to_copy.default or readers[out.ref] > 1:
             continue
         source = cast.operands[0]
-        maker = makers.get(source)
-        if maker is not None and maker.target is aten.convolution_backward.default:
-            if source.index == 1 and execution is Execution.STEP:
-                left.add(cast.name)
+        while readers[source] == 1 and source in makers and is_view(makers[source]):
+            source = makers[source].operands[0]
+        if readers[source] > 1 or source not in makers:
             continue
-        while maker is not None and readers[source] == 1 and is_view(maker):
-            source = maker.operands[0]
-            maker = makers.get(source)
-        if maker is not None and readers[source] == 1 and maker.target in _WIDENED:
+        maker = makers[source]
+        if maker.target in _WIDENED:
             wide.add(maker.name)
-    return GradientCasts(frozenset(left), frozenset(wide))
+        elif (maker.target, source.index) == _LEFT and source == cast.operands[0]:
+            left.add(cast.name)
+    return GradientCasts(frozenset(left if execution is Execution.STEP else ()), frozenset(wide))
 
 
 def is_aligned(row: int, dtype: torch.dtype) -> bool:

@@ -41,7 +41,7 @@ from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Phase,
 from autopar.intraop.execution import Execution, gradient_casts, is_aligned, overwritten
 from autopar.intraop.stage_problem import Copy, ParameterChoice, weight
 from autopar.intraop.workspace import has_workspace, workspace_bytes
-from autopar.layout import Dims, Layout, leaves_padding, local_shape, local_share
+from autopar.layout import PARTIAL, Dims, Layout, leaves_padding, local_shape, local_share
 from autopar.sharding.reshard import StepKind, reshard_steps
 from autopar.sharding.strategy import Strategy
 
@@ -52,6 +52,7 @@ class _Step(NamedTuple):
     op: Operator
     is_save: bool
     aliases: bool  # its first operand
+    is_left: bool  # as its first operand, unless a sum is pending
     is_wide: bool  # as it is made: its cast alone is in memory
     overwrites: int | None  # the operand whose memory it takes
     works: bool  # in a workspace
@@ -64,7 +65,8 @@ def _steps(graph: Graph, execution: Execution) -> tuple[_Step, ...]:
         _Step(
             op,
             is_save(op),
-            bool(op.operands) and (holds_nothing(op) or op.name in casts.left),
+            bool(op.operands) and holds_nothing(op),
+            op.name in casts.left,
             op.name in casts.wide,
             overwritten(op, execution),
             has_workspace(op),
@@ -418,9 +420,10 @@ class _Lives:
 
     def _memory_of(self, step: _Step, read: Sequence[_Copy]) -> _Copy | None:
         """What it reads and makes no memory beside."""
-        if step.aliases:
-            return read[0]
         op, place = step.op, step.overwrites
+        is_left = step.is_left and PARTIAL not in self._strategies[op.name].results[0]
+        if step.aliases or is_left:
+            return read[0]
         if place is None:
             return None
         ref, layout = op.operands[place], self._strategies[op.name].operands[place]

@@ -42,11 +42,13 @@ class Gradient(DTensor):
         if name != "_local_tensor" or self._made is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         narrow, strides = self._made
-        with torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():
             local = torch.empty_strided(
                 narrow.shape, strides, dtype=self.dtype, device=narrow.device
             )
             self._local_tensor = local.copy_(narrow)
+        if narrow.is_cuda:  # its memory is that of the stream of the step
+            narrow.record_stream(torch.cuda.current_stream(narrow.device))
         self._made = None
         return local
 
@@ -130,7 +132,7 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
     """By our kernel what it takes, by torch's the rest. Decided for each parameter: ranks have
     other shards, but what is replicated has to stay the same on all of them."""
     parameters, given, averages, squares, _, steps = lists
-    gradients = list(map(_as_made, given))
+    gradients = list(map(as_made, given))
     columns = (_shards(parameters), gradients, *map(_shards, (averages, squares, steps)))
     names = ("lr", "beta1", "beta2", "weight_decay", "eps")
     rates = {name: options[name] for name in names}
@@ -151,7 +153,9 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
         torch._fused_adamw_(*left[:4], [], left[4], **options)  # type: ignore[call-overload]
 
 
-def _as_made(gradient: Any) -> Any:
+def as_made(gradient: Any) -> Any:
+    """This rank's part of a gradient, in the type and strides in which it was made if nobody has
+    asked for it in another way."""
     if isinstance(gradient, Gradient) and gradient._made is not None:
         return gradient._made[0]
     return gradient._local_tensor if isinstance(gradient, DTensor) else gradient

@@ -10,7 +10,7 @@ from autopar.errors import InternalError
 from autopar.layout import REPLICATE, to_placements
 from autopar.mesh import LogicalMesh
 from autopar.runtime.comm import RankComm
-from autopar.runtime.gradients import as_gradient
+from autopar.runtime.gradients import as_gradient, as_made
 from autopar.runtime.inputs import valid_part
 from autopar.runtime.parameters import KeptParameter, shard_of
 from autopar.runtime.strides import with_strides
@@ -100,7 +100,7 @@ class RestingParameter:
         """Copies what was lent, if the user still has it as `.grad`. Pre: no autograd."""
         parameter = self.parameter
         if self._lent and parameter.grad is not None:
-            parameter.grad = as_gradient(local_tensor(parameter.grad).clone(), parameter)
+            parameter.grad = as_gradient(as_made(parameter.grad).clone(), parameter)
         self._lent = False
 
     def load(self, whole: Tensor) -> None:
