@@ -231,6 +231,7 @@ def train_images(*, narrow: bool, captured: bool = False) -> list[Tensor]:
             precision=Precision.parse("bf16/bf16"),
             device="cpu",
             compiled=True,
+            cuda_graph=False,  # in a process group of a machine with GPUs it runs on one
         )
         parallel.compile_ahead((x,))
     (executor,) = parallel._executors.values()
