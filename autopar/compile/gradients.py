@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import autopar.ops  # noqa: F401  (registers autopar::wide_product)
 from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import CAST, call
 from autopar.compile.tables import SAME_MEMORY
+from autopar.ops.products import NARROW_PRODUCTS
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
-_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
 _COPIES = frozenset({CAST, aten.clone.default})
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
@@ -84,7 +83,7 @@ def _widen(graph: fx.Graph, cast: fx.Node) -> None:
     while len(source.users) == 1 and source.target in SAME_MEMORY:
         views.append(source)
         source = source.all_input_nodes[0]
-    is_product = source.target in _PRODUCTS and source.meta["val"].dtype in _NARROW
+    is_product = source.target in NARROW_PRODUCTS and source.meta["val"].dtype in _NARROW
     if not is_product or len(source.users) > 1 or not narrow[0].meta["val"].is_contiguous():
         return
     with graph.inserting_before(source):

@@ -16,8 +16,7 @@ often keeps it anyway. x is then free after the pool.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,13 +38,13 @@ def pools_by_offsets(graph: Graph) -> Graph:
     """Rewrites pools of floating values with windows and steps of at most MOST elements, whose
     indices nothing but their own gradient reads. O(edges)."""
     metas = graph.metas()
-    readers = _readers(graph)
+    readers = graph.readers()
     outputs = {out.ref for out in graph.outputs}
 
     def fits(pool: Operator) -> bool:
         indices = Ref(pool.name, 1)
         small = max(map(math.prod, _sizes(*pool.args[1:])[:2])) <= MOST
-        private = indices not in outputs and all(_is_of(r, pool) for r in readers[indices])
+        private = indices not in outputs and all(_is_of(r, pool) for r in readers.get(indices, ()))
         return small and private and metas[pool.args[0]].dtype.is_floating_point
 
     chosen = {op.name for op in graph.operators if op.target is _POOL and fits(op)}
@@ -71,14 +70,14 @@ def masks_before_pools(graph: Graph) -> Graph:
     """Rewrites the gradient of a pool by offsets whose only reader is the gradient of the relu that
     the pool reads. Both stay partners of the pool. O(edges)."""
     metas = graph.metas()
-    readers = _readers(graph)
+    readers = graph.readers()
     pools = {op.name: op for op in graph.operators if op.target is own.max_pool.default}
     outputs = {out.ref for out in graph.outputs}
     waiting: dict[Ref, Operator] = {}
 
     def moves(back: Operator) -> bool:
         pool, result = pools.get(back.args[1].name), Ref(back.name)
-        if pool is None or result in outputs or len(readers[result]) != 1:
+        if pool is None or result in outputs or len(readers.get(result, ())) != 1:
             return False
         (reader,) = readers[result]
         return reader.target is _MASK and reader.args[:2] == (result, pool.args[0])
@@ -97,14 +96,6 @@ def masks_before_pools(graph: Graph) -> Graph:
         return Rewrite((masked, spread), {0: Ref(back.name)})
 
     return rewrite_graph(graph, step)
-
-
-def _readers(graph: Graph) -> Mapping[Ref, list[Operator]]:
-    readers: defaultdict[Ref, list[Operator]] = defaultdict(list)
-    for op in graph.operators:
-        for ref in op.operands:
-            readers[ref].append(op)
-    return readers
 
 
 def _is_of(reader: Operator, pool: Operator) -> bool:

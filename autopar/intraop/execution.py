@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -11,9 +10,10 @@ import torch
 
 import autopar.ops  # noqa: F401  (registers autopar::cross_entropy)
 from autopar.estimate import EXPOSED_SHARE, MeshCosts, exchanges_rows
-from autopar.graph.program import Graph, InputKind, Operator, OutputKind
+from autopar.graph.program import Graph, InputKind, Operator, OutputKind, Ref
 from autopar.graph.work import is_view
 from autopar.intraop.stage_problem import StageContext
+from autopar.ops.products import NARROW_PRODUCTS
 
 aten = torch.ops.aten
 
@@ -29,7 +29,6 @@ _OVERWRITTEN: Mapping[object, int] = {torch.ops.autopar.cross_entropy_backward.d
 # Of rows that are a shard; else products want other sizes than the operand has (compile.alignment).
 # Whole rows are given room, if the loss is joined with its gradient (compile.losses).
 _ALIGN_BYTES = 16
-_WIDENED = frozenset({aten.mm.default, aten.bmm.default})
 _LEFT = (aten.convolution_backward.default, 1)
 
 
@@ -78,20 +77,24 @@ def gradient_casts(graph: Graph, execution: Execution) -> GradientCasts:
     if execution is Execution.OPERATORS:
         return GradientCasts()
     makers = {ref: op for op in graph.operators for ref in op.refs}
-    readers = Counter(ref for op in graph.operators for ref in op.operands)
-    readers.update(out.ref for out in graph.outputs)
+    readers = graph.readers()
+    outputs = {out.ref for out in graph.outputs}
+
+    def is_read_once(ref: Ref) -> bool:
+        return len(readers.get(ref, ())) == 1 and ref not in outputs
+
     left, wide = set(), set()
     for out in graph.outputs_of(OutputKind.GRADIENT):
         cast = makers.get(out.ref)
-        if cast is None or cast.target is not aten._to_copy.default or readers[out.ref] > 1:
+        if cast is None or cast.target is not aten._to_copy.default or out.ref in readers:
             continue
         source = cast.operands[0]
-        while readers[source] == 1 and source in makers and is_view(makers[source]):
+        while is_read_once(source) and source in makers and is_view(makers[source]):
             source = makers[source].operands[0]
-        if readers[source] > 1 or source not in makers:
+        if source not in makers or not is_read_once(source):
             continue
         maker = makers[source]
-        if maker.target in _WIDENED:
+        if maker.target in NARROW_PRODUCTS:
             wide.add(maker.name)
         elif (maker.target, source.index) == _LEFT and source == cast.operands[0]:
             left.add(cast.name)

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from autopar.ops.library import LIBRARY, define
 
+aten = torch.ops.aten
+
+NARROW_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
+"""What it may replace, of operands of a narrow type."""
+
 define("wide_product(Tensor a, Tensor b, ScalarType dtype) -> Tensor")
 
 

@@ -8,13 +8,23 @@ import pytest
 import torch
 
 from autopar.graph.program import Graph, TensorMeta
-from autopar.intraop.memory_use import reduce_bytes, reshard_extra_bytes
+from autopar.intraop.build import build_problem
+from autopar.intraop.execution import Execution, gradient_casts
+from autopar.intraop.memory_use import reduce_bytes, reshard_extra_bytes, transient_bytes
+from autopar.intraop.stage_problem import StageContext
+from autopar.lowering.lower import prepare_stages
 from autopar.options import SearchOptions
 from autopar.plan import ParallelPlan, Remat
 from autopar.planner import make_plan
 from cost_models import Cluster
 from tests.unit.intraop.measured import peak_bytes
-from tests.unit.intraop.stages import gpt2_graph, graph_of, llama_graph
+from tests.unit.intraop.stages import (
+    costs_of,
+    gpt2_graph,
+    graph_of,
+    image_graph,
+    llama_graph,
+)
 
 PARTIAL, REPLICATE = -2, -1
 
@@ -110,3 +120,27 @@ def test_gradients_are_reduced_one_after_the_other() -> None:
     assert reduce_bytes([(meta, (), (PARTIAL,), (0,))] * 3, (2,)) == 40
     gathered = [(meta, (), (0,), (REPLICATE,))] * 3  # grows by half a gradient each
     assert reduce_bytes(gathered, (2,)) == 80 + 40 + 40
+
+
+def test_gradients_of_convolutions_stay_narrow_unless_sums_are_pending() -> None:
+    """Such a sum is done behind the cast (two devices; all else as the first choices say)."""
+    (stage,) = prepare_stages(image_graph(), Remat.NONE, [0], compiled=True)
+    built = build_problem(stage.graph, stage.table, costs_of((2,)), StageContext(compiled=True))
+    left = gradient_casts(stage.graph, Execution.STEP).left
+
+    def transient(placement: int, execution: Execution) -> float:
+        choice = tuple(
+            next(
+                i
+                for i, option in enumerate(node.choices)
+                if node.name not in left or option.results[0] == (placement,)
+            )
+            for node in built.nodes
+        )
+        chosen = built.read(choice)
+        assert {chosen.strategies[name].results[0] for name in left} == {(placement,)}
+        layouts = built.dims, chosen.strategies, chosen.inputs, (2,)
+        return transient_bytes(stage.graph, *layouts, execution=execution)
+
+    assert transient(PARTIAL, Execution.STEP) == transient(PARTIAL, Execution.PROGRAMS)
+    assert transient(REPLICATE, Execution.STEP) < transient(REPLICATE, Execution.PROGRAMS)
