@@ -7,6 +7,7 @@ flags below keep.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from autopar.compile.noise import dropout
 from autopar.compile.pooling import max_pool_backward
 from autopar.compile.reductions import kept_rows
+from autopar.compile.split_sums import joined_sums
 
 # By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
 FLAGS = {
@@ -78,7 +80,10 @@ def compile_module(module: fx.GraphModule) -> CompiledModule:
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     context = torch._guards.TracingContext(fakes[0].fake_mode)
     context.output_strides = []
-    with torch.no_grad(), torch._guards.tracing(context), config.patch(FLAGS), kept_rows():
+    changed = (config.patch(FLAGS), kept_rows(), joined_sums())
+    with torch.no_grad(), torch._guards.tracing(context), contextlib.ExitStack() as stack:
+        for change in changed:
+            stack.enter_context(change)
         call: Any = compile_fx_inner(module, fakes, is_backward=False, is_inference=False)
     outputs: Any = module.graph.output_node().args[0]
     made = [node.meta["val"] for node in outputs]

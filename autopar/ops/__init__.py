@@ -10,8 +10,9 @@ from autopar.ops import partial as _partial
 from autopar.ops import pooling as _pooling
 from autopar.ops import products as _products
 from autopar.ops import random as _random
+from autopar.ops import split_sums as _split_sums
 
 __all__: list[str] = []
 
 del _attention, _attention_dropout, _cross_entropy, _experts, _hub, _padding, _partial, _pooling
-del _products, _random
+del _products, _random, _split_sums
