@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from autopar.compile.noise import dropout
 from autopar.compile.pooling import max_pool_backward
 from autopar.compile.reductions import kept_rows
+from autopar.compile.renames import kept_renames
 from autopar.compile.split_sums import joined_sums
 
 # By default Inductor sorts for the lowest peak, which waits for every collective where it starts.
@@ -80,7 +81,7 @@ def compile_module(module: fx.GraphModule) -> CompiledModule:
     fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     context = torch._guards.TracingContext(fakes[0].fake_mode)
     context.output_strides = []
-    changed = (config.patch(FLAGS), kept_rows(), joined_sums())
+    changed = (config.patch(FLAGS), kept_rows(), joined_sums(), kept_renames())
     with torch.no_grad(), torch._guards.tracing(context), contextlib.ExitStack() as stack:
         for change in changed:
             stack.enter_context(change)

@@ -9,6 +9,10 @@ Copies by the GPU's copy engines, which wait without a kernel, take none.
     reduce_scatter(x)    each rank copies part j of x to rank j, and adds up what came
     all_reduce(x)        each rank copies x to the others, and adds up: two ranks, or few bytes
 
+Of two ranks' large gradients in bfloat16 the addition is left to who reads them, such as the
+optimizer (`Addend`): a sum would be written and read once more. They keep what they have received,
+in places that nothing else of the step needs any more.
+
 Sums are taken in the order of the ranks, in float32 at least, and become what reads them in one
 kernel. What moves over the wires is what NCCL moves. Places are inputs of the graph beside its own,
 which `autopar::peer_copy_` writes into: one that is not read any more is used again, and a copy
@@ -17,21 +21,25 @@ starts when every rank has come to it (`ops.peers`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autopar.compile.nodes import CAST, call, in_dtype
 from autopar.compile.overlap import SMALL_BYTES, early_and_late, is_heavy
-from autopar.compile.tables import CASTS, VIEWS, materialize
+from autopar.compile.tables import CASTS, SAME_MEMORY, VIEWS, materialize
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, collective_of
 from autopar.lowering.program import CollectiveOp
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 
 aten = torch.ops.aten
+
+_MOST_GROWTH = 1.05  # of the memory of places, for what has arrived to stay there
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +59,57 @@ class Place:
     numel: int
 
 
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """What is to be added to a result: the first elements of a place, after the last wait."""
+
+    place: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """places: what the inputs are that the graph has beside its own. addends: by the position of a
+    result, which is a contiguous bfloat16 tensor then."""
+
+    module: fx.GraphModule
+    places: tuple[Place, ...] = ()
+    addends: Mapping[int, Addend] = field(default_factory=dict)
+
+
 def copy_between_peers(
-    module: fx.GraphModule, groups: Mapping[str, Peers], parameters: Collection[int]
-) -> tuple[fx.GraphModule, tuple[Place, ...]]:
-    """The same values, in place, and what the inputs are that the graph has beside its own.
+    module: fx.GraphModule,
+    groups: Mapping[str, Peers],
+    parameters: Collection[int],
+    gradients: Collection[int] = (),
+) -> Exchanged:
+    """The same values, in place.
 
     groups: the process groups in which this is possible. parameters: positions of the inputs that
-    are there before the step. Pre: the order of `compile.overlap`. Post: check_places. O(edges).
+    are there before the step; gradients: of results whose reader takes addends, too. Pre: the order
+    of `compile.overlap`. Post: check_places. O(edges).
     """
     copies = _copies(module.graph, groups, parameters)
-    assigned, places = _assign(copies)
-    inputs = _add_inputs(module, places)
-    for copy, number in zip(copies, assigned, strict=True):
-        _rewrite(module.graph, copy, inputs[number])
+    results = _open_sums(module.graph, copies, gradients)
+    assigned = _assign(copies, results)
+    inputs = _add_inputs(module, assigned.places)
+    addends = {}
+    for position, (copy, number) in enumerate(zip(copies, assigned.numbers, strict=True)):
+        is_open = position in assigned.kept
+        if is_open:
+            addends[results[position]] = Addend(number, copy.numel)
+        _rewrite(module.graph, copy, inputs[number], is_open=is_open)
     module.recompile()
-    return check_places(module), places
+    check_places(module, [inputs[addend.place] for addend in addends.values()])
+    return Exchanged(module, assigned.places, addends)
 
 
-def check_places(module: fx.GraphModule) -> fx.GraphModule:
+def check_places(module: fx.GraphModule, addends: Sequence[fx.Node] = ()) -> fx.GraphModule:
     """Verifier: a place is read after it was waited for and before it is written again, also by who
-    reads what is made of it."""
+    reads what is made of it. addends: places that are read after the last node; each holds one."""
     module.graph.lint()
+    if len(set(addends)) < len(addends):
+        raise InternalError("a place is to hold two addends")
     written: dict[fx.Node, fx.Node] = {}  # the last copy into each place
     waited: set[fx.Node] = set()  # places
     # what may be made of places when it is read -> the places, each with the copy that it is from
@@ -93,6 +131,9 @@ def check_places(module: fx.GraphModule) -> fx.GraphModule:
                     raise InternalError(f"{node.name} reads {place.name}, which is written to")
             if made and _may_be_read_through(node):
                 seen[node] = seen.get(node, {}) | made
+    for place in addends:
+        if place not in waited:
+            raise InternalError(f"{place.name} is an addend and is not waited for")
     return module
 
 
@@ -199,27 +240,81 @@ def _made_of(node: fx.Node, follows: Callable[[fx.Node], bool]) -> set[fx.Node]:
     return found
 
 
-def _assign(copies: Sequence[_Copy]) -> tuple[list[int], tuple[Place, ...]]:
-    """The place of each copy, by number. A free one that is large enough, the smallest of them; or
-    the largest free one, which grows; or a new one."""
+def _open_sums(
+    graph: fx.Graph, copies: Sequence[_Copy], gradients: Collection[int]
+) -> dict[int, int]:
+    """Positions of copies of sums that may be left open, and of the results that these are."""
+    outputs: Any = graph.output_node().args[0]
+    found = {}
+    for i, copy in enumerate(copies):
+        result = None if copy.op is CollectiveOp.ALL_GATHER else _result_of(copy.wait)
+        large = copy.numel * copy.wait.meta["val"].itemsize >= SMALL_BYTES
+        narrow = copy.wait.meta["val"].dtype is torch.bfloat16
+        if result is None or not (large and narrow) or copy.peers.size > 2:
+            continue
+        if outputs.count(result) == 1 and (position := outputs.index(result)) in gradients:
+            found[i] = position
+    return found
+
+
+def _result_of(node: fx.Node) -> fx.Node | None:
+    """What the graph returns of a value that is returned in float32 and in its order, and read by
+    nothing else."""
+    while len(node.users) == 1 and node.meta["val"].is_contiguous():
+        (user,) = node.users
+        if user.op == "output":
+            return node if node.meta["val"].dtype is torch.float32 else None
+        if user.target is not CAST and user.target not in VIEWS:
+            return None
+        node = user
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Assigned:
+    """numbers: of the place of each copy. kept: positions of copies whose place is not used
+    again."""
+
+    numbers: tuple[int, ...]
+    places: tuple[Place, ...]
+    kept: frozenset[int] = frozenset()
+
+
+def _assign(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
+    """Places for all; kept those of open sums, where next to no memory is needed for it."""
+    plain, keeping = _first_fit(copies, ()), _first_fit(copies, open_sums)
+    grown = _nbytes(keeping.places) > _MOST_GROWTH * _nbytes(plain.places)
+    return plain if grown else keeping
+
+
+def _first_fit(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
+    """A free place that is large enough, the smallest of them; or the largest free one, which
+    grows; or a new one. An open sum keeps a place that is there."""
     sizes: list[int] = []
     kinds: list[tuple[str, torch.dtype]] = []
-    until: list[int] = []
-    assigned = []
-    for copy in copies:
+    until: list[float] = []
+    numbers: list[int] = []
+    kept: set[int] = set()
+    for position, copy in enumerate(copies):
         free = [i for i, k in enumerate(kinds) if k == copy.kind and until[i] <= copy.first]
+        enough = [i for i in free if sizes[i] >= copy.numel]
+        if enough and position in open_sums:
+            kept.add(position)
         if not free:
             free = [len(sizes)]
-            sizes.append(copy.numel)
+            sizes.append(0)
             kinds.append(copy.kind)
-            until.append(copy.last)
-        enough = [i for i in free if sizes[i] >= copy.numel]
+            until.append(0.0)
         number = min(enough, key=sizes.__getitem__) if enough else max(free, key=sizes.__getitem__)
         sizes[number] = max(sizes[number], copy.numel)
-        until[number] = copy.last
-        assigned.append(number)
-    places = zip(kinds, sizes, strict=True)
-    return assigned, tuple(Place(group, dtype, numel) for (group, dtype), numel in places)
+        until[number] = math.inf if position in kept else copy.last
+        numbers.append(number)
+    places = (Place(*kind, numel) for kind, numel in zip(kinds, sizes, strict=True))
+    return _Assigned(tuple(numbers), tuple(places), frozenset(kept))
+
+
+def _nbytes(places: Sequence[Place]) -> int:
+    return sum(place.numel * place.dtype.itemsize for place in places)
 
 
 def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node]:
@@ -235,7 +330,8 @@ def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node
     return made
 
 
-def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node) -> None:
+def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> None:
+    """is_open: the result is this rank's part, and the place holds the addend."""
     value = copy.wait.meta["val"]
     scatter = copy.op is CollectiveOp.REDUCE_SCATTER
     own = copy.op is CollectiveOp.ALL_GATHER
@@ -246,15 +342,41 @@ def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node) -> None:
     with graph.inserting_before(copy.wait):
         call(graph, PEER_WAIT, place, line)
         received = place
-        if place.meta["val"].numel() > copy.numel:
+        if place.meta["val"].numel() > copy.numel and not is_open:
             received = call(graph, aten.slice.Tensor, place, 0, 0, copy.numel)
         if own:
             result = call(graph, aten.reshape.default, received, list(value.shape))
             copy.wait.replace_all_uses_with(result)
+        elif is_open:
+            _put_part(graph, copy, line)
         else:
             _put_sum(graph, copy, line, received)
     for node in (copy.wait, copy.start):
         graph.erase_node(node)
+
+
+def _own_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> fx.Node:
+    """Of what this rank sends, what it keeps."""
+    numel = copy.wait.meta["val"].numel()
+    first = copy.peers.rank * numel if copy.op is CollectiveOp.REDUCE_SCATTER else 0
+    return call(graph, aten.slice.Tensor, line, 0, first, first + numel)
+
+
+def _put_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> None:
+    """This rank's part in the form of the result that the sum would be. Pre: `_result_of`."""
+    part = call(
+        graph, aten.reshape.default, _own_part(graph, copy, line), list(copy.wait.meta["val"].shape)
+    )
+    node = copy.wait
+    passed = []
+    while (user := next(iter(node.users))).op != "output":
+        if user.target in SAME_MEMORY:
+            part = call(graph, user.target, part, *user.args[1:])
+        passed.append(user)
+        node = user
+    node.replace_all_uses_with(part)
+    for old in reversed(passed):
+        graph.erase_node(old)
 
 
 def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> None:
@@ -265,8 +387,7 @@ def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> 
     total = None
     for rank in range(peers.size):
         if rank == peers.rank:
-            first = rank * wire.numel() if copy.op is CollectiveOp.REDUCE_SCATTER else 0
-            part = call(graph, aten.slice.Tensor, line, 0, first, first + wire.numel())
+            part = _own_part(graph, copy, line)
         else:
             part = call(
                 graph, aten.select.int, others, 0, part_of_place(rank, peers.rank, own=False)

@@ -7,7 +7,8 @@
 p: parameter, g: its gradient, m: average, v: average of squares, t: steps with this one.
 
 A gradient may be in bfloat16, and in another order in memory than its parameter, as a convolution
-makes it: then nobody has to write it in float32 first.
+makes it; or it is the sum of two tensors in bfloat16, one of which came from another rank: then
+nobody has to write it in float32 first.
 """
 
 from __future__ import annotations
@@ -40,20 +41,24 @@ def fits(
     averages: Sequence[Tensor],
     squares: Sequence[Tensor],
     steps: Sequence[Tensor],
+    addends: Sequence[Tensor | None] = (),
 ) -> bool:
     """Whether `adamw` takes these, lists of one length. All on one CUDA device and float32. A
     parameter and what belongs to it are of one shape, lie alike in memory without gaps and begin at
     multiples of 16 bytes; a step has one element. A gradient may be in bfloat16 instead, with
-    some dims of the parameter moved inside the others (`_turn`). Not while a CUDA graph is
-    captured: it would keep the addresses of the first step's gradients."""
-    lists = (parameters, gradients, averages, squares, steps)
+    some dims of the parameter moved inside the others (`_turn`); where it has an addend, both are
+    in bfloat16, and lie as the parameter does. No addends at all is an empty list. Not while a CUDA
+    graph is captured: it would keep the addresses of the first step's gradients."""
+    addends = addends or [None] * len(parameters)
+    lists = (parameters, gradients, averages, squares, steps, addends)
     if not parameters or any(len(tensors) != len(parameters) for tensors in lists):
         return False
     if not parameters[0].is_cuda or not has_triton():
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
-    aligned = [*parameters, *gradients, *averages, *squares]
+    added = [addend for addend in addends if addend is not None]
+    aligned = [*parameters, *gradients, *averages, *squares, *added]
     return _lie_alike(lists, [*aligned, *steps]) and _begin_well(aligned)
 
 
@@ -63,6 +68,7 @@ def adamw(
     averages: Sequence[Tensor],
     squares: Sequence[Tensor],
     steps: Sequence[Tensor],
+    addends: Sequence[Tensor | None] = (),
     *,
     lr: float,
     beta1: float,
@@ -71,7 +77,7 @@ def adamw(
     eps: float,
 ) -> None:
     """In place, on the current stream, tensors that `fits`; as `torch._fused_adamw_`: `steps` count
-    the one that is made."""
+    the one that is made. The gradient is the sum of `gradients` and `addends`, where these are."""
     from autopar.ops import adamw_kernel
 
     with torch.cuda.device(parameters[0].device):
@@ -82,6 +88,7 @@ def adamw(
             squares,
             steps,
             turns=list(map(_turn_of, parameters, gradients)),
+            addends=addends or [None] * len(parameters),
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -91,10 +98,10 @@ def adamw(
     torch.autograd.graph.increment_version([*parameters, *averages, *squares])
 
 
-def _lie_alike(lists: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) -> bool:
+def _lie_alike(lists: Sequence[Sequence[Any]], tensors: Sequence[Tensor]) -> bool:
     """Whether types, devices, shapes and strides are as `fits` asks. They seldom change: the same
     again are known in one call. tensors: all of `lists`."""
-    key = (len(lists[0]), id(lists[0][0]))
+    key = (len(lists[0]), id(lists[0][0]), tuple(addend is None for addend in lists[-1]))
     guard = _guards.get(key)
     if guard is not None and guard.check(*tensors):
         return True
@@ -115,7 +122,12 @@ def _is_plain(x: Tensor, device: torch.device) -> bool:
 
 
 def _belong(
-    parameter: Tensor, gradient: Tensor, average: Tensor, square: Tensor, step: Tensor
+    parameter: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    square: Tensor,
+    step: Tensor,
+    addend: Tensor | None,
 ) -> bool:
     """Whether types, shapes and strides of what belongs to one parameter are as `fits` asks."""
     kept = (parameter, average, square)
@@ -126,9 +138,14 @@ def _belong(
     narrow = gradient.dtype is torch.bfloat16
     if not narrow and gradient.dtype is not torch.float32:
         return False
+    lie_alike: tuple[Tensor, ...] = kept if narrow else (*kept, gradient)
+    if addend is not None:
+        if not narrow or (addend.dtype, addend.shape) != (gradient.dtype, gradient.shape):
+            return False
+        lie_alike = (*kept, gradient, addend)
     if parameter.numel() == 0:
         return True
-    if not _lie_in_one_order(kept if narrow else (*kept, gradient)):
+    if not _lie_in_one_order(lie_alike):
         return False
     return not narrow or (
         parameter.numel() <= _MOST_TURNED and _turn_of(parameter, gradient) is not None

@@ -25,7 +25,7 @@ WARPS = 8
 STAGES = 2  # blocks that are on their way
 
 _MOST_TABLES = 256
-_COLUMNS = 9
+_COLUMNS = 10
 _WIDE = (0, 0)  # in place of a turn: the gradient is in float32
 
 _tables: dict[Hashable, Tensor] = {}  # where tensors lie
@@ -40,6 +40,7 @@ def step(
     steps: Sequence[Tensor],
     *,
     turns: Sequence[tuple[int, int] | None],
+    addends: Sequence[Tensor | None],
     lr: float,
     beta1: float,
     beta2: float,
@@ -47,7 +48,8 @@ def step(
     eps: float,
 ) -> None:
     """In place, on the current stream of the current device, which the tensors are on. turns: for
-    gradients in bfloat16 where their elements lie (`ops.adamw`), None for those in float32."""
+    gradients in bfloat16 where their elements lie (`ops.adamw`), None for those in float32.
+    addends: what is to be added to gradients in bfloat16, if anything, and lies as they do."""
     device = parameters[0].device
     numels = tuple(map(Tensor.numel, parameters))
     counts = [-(-numel // CHUNK) for numel in numels]
@@ -57,16 +59,18 @@ def step(
     lists = (parameters, gradients, averages, squares, steps)
     addresses = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in lists)
     turned = tuple(turn or _WIDE for turn in turns)
+    added = tuple(0 if addend is None else addend.data_ptr() for addend in addends)
     # A table is written and read on one stream: none has to wait for another.
     place = (CHUNK, device, torch.cuda.current_stream(device).cuda_stream, numels)
-    table = _tables.get((place, addresses, turned))
+    found = (place, addresses, turned, added)
+    table = _tables.get(found)
     if table is None:
         firsts = accumulate(counts[:-1], initial=0)
-        values = chain(*addresses, numels, firsts, *zip(*turned, strict=True))
+        values = chain(*addresses, numels, firsts, *zip(*turned, strict=True), added)
         columns = struct.pack(f"{_COLUMNS * len(counts)}q", *values)
         rows = torch.frombuffer(bytearray(columns), dtype=torch.int64).view(_COLUMNS, -1)
         table = _on_device(rows.T.contiguous(), device)
-        _keep(_tables, (place, addresses, turned), table)
+        _keep(_tables, found, table)
     owners = _owners.get(place)
     if owners is None:
         numbers = torch.arange(len(counts), dtype=torch.int32)
@@ -122,20 +126,24 @@ def _turned(place, outer, inner):  # type: ignore[no-untyped-def]
     return first + b * outer + a
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]
     parameter_ptr,
     gradient_ptr,
+    addend_ptr,
     average_ptr,
     square_ptr,
     lanes,
     gradient_lanes,
     mask,
     rates,
+    ADDED: tl.constexpr,
 ):
     """rates: of `_step_kernel`. A parameter is rounded once."""
     rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2 = rates
     gradient = tl.load(gradient_ptr + gradient_lanes, mask=mask).to(tl.float32)
+    if ADDED:
+        gradient += tl.load(addend_ptr + gradient_lanes, mask=mask).to(tl.float32)
     average = tl.load(average_ptr + lanes, mask=mask)
     square = tl.load(square_ptr + lanes, mask=mask)
     parameter = tl.load(parameter_ptr + lanes, mask=mask)
@@ -152,6 +160,7 @@ def _block(  # type: ignore[no-untyped-def]
 def _chunk(  # type: ignore[no-untyped-def]
     parameter_ptr,
     gradient_ptr,
+    addend_ptr,
     average_ptr,
     square_ptr,
     first,
@@ -160,11 +169,12 @@ def _chunk(  # type: ignore[no-untyped-def]
     inner,
     rates,
     NARROW: tl.constexpr,
+    ADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Elements [first, first + count). Pointers: to the first one, but for a NARROW gradient, whose
-    elements are turned: to the tensor's own."""
+    elements are turned: to the tensor's own. ADDED: the gradient is a sum of two."""
     columns = tl.arange(0, BLOCK)
     whole = count // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
@@ -172,12 +182,14 @@ def _chunk(  # type: ignore[no-untyped-def]
         _block(
             parameter_ptr,
             gradient_ptr,
+            addend_ptr,
             average_ptr,
             square_ptr,
             lanes,
             _turned(first + lanes, outer, inner) if NARROW else lanes,
             None,
             rates,
+            ADDED,
         )
     if whole < count:
         # A mask that ends at an odd element makes loads and stores of single ones.
@@ -185,12 +197,14 @@ def _chunk(  # type: ignore[no-untyped-def]
         _block(
             parameter_ptr,
             gradient_ptr,
+            addend_ptr,
             average_ptr,
             square_ptr,
             lanes,
             _turned(first + lanes, outer, inner) if NARROW else lanes,
             lanes < count,
             rates,
+            ADDED,
         )
 
 
@@ -215,7 +229,7 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
 ):
     """Rows of the table: addresses of parameter, gradient, average, square and step, number of
-    elements, first chunk, the gradient's turn or zeros."""
+    elements, first chunk, the gradient's turn or zeros, address of its addend or 0."""
     FLOAT: tl.constexpr = tl.pointer_type(tl.float32)
     BFLOAT: tl.constexpr = tl.pointer_type(tl.bfloat16)
     chunk = tl.program_id(0)
@@ -229,14 +243,17 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     done = tl.load(tl.load(row + 4).to(FLOAT)).to(tl.float64)
     outer = tl.load(row + 7).to(tl.int32)
     inner = tl.load(row + 8).to(tl.int32)
+    addend = tl.load(row + 9)
     # 1 - beta^t is near 0 for early t.
     rate = tl.div_rn(lr, (1.0 - tl.exp(done * log_beta1)).to(tl.float32))
     scale = tl.div_rn(1.0, tl.sqrt_rn((1.0 - tl.exp(done * log_beta2)).to(tl.float32)))
     rates = (rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2)
     if outer == 0:
+        gradient_ptr = tl.multiple_of(gradient.to(FLOAT), 16) + first
         _chunk(
             parameter_ptr,
-            tl.multiple_of(gradient.to(FLOAT), 16) + first,
+            gradient_ptr,
+            gradient_ptr,
             average_ptr,
             square_ptr,
             0,
@@ -245,13 +262,33 @@ def _step_kernel(  # type: ignore[no-untyped-def]
             inner,
             rates,
             NARROW=False,
+            ADDED=False,
+            BLOCK=BLOCK,
+            STAGES=STAGES,
+        )
+    elif addend != 0:
+        _chunk(
+            parameter_ptr,
+            tl.multiple_of(gradient.to(BFLOAT), 16) + first,
+            tl.multiple_of(addend.to(BFLOAT), 16) + first,
+            average_ptr,
+            square_ptr,
+            0,
+            count,
+            outer,
+            inner,
+            rates,
+            NARROW=False,
+            ADDED=True,
             BLOCK=BLOCK,
             STAGES=STAGES,
         )
     else:
+        gradient_ptr = gradient.to(BFLOAT)
         _chunk(
             parameter_ptr,
-            gradient.to(BFLOAT),
+            gradient_ptr,
+            gradient_ptr,
             average_ptr,
             square_ptr,
             first.to(tl.int32),
@@ -260,6 +297,7 @@ def _step_kernel(  # type: ignore[no-untyped-def]
             inner,
             rates,
             NARROW=True,
+            ADDED=False,
             BLOCK=BLOCK,
             STAGES=STAGES,
         )

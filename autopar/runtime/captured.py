@@ -97,6 +97,11 @@ class CapturedProgram:
         """Once it is captured: they are in the graph's own memory."""
         return self._recording is not None
 
+    @property
+    def addends(self) -> Mapping[str, Tensor]:
+        """None once it is captured: graphs make no copies between ranks."""
+        return {} if self._recording is not None else self._program.addends
+
     def release(self) -> None:
         """Forgets the graph; the program goes on kernel by kernel. NCCL ends no group that a graph
         still uses."""

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from autopar.compile.inductor import CompiledModule, compile_module
 from autopar.compile.passes import prepare
-from autopar.compile.peers import Place, copy_between_peers
+from autopar.compile.peers import Addend, Place, copy_between_peers
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
@@ -35,7 +35,8 @@ def compiler(
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
     traced, and those that need not be compiled, as they do nothing. peers: for collectives by
     copies (`compile.peers`), in programs of which `copies_if` says so, from how many operators
-    they have. gradients: outputs that may come in a narrower type and in other strides."""
+    they have. gradients: outputs that may come in a narrower type, in other strides, and with an
+    addend."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):
@@ -81,9 +82,11 @@ class CompiledProgram:
         self._peers, self._copies_if = peers, copies_if
         self._wanted: tuple[Place, ...] = ()
         self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
+        self._addends: Mapping[int, Addend] = {}
         self._compiled: CompiledModule | None = None
         self._foreseen = False  # compiled for values that were not there yet
         self.num_operators = 0  # of the compiled graph
+        self.addends: Mapping[str, Tensor] = {}
         self._strides: list[tuple[int, ...]] = []
 
     def prepare(self, examples: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
@@ -107,7 +110,16 @@ class CompiledProgram:
         self._foreseen = False
         values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
         outputs = compiled.call(values + self._allocated())
+        self.addends = self._received(outputs)
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
+
+    def _received(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Addends in the form of their results."""
+        names, places = list(self._program.outputs), self._allocated()
+        return {
+            names[i]: places[addend.place][: addend.numel].view_as(outputs[i])
+            for i, addend in self._addends.items()
+        }
 
     def _allocated(self) -> list[Tensor]:
         """Where other ranks write."""
@@ -126,9 +138,10 @@ class CompiledProgram:
         narrow = [i for i, key in enumerate(self._program.outputs) if key in self._gradients]
         ordered = prepare(module, early, narrow)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
-        self._wanted, self._places = (), None
+        self._wanted, self._places, self._addends = (), None, {}
         if self._peers is not None and self._copies_if(self.num_operators):
-            ordered, self._wanted = copy_between_peers(ordered, self._peers.peers, early)
+            made = copy_between_peers(ordered, self._peers.peers, early, narrow)
+            ordered, self._wanted, self._addends = made.module, made.places, made.addends
         self._compiled = compile_module(ordered)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)

@@ -61,12 +61,14 @@ class StepInputs:
 class StageResult:
     """loss: None on stages that do not make it. gradients: of owned parameters, at rest and where
     these rest, by the name of the input that holds them. buffers: those after the step, by input
-    name. lent: whether the next step overwrites the gradients."""
+    name. lent: whether the next step overwrites the gradients. addends: what is still to be added
+    to some of them, which it does overwrite, by the same names."""
 
     loss: Shards | None
     gradients: Mapping[str, Shards]
     buffers: Mapping[str, Shards]
     lent: bool = False
+    addends: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StageExecutor:
@@ -150,6 +152,7 @@ class _State:
     loss: Shards | None = None
     gradients: dict[str, Shards] = field(default_factory=dict)
     lent: bool = False  # whether the next step overwrites the gradients
+    addends: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StagePlayer:
@@ -229,7 +232,9 @@ class StagePlayer:
 
     def result(self) -> StageResult:
         state = self._state
-        return StageResult(state.loss, state.gradients, state.buffers, lent=state.lent)
+        return StageResult(
+            state.loss, state.gradients, state.buffers, lent=state.lent, addends=state.addends
+        )
 
     def _whole(self) -> None:
         """The step as one program, from parameters at rest to their gradients."""
@@ -240,7 +245,12 @@ class StagePlayer:
         state.lent = executor.whole.lends
         state.loss = [t.clone() if state.lent else t for t in outputs.pop(LOSS)]
         state.buffers.update({name: outputs.pop(name) for name in state.buffers if name in outputs})
-        state.gradients = outputs if state.lent else own_copies(outputs)
+        state.addends = executor.whole.addends
+        if state.lent:
+            state.gradients = outputs
+            return
+        settled = [name for name in outputs if name not in state.addends]
+        state.gradients = {**outputs, **own_copies(outputs, settled)}
 
     def _fetch(self) -> None:
         """Lends and borrows parameters, then takes each to its layout in the step."""

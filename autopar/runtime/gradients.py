@@ -5,20 +5,22 @@ placements of every tensor anew, in tens of microseconds each. A step of
 `torch.optim.AdamW(.., fused=True)` is that of `ops.adamw` for the shards that it fits. Gradients
 see the call by `__torch_function__`: torch 2.11 does not ask a DTensor's `__torch_dispatch__`.
 
-A gradient may have been made in a narrower type than its parameter's, and in other strides. It is
-brought into the parameter's when somebody asks for its local tensor; that step of AdamW does not.
+A gradient may have been made in a narrower type than its parameter's, and in other strides, and a
+part of it that came from another rank may still have to be added. It is brought into the form of
+its parameter when somebody asks for its local tensor; that step of AdamW does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from autopar.ops import adamw
+from autopar.ops.wide_sum import add_wide
 
 _LISTED = frozenset(
     function
@@ -30,25 +32,40 @@ _LISTED = frozenset(
 _NUM_LISTS = 6  # of AdamW
 
 
+class Made(NamedTuple):
+    """A local gradient as it was made. addend: what is to be added, of its shape, type and strides,
+    in memory that the next step overwrites."""
+
+    value: Tensor
+    addend: Tensor | None = None
+
+
 class Gradient(DTensor):
     """A DTensor in all else."""
 
     # As it was made, and the strides that its local tensor gets; nothing once that is there.
-    _made: tuple[Tensor, tuple[int, ...]] | None = None
+    _made: tuple[Made, tuple[int, ...]] | None = None
+    _stream: torch.cuda.Stream | None = None  # of the step that made an addend
 
     def __getattr__(self, name: str) -> Any:
         """The local tensor when it is asked for first. Everything that reads a DTensor's values or
         writes into them asks for it. (Called for attributes that are not there.)"""
         if name != "_local_tensor" or self._made is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        narrow, strides = self._made
+        (narrow, addend), strides = self._made
         with torch.inference_mode(mode=False), torch.no_grad():
             local = torch.empty_strided(
                 narrow.shape, strides, dtype=self.dtype, device=narrow.device
             )
-            self._local_tensor = local.copy_(narrow)
+            if addend is None:
+                self._local_tensor = local.copy_(narrow)
+            else:
+                self._local_tensor = add_wide(narrow, addend, local)
         if narrow.is_cuda:  # its memory is that of the stream of the step
-            narrow.record_stream(torch.cuda.current_stream(narrow.device))
+            current = torch.cuda.current_stream(narrow.device)
+            narrow.record_stream(current)
+            if self._stream is not None and self._stream != current:
+                self._stream.wait_stream(current)
         self._made = None
         return local
 
@@ -74,22 +91,30 @@ class Gradient(DTensor):
         return torch._C._disabled_torch_function_impl(func, types, args, keywords)
 
 
-def as_gradient(local: Tensor, parameter: Tensor) -> Tensor:
-    """A local gradient in the form of its parameter. Pre: it has the shape of its shard and, but
-    for that of a DTensor, its type."""
+def as_gradient(local: Tensor, parameter: Tensor, addend: Tensor | None = None) -> Tensor:
+    """A local gradient in the form of its parameter. addend: as `Made`, for a DTensor alone. Pre:
+    it has the shape of its shard and, but for that of a DTensor, its type."""
     if not isinstance(parameter, DTensor):
         return local
     shard = parameter._local_tensor
-    narrow = local.dtype is not shard.dtype
+    later = local.dtype is not shard.dtype or addend is not None
     # DTensor.__init__ does nothing, at the price of all the rest
     gradient: Any = Gradient.__new__(
-        Gradient, shard if narrow else local, parameter._spec, requires_grad=False
+        Gradient, shard if later else local, parameter._spec, requires_grad=False
     )
-    if narrow:
-        gradient._made = (local, shard.stride())
+    if later:
+        gradient._made = (Made(local, addend), shard.stride())
         del gradient._local_tensor
+    if addend is not None and addend.is_cuda:
+        gradient._stream = torch.cuda.current_stream(addend.device)
     made: Tensor = gradient
     return made
+
+
+def is_open(gradient: Tensor) -> bool:
+    """Whether something is still to be added to it."""
+    made = gradient._made if isinstance(gradient, Gradient) else None
+    return made is not None and made[0].addend is not None
 
 
 def _is_alike(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -132,20 +157,20 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
     """By our kernel what it takes, by torch's the rest. Decided for each parameter: ranks have
     other shards, but what is replicated has to stay the same on all of them."""
     parameters, given, averages, squares, _, steps = lists
-    gradients = list(map(as_made, given))
-    columns = (_shards(parameters), gradients, *map(_shards, (averages, squares, steps)))
+    gradients, addends = (list(made) for made in zip(*map(as_made, given), strict=True))
+    columns = (_shards(parameters), gradients, *map(_shards, (averages, squares, steps)), addends)
     names = ("lr", "beta1", "beta2", "weight_decay", "eps")
     rates = {name: options[name] for name in names}
     if adamw.fits(*columns):
         adamw.adamw(*columns, **rates)
         return
-    ours: list[Sequence[Tensor]] = []
+    ours: list[Sequence[Any]] = []
     others: list[Sequence[Tensor]] = []
     for row, gradient in zip(zip(*columns, strict=True), given, strict=True):
         if adamw.fits(*([x] for x in row)):
             ours.append(row)
         else:
-            others.append((row[0], *_shards([gradient]), *row[2:]))
+            others.append((row[0], *_shards([gradient]), *row[2:5]))
     if ours:
         adamw.adamw(*map(list, zip(*ours, strict=True)), **rates)
     if others:
@@ -153,12 +178,12 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
         torch._fused_adamw_(*left[:4], [], left[4], **options)  # type: ignore[call-overload]
 
 
-def as_made(gradient: Any) -> Any:
-    """This rank's part of a gradient, in the type and strides in which it was made if nobody has
-    asked for it in another way."""
+def as_made(gradient: Any) -> Made:
+    """This rank's part of a gradient, in the type and strides in which it was made and in the two
+    parts of its sum, if nobody has asked for it in another way."""
     if isinstance(gradient, Gradient) and gradient._made is not None:
         return gradient._made[0]
-    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+    return Made(gradient._local_tensor if isinstance(gradient, DTensor) else gradient)
 
 
 def _shards(arg: Any) -> Any:

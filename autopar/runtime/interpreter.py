@@ -43,6 +43,12 @@ class ProgramPlayer(Protocol):
         then, in memory that no other result sees."""
         ...
 
+    @property
+    def addends(self) -> Mapping[str, Tensor]:
+        """What is to be added to results of the last call, by their names, in memory that the next
+        one overwrites: of results that were announced as gradients."""
+        ...
+
     def __call__(self, inputs: MutableMapping[str, Shards]) -> dict[str, Shards]:
         """`inputs` is emptied: whoever still needs a value keeps it elsewhere, and every other one
         is freed after its last reader."""
@@ -61,6 +67,7 @@ class InterpretedProgram:
     """A program with what each run of it needs anew: constants on the device, last uses."""
 
     lends = False
+    addends: Mapping[str, Tensor] = {}
 
     def __init__(
         self,

@@ -152,7 +152,11 @@ class ParallelModel(nn.Module):
                 kept = resting.kept
                 result = results[kept.stage]
                 if kept.key in result.gradients and kept.requires_grad:
-                    resting.add_gradient(result.gradients[kept.key][0], lent=result.lent)
+                    resting.add_gradient(
+                        result.gradients[kept.key][0],
+                        addend=result.addends.get(kept.key),
+                        lent=result.lent,
+                    )
         for buffer in self._kept_buffers:
             for stage, key in buffer.keys:
                 _buffer(self, buffer.name).copy_(results[stage].buffers[key][0])

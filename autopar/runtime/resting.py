@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -9,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import InternalError
 from autopar.layout import REPLICATE, to_placements
 from autopar.mesh import LogicalMesh
+from autopar.ops.wide_sum import add_wide
 from autopar.runtime.comm import RankComm
-from autopar.runtime.gradients import as_gradient, as_made
+from autopar.runtime.gradients import as_gradient, as_made, is_open
 from autopar.runtime.inputs import valid_part
 from autopar.runtime.parameters import KeptParameter, shard_of
 from autopar.runtime.strides import with_strides
@@ -54,6 +57,7 @@ class RestingParameter:
             scope._parameters[leaf] = parameter
         self._scope, self._leaf = places[0]
         self._lent = False
+        self._open: weakref.ref[Tensor] | None = None  # made by the last step, with an addend
         # of the last step, if it lent it: (what came, what `.grad` became)
         self._seen: tuple[Tensor, Tensor] | None = None
 
@@ -85,23 +89,38 @@ class RestingParameter:
             self._local.copy_(local)
         return self._shard
 
-    def add_gradient(self, shard: Tensor, *, lent: bool = False) -> None:
-        """A gradient at rest, with its padding, to `.grad`, as autograd does. lent: its memory is
-        that of the next step's, before which `keep_gradient` is called. Pre: no autograd."""
+    def add_gradient(
+        self, shard: Tensor, *, addend: Tensor | None = None, lent: bool = False
+    ) -> None:
+        """A gradient at rest, with its padding, to `.grad`, as autograd does. addend: what is to be
+        added to it, in memory of the next step's; lent: that memory is its own. `keep_gradient` is
+        called before that step. Pre: no autograd."""
         parameter = self.parameter
         gradient = parameter.grad
-        if gradient is None:
+        value, other = self._valid(shard), None if addend is None else self._valid(addend)
+        if gradient is not None:
+            local = local_tensor(gradient)
+            # the two first: ranks with the same parameter have each the other's part as addend
+            local.add_(value if other is None else add_wide(value, other, torch.empty_like(local)))
+        elif other is not None:
+            parameter.grad = as_gradient(value, parameter, other)
+            self._open = weakref.ref(parameter.grad)
+        else:
             parameter.grad = self._as_gradient(shard, parameter, lent=lent)
             self._lent = lent
-        else:
-            local_tensor(gradient).add_(self._valid(shard))
 
     def keep_gradient(self) -> None:
-        """Copies what was lent, if the user still has it as `.grad`. Pre: no autograd."""
+        """Copies what was lent, if the user still has it as `.grad`, and adds what is to be added,
+        if anybody has the gradient. Pre: no autograd."""
         parameter = self.parameter
         if self._lent and parameter.grad is not None:
-            parameter.grad = as_gradient(as_made(parameter.grad).clone(), parameter)
+            made = as_made(parameter.grad)
+            parameter.grad = as_gradient(made.value.clone(), parameter)
         self._lent = False
+        gradient = None if self._open is None else self._open()
+        if gradient is not None and is_open(gradient):
+            local_tensor(gradient)
+        self._open = None
 
     def load(self, whole: Tensor) -> None:
         """Takes this rank's part of a value."""

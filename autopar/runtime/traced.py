@@ -52,6 +52,7 @@ class _TracedProgram:
     """Traced at its first call, once for each rank."""
 
     lends = False
+    addends: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class _TracedProgram:
         if self._copies:
             axes = zip(self._groups, coordinates, strict=True)
             peers = {name: Peers(rank, size) for (name, size), rank in axes}
-            module, found = copy_between_peers(module, peers, self._early)
+            made = copy_between_peers(module, peers, self._early)
+            module, found = made.module, made.places
             inputs = module.graph.find_nodes(op="placeholder")[-len(found) :] if found else []
             places = {node.name: place for node, place in zip(inputs, found, strict=True)}
             if self._graphs and places != self._places:

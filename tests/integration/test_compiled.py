@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
 
 from autopar.api import parallelize
-from autopar.compile import overlap, passes
+from autopar.compile import overlap, passes, peers
 from autopar.compile.gradients import leave_narrow
 from autopar.compile.inductor import compile_module
 from autopar.graph.precision import Precision
@@ -21,11 +22,14 @@ from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.gradients import Gradient
+from autopar.runtime.gradients import is_open as is_open_sum
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 from benchmarks.models.gpt import GPT, GPTConfig, example_batch
+from cost_models import Cluster
 from tests.unit.runtime.recorder import Recorder
 
+FAST = Cluster.from_toml("tests/clusters/fast_links.toml")
 ROWS, WIDTH = 8, 64
 STEPS = 2
 
@@ -203,6 +207,66 @@ def test_a_stream_that_starts_with_gathered_rows() -> None:
     """Norms far behind the first read these rows where Inductor writes them into its kernels."""
     for collected, copied in run_processes(gpts, 2):
         check(collected, copied)
+
+
+def train_open(*, is_open: bool) -> list[Tensor]:
+    """Of steps in bfloat16: losses, gradients that are kept over the next step, gradients of two
+    steps, and parameters after AdamW."""
+    config = GPTConfig(32, 4, 2, vocab_size=64, seq_len=16)
+    torch.manual_seed(0)
+    model, tokens = GPT(config), example_batch(config, 4)
+    small = {"SMALL_BYTES": 0}
+    closed = {} if is_open else {"_open_sums": lambda *_: {}}
+    with patch.multiple(overlap, **small), patch.multiple(peers, **small, **closed):
+        parallel = parallelize(
+            model,
+            tokens,
+            cluster=replace(FAST, groups=(replace(FAST.groups[0], devices_per_node=2),)),
+            precision=Precision.parse("bf16/bf16"),
+            options=SearchOptions(
+                num_stages=1,
+                mesh_shape=(2,),
+                num_microbatches=1,
+                placements={"*weight": "S0"},
+                cache=False,
+            ),
+            device="cpu",
+            compiled=True,
+            peer_copies=True,
+        )
+        parameters = [p for p in parallel.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+        found = [parallel.train_step(tokens)]
+        held = [p.grad for p in parameters[::2]]  # nobody asks for the others' values
+        num_open = sum(is_open_sum(p.grad) for p in parameters)
+        assert num_open >= 8 if is_open else num_open == 0, num_open
+        optimizer.zero_grad()
+        for _ in range(2):
+            found.append(parallel.train_step(tokens))
+        assert not any(map(is_open_sum, held))
+        found += [p.grad.to_local().clone() for p in parameters]
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(parallel.train_step(tokens))
+        found.append(parallel.clip_grad_norm_(0.1))
+        optimizer.step()
+    return [x.detach() for x in found] + [local(x).clone() for x in [*held, *parameters]]
+
+
+def local(x: Tensor) -> Tensor:
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def opens(world: World) -> list[list[Tensor]]:
+    assert world.size == 2
+    return [train_open(is_open=is_open) for is_open in (False, True)]
+
+
+def test_a_sum_that_is_left_to_its_reader_is_the_same() -> None:
+    """Bit for bit, also where the user keeps it while the next step receives in its memory."""
+    for closed, left_open in run_processes(opens, 2):
+        for want, got in zip(closed, left_open, strict=True):
+            assert torch.equal(got, want)
 
 
 class Images(nn.Module):

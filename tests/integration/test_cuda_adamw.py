@@ -156,6 +156,29 @@ def test_narrow_gradients_are_read_where_they_lie() -> None:
         assert torch.equal(x, y)
 
 
+def test_gradients_are_added_as_they_are_read() -> None:
+    """In bfloat16, as two ranks made them."""
+    shapes = [(4096,), (64, 24, 3, 3), (130, 72), (0, 8), (16, 8)]
+    found = []
+    for added in (True, False):
+        torch.manual_seed(0)
+        values = [torch.randn(shape, device="cuda") for shape in shapes for _ in range(4)]
+        ones, others = ([x.bfloat16() for x in values[first::4]] for first in (0, 1))
+        parameters, averages = values[2::4], values[3::4]
+        squares = [x * x for x in averages]
+        steps = [torch.full((), 3.0, device="cuda") for _ in shapes]
+        addends = [*others[:-1], None]  # one gradient has no addend
+        made = [*ones[:-1], others[-1].float()]
+        if not added:
+            made[:-1] = [x.float() + y.float() for x, y in zip(ones, others[:-1], strict=False)]
+        lists = (parameters, made, averages, squares, steps, addends if added else [])
+        assert fits(*lists)
+        adamw(*lists, lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=DECAY, eps=EPS)
+        found.append([*parameters, *averages, *squares])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_infinite_squares_stop_a_parameter() -> None:
     for beta2 in (0.999, 0.5):
         state = State()

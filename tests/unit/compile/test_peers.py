@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from autopar.compile import overlap as order
 from autopar.compile.overlap import SMALL_BYTES, overlap
-from autopar.compile.peers import Peers, Place, check_places, copy_between_peers
+from autopar.compile.peers import Exchanged, Peers, Place, check_places, copy_between_peers
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
@@ -48,11 +48,13 @@ def layers(size: int) -> Body:
 def prepared(body: Body, size: int, *inputs: Tensor) -> tuple[fx.GraphModule, tuple[Place, ...]]:
     parameters = range(1, len(inputs))
     module = overlap(traced(body, *inputs), parameters)
-    return copy_between_peers(module, {GROUP: Peers(0, size)}, parameters)
+    made = copy_between_peers(module, {GROUP: Peers(0, size)}, parameters)
+    assert not made.addends
+    return made.module, made.places
 
 
-def inputs(size: int) -> list[Tensor]:
-    shards = [torch.randn(WIDTH // size, WIDTH) for _ in range(LAYERS)]
+def inputs(size: int, num_layers: int = LAYERS) -> list[Tensor]:
+    shards = [torch.randn(WIDTH // size, WIDTH) for _ in range(num_layers)]
     return [torch.randn(4, WIDTH).bfloat16(), *shards]
 
 
@@ -138,9 +140,91 @@ def test_which_sums_are_copies(
 def test_a_group_without_peers_keeps_its_collectives() -> None:
     module = overlap(traced(layers(2), *inputs(2)), range(1, LAYERS + 1))
     before = targets(module)
-    module, places = copy_between_peers(module, {}, range(1, LAYERS + 1))
-    assert targets(module) == before
-    assert not places
+    made = copy_between_peers(module, {}, range(1, LAYERS + 1), range(LAYERS))
+    assert targets(made.module) == before
+    assert not made.places and not made.addends
+
+
+def opened(
+    size: int, gradients: range, body: Body | None = None, num_layers: int = LAYERS
+) -> Exchanged:
+    parameters = range(1, num_layers + 1)
+    module = overlap(traced(body or layers(size), *inputs(size, num_layers)), parameters)
+    return copy_between_peers(module, {GROUP: Peers(1, size)}, parameters, gradients)
+
+
+def once(x: Tensor, *shards: Tensor) -> list[Tensor]:
+    """Gathered weights are read by backward, too, and free as gradients are made."""
+    weights = [collective("all_gather", shard.bfloat16(), 2) for shard in shards]
+    states = [x]
+    for weight in weights:
+        states.append((states[-1] @ weight.t()).relu())
+    grad, grads = states[-1] * 2, []
+    for weight, state in zip(weights[::-1], states[-2::-1], strict=True):
+        made, grad = grad.t() @ state, grad @ weight
+        grads.append(collective("reduce_scatter", made, 2).float().view(-1, WIDTH))
+    return [*grads, grad.float()]
+
+
+def test_the_last_addition_is_left_to_the_reader() -> None:
+    before, made = (opened(2, range(n), once) for n in (0, LAYERS))
+    assert not before.addends
+    assert 2 <= len(made.addends) < LAYERS  # the first have no place where no weight is free
+    assert len({addend.place for addend in made.addends.values()}) == len(made.addends)
+    assert [p.numel for p in made.places] == [p.numel for p in before.places]
+    results = made.module.graph.output_node().args[0]
+    for i, result in enumerate(results):
+        value = result.meta["val"]
+        assert value.dtype is (torch.bfloat16 if i in made.addends else torch.float32)
+        if i in made.addends:
+            assert made.addends[i].numel == value.numel() == WIDTH * WIDTH // 2
+            assert value.is_contiguous() and value.storage_offset() == value.numel()  # rank 1's
+    sums = targets(made.module).count(aten.add.Tensor)
+    assert targets(before.module).count(aten.add.Tensor) == sums + len(made.addends)
+
+
+def test_places_do_not_grow_for_it() -> None:
+    """Weights on every rank are not gathered: gradients would have to share places."""
+
+    def replicated(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        states = [x]
+        whole = [torch.cat([weight, weight]).bfloat16() for weight in weights]
+        for weight in whole:
+            states.append((states[-1] @ weight.t()).relu())
+        grad, grads = states[-1] * 2, []
+        for weight, state in zip(whole[::-1], states[-2::-1], strict=True):
+            grads.append(collective("all_reduce", grad.t() @ state, 2).float())
+            grad = grad @ weight
+        return [*grads, grad.float()]
+
+    before, made = (opened(2, range(n), replicated, 12) for n in (0, 12))
+    assert made.places == before.places and not made.addends
+
+
+def test_sums_of_more_ranks_are_made() -> None:
+    assert not opened(4, range(LAYERS)).addends
+
+
+def test_what_is_read_in_the_step_is_a_sum() -> None:
+    def body(x: Tensor, *shards: Tensor) -> list[Tensor]:
+        *grads, grad = once(x, *shards)
+        return [*(g * 2 for g in grads), *grads[:-1], grad]
+
+    assert not opened(2, range(2 * LAYERS - 1), body).addends
+
+
+def test_addends_are_waited_for_and_stay() -> None:
+    made = opened(2, range(LAYERS), once)
+    places = made.module.graph.find_nodes(op="placeholder")[-len(made.places) :]
+    kept = [places[addend.place] for addend in made.addends.values()]
+    check_places(made.module, kept)
+    with pytest.raises(InternalError, match="two addends"):
+        check_places(made.module, [*kept, kept[0]])
+    waits = made.module.graph.find_nodes(op="call_function", target=PEER_WAIT)
+    last = next(wait for wait in waits[::-1] if wait.args[0] is kept[-1])
+    made.module.graph.erase_node(last)
+    with pytest.raises(InternalError, match="not waited for"):
+        check_places(made.module, kept)
 
 
 def test_readers_at_the_wrong_time_are_found() -> None:
