@@ -68,12 +68,12 @@ class Addend:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchanged:
-    """places: what the inputs are that the graph has beside its own. addends: by the position of a
-    result, which is a contiguous bfloat16 tensor then."""
+class Exchange:
+    """places: what the inputs are that the graph has beside its own. numbers: of the place of each
+    copy. addends: by the position of a result, which is a contiguous bfloat16 tensor then."""
 
-    module: fx.GraphModule
     places: tuple[Place, ...] = ()
+    numbers: tuple[int, ...] = ()
     addends: Mapping[int, Addend] = field(default_factory=dict)
 
 
@@ -82,8 +82,8 @@ def copy_between_peers(
     groups: Mapping[str, Peers],
     parameters: Collection[int],
     gradients: Collection[int] = (),
-) -> Exchanged:
-    """The same values, in place.
+) -> tuple[fx.GraphModule, Exchange]:
+    """The same values, in place, and where they come from.
 
     groups: the process groups in which this is possible. parameters: positions of the inputs that
     are there before the step; gradients: of results whose reader takes addends, too. Pre: the order
@@ -101,7 +101,7 @@ def copy_between_peers(
         _rewrite(module.graph, copy, inputs[number], is_open=is_open)
     module.recompile()
     check_places(module, [inputs[addend.place] for addend in addends.values()])
-    return Exchanged(module, assigned.places, addends)
+    return module, Exchange(assigned.places, assigned.numbers, addends)
 
 
 def check_places(module: fx.GraphModule, addends: Sequence[fx.Node] = ()) -> fx.GraphModule:

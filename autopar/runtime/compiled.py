@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from autopar.compile.inductor import CompiledModule, compile_module
 from autopar.compile.passes import prepare
-from autopar.compile.peers import Addend, Place, copy_between_peers
+from autopar.compile.peers import Exchange, copy_between_peers
 from autopar.compile.trace import is_traceable, trace
 from autopar.lowering.program import LocalProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
@@ -80,9 +80,8 @@ class CompiledProgram:
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters, self._gradients = frozenset(parameters), frozenset(gradients)
         self._peers, self._copies_if = peers, copies_if
-        self._wanted: tuple[Place, ...] = ()
+        self._wanted = Exchange()
         self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
-        self._addends: Mapping[int, Addend] = {}
         self._compiled: CompiledModule | None = None
         self._foreseen = False  # compiled for values that were not there yet
         self.num_operators = 0  # of the compiled graph
@@ -109,22 +108,20 @@ class CompiledProgram:
             compiled = self._compile(values)
         self._foreseen = False
         values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
-        outputs = compiled.call(values + self._allocated())
-        self.addends = self._received(outputs)
+        outputs = compiled.call(values + self._allocated(compiled))
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
 
-    def _received(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Addends in the form of their results."""
-        names, places = list(self._program.outputs), self._allocated()
-        return {
-            names[i]: places[addend.place][: addend.numel].view_as(outputs[i])
-            for i, addend in self._addends.items()
-        }
-
-    def _allocated(self) -> list[Tensor]:
-        """Where other ranks write."""
+    def _allocated(self, compiled: CompiledModule) -> list[Tensor]:
+        """Where other ranks write; what is an addend there gets the form of its result."""
         if self._places is None:
-            self._places = self._peers.allocate(self._wanted) if self._peers else []
+            wanted = self._wanted
+            places = self._peers.allocate(wanted.places, wanted.numbers) if self._peers else []
+            names = list(self._program.outputs)
+            self.addends = {
+                names[i]: places[addend.place][: addend.numel].view(compiled.results[i].shape)
+                for i, addend in wanted.addends.items()
+            }
+            self._places = places
         return self._places
 
     def _fits(self, values: Sequence[Tensor]) -> bool:
@@ -138,10 +135,10 @@ class CompiledProgram:
         narrow = [i for i, key in enumerate(self._program.outputs) if key in self._gradients]
         ordered = prepare(module, early, narrow)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
-        self._wanted, self._places, self._addends = (), None, {}
+        self._wanted, self._places, self.addends = Exchange(), None, {}
         if self._peers is not None and self._copies_if(self.num_operators):
-            made = copy_between_peers(ordered, self._peers.peers, early, narrow)
-            ordered, self._wanted, self._addends = made.module, made.places, made.addends
+            peers = self._peers.peers
+            ordered, self._wanted = copy_between_peers(ordered, peers, early, narrow)
         self._compiled = compile_module(ordered)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)

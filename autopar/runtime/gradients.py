@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from autopar.errors import InternalError
 from autopar.ops import adamw
 from autopar.ops.wide_sum import add_wide
 
@@ -92,9 +93,11 @@ class Gradient(DTensor):
 
 
 def as_gradient(local: Tensor, parameter: Tensor, addend: Tensor | None = None) -> Tensor:
-    """A local gradient in the form of its parameter. addend: as `Made`, for a DTensor alone. Pre:
-    it has the shape of its shard and, but for that of a DTensor, its type."""
+    """A local gradient in the form of its parameter. addend: as `Made`. Pre: it has the shape of
+    its shard; that of a plain tensor has its type, too, and no addend."""
     if not isinstance(parameter, DTensor):
+        if addend is not None:
+            raise InternalError("a gradient of one device has an addend")
         return local
     shard = parameter._local_tensor
     later = local.dtype is not shard.dtype or addend is not None

@@ -59,14 +59,15 @@ class PeerGroups:
             if group.size() > 1 and able(world, group)
         }
 
-    def allocate(self, places: Sequence[Place]) -> list[Tensor]:
+    def allocate(self, places: Sequence[Place], numbers: Sequence[int] = ()) -> list[Tensor]:
         """The memory of the places, in their order. All ranks of the groups call it with the same
-        ones; it lasts as long as the tensors."""
+        ones, and the same numbers of the places that copies go to; it lasts as long as the
+        tensors."""
         found: dict[int, Tensor] = {}
         for name in dict.fromkeys(place.group for place in places):
             numbers = [i for i, place in enumerate(places) if place.group == name]
             chosen = [places[i] for i in numbers]
-            _check_alike(self._groups[name], chosen, self._world.device)
+            _check_alike(self._groups[name], chosen, numbers, self._world.device)
             cuda = self._world.device.type == "cuda"
             made = _CopyEngines if cuda else _Collectives
             memory = made(self._groups[name], _nbytes(chosen), self._world.device)
@@ -100,11 +101,17 @@ def _cut(memory: Tensor, places: Sequence[Place], owner: _Memory) -> list[Tensor
     return found
 
 
-def _check_alike(group: dist.ProcessGroup, places: Sequence[Place], device: torch.device) -> None:
-    """InternalError unless all ranks want the same places: they write by their own offsets."""
+def _check_alike(
+    group: dist.ProcessGroup,
+    places: Sequence[Place],
+    numbers: Sequence[int],
+    device: torch.device,
+) -> None:
+    """InternalError unless all ranks want the same places, for the same copies: they write by their
+    own offsets."""
     digest = 0
-    for place in places:
-        digest = (digest * 1_000_003 + place.numel * 31 + place.dtype.itemsize) % (1 << 52)
+    for value in (*(place.numel * 31 + place.dtype.itemsize for place in places), *numbers):
+        digest = (digest * 1_000_003 + value) % (1 << 52)
     ends = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
     if int(ends[0]) != -int(ends[1]):

@@ -117,9 +117,9 @@ class RestingParameter:
             made = as_made(parameter.grad)
             parameter.grad = as_gradient(made.value.clone(), parameter)
         self._lent = False
-        gradient = None if self._open is None else self._open()
-        if gradient is not None and is_open(gradient):
-            local_tensor(gradient)
+        for gradient in (parameter.grad, None if self._open is None else self._open()):
+            if gradient is not None and is_open(gradient):
+                local_tensor(gradient)
         self._open = None
 
     def load(self, whole: Tensor) -> None:

@@ -99,8 +99,8 @@ class _TracedProgram:
         if self._copies:
             axes = zip(self._groups, coordinates, strict=True)
             peers = {name: Peers(rank, size) for (name, size), rank in axes}
-            made = copy_between_peers(module, peers, self._early)
-            module, found = made.module, made.places
+            module, exchange = copy_between_peers(module, peers, self._early)
+            found = exchange.places
             inputs = module.graph.find_nodes(op="placeholder")[-len(found) :] if found else []
             places = {node.name: place for node, place in zip(inputs, found, strict=True)}
             if self._graphs and places != self._places:

@@ -97,7 +97,8 @@ def train(
     compiled_once = {id(p) for p in everything if isinstance(p, CompiledProgram)}
     assert ahead == len(compiled_once)
     losses.append(parallel.eval_step(batch()))
-    wanted = [w for e in executors if isinstance(e.whole, CompiledProgram) for w in e.whole._wanted]
+    wholes = [e.whole for e in executors if isinstance(e.whole, CompiledProgram)]
+    wanted = [place for whole in wholes for place in whole._wanted.places]
     assert bool(wanted) is peer_copies
     assert all(
         isinstance(p, CompiledProgram) is compiled for p in players

@@ -125,7 +125,7 @@ def train(world: World, *, peer_copies: bool) -> list[Tensor]:
     (executor,) = parallel._executors.values()
     program = executor.whole
     assert isinstance(program, CompiledProgram)
-    assert bool(program._wanted) is peer_copies
+    assert bool(program._wanted.places) is peer_copies
     kept = [getattr(p, "to_local", lambda p=p: p)().detach().cpu() for p in parallel.parameters()]
     return losses + kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from autopar.compile import overlap as order
 from autopar.compile.overlap import SMALL_BYTES, overlap
-from autopar.compile.peers import Exchanged, Peers, Place, check_places, copy_between_peers
+from autopar.compile.peers import Exchange, Peers, Place, check_places, copy_between_peers
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
@@ -48,9 +49,9 @@ def layers(size: int) -> Body:
 def prepared(body: Body, size: int, *inputs: Tensor) -> tuple[fx.GraphModule, tuple[Place, ...]]:
     parameters = range(1, len(inputs))
     module = overlap(traced(body, *inputs), parameters)
-    made = copy_between_peers(module, {GROUP: Peers(0, size)}, parameters)
-    assert not made.addends
-    return made.module, made.places
+    module, exchange = copy_between_peers(module, {GROUP: Peers(0, size)}, parameters)
+    assert not exchange.addends
+    return module, exchange.places
 
 
 def inputs(size: int, num_layers: int = LAYERS) -> list[Tensor]:
@@ -140,17 +141,22 @@ def test_which_sums_are_copies(
 def test_a_group_without_peers_keeps_its_collectives() -> None:
     module = overlap(traced(layers(2), *inputs(2)), range(1, LAYERS + 1))
     before = targets(module)
-    made = copy_between_peers(module, {}, range(1, LAYERS + 1), range(LAYERS))
-    assert targets(made.module) == before
-    assert not made.places and not made.addends
+    module, exchange = copy_between_peers(module, {}, range(1, LAYERS + 1), range(LAYERS))
+    assert targets(module) == before
+    assert exchange == Exchange()
+
+
+class Opened(NamedTuple):
+    module: fx.GraphModule
+    exchange: Exchange
 
 
 def opened(
     size: int, gradients: range, body: Body | None = None, num_layers: int = LAYERS
-) -> Exchanged:
+) -> Opened:
     parameters = range(1, num_layers + 1)
     module = overlap(traced(body or layers(size), *inputs(size, num_layers)), parameters)
-    return copy_between_peers(module, {GROUP: Peers(1, size)}, parameters, gradients)
+    return Opened(*copy_between_peers(module, {GROUP: Peers(1, size)}, parameters, gradients))
 
 
 def once(x: Tensor, *shards: Tensor) -> list[Tensor]:
@@ -168,19 +174,20 @@ def once(x: Tensor, *shards: Tensor) -> list[Tensor]:
 
 def test_the_last_addition_is_left_to_the_reader() -> None:
     before, made = (opened(2, range(n), once) for n in (0, LAYERS))
-    assert not before.addends
-    assert 2 <= len(made.addends) < LAYERS  # the first have no place where no weight is free
-    assert len({addend.place for addend in made.addends.values()}) == len(made.addends)
-    assert [p.numel for p in made.places] == [p.numel for p in before.places]
+    addends = made.exchange.addends
+    assert not before.exchange.addends
+    assert 2 <= len(addends) < LAYERS  # the first have no place where no weight is free
+    assert len({addend.place for addend in addends.values()}) == len(addends)
+    assert [p.numel for p in made.exchange.places] == [p.numel for p in before.exchange.places]
     results = made.module.graph.output_node().args[0]
     for i, result in enumerate(results):
         value = result.meta["val"]
-        assert value.dtype is (torch.bfloat16 if i in made.addends else torch.float32)
-        if i in made.addends:
-            assert made.addends[i].numel == value.numel() == WIDTH * WIDTH // 2
+        assert value.dtype is (torch.bfloat16 if i in addends else torch.float32)
+        if i in addends:
+            assert addends[i].numel == value.numel() == WIDTH * WIDTH // 2
             assert value.is_contiguous() and value.storage_offset() == value.numel()  # rank 1's
     sums = targets(made.module).count(aten.add.Tensor)
-    assert targets(before.module).count(aten.add.Tensor) == sums + len(made.addends)
+    assert targets(before.module).count(aten.add.Tensor) == sums + len(addends)
 
 
 def test_places_do_not_grow_for_it() -> None:
@@ -198,11 +205,11 @@ def test_places_do_not_grow_for_it() -> None:
         return [*grads, grad.float()]
 
     before, made = (opened(2, range(n), replicated, 12) for n in (0, 12))
-    assert made.places == before.places and not made.addends
+    assert made.exchange.places == before.exchange.places and not made.exchange.addends
 
 
 def test_sums_of_more_ranks_are_made() -> None:
-    assert not opened(4, range(LAYERS)).addends
+    assert not opened(4, range(LAYERS)).exchange.addends
 
 
 def test_what_is_read_in_the_step_is_a_sum() -> None:
@@ -210,13 +217,13 @@ def test_what_is_read_in_the_step_is_a_sum() -> None:
         *grads, grad = once(x, *shards)
         return [*(g * 2 for g in grads), *grads[:-1], grad]
 
-    assert not opened(2, range(2 * LAYERS - 1), body).addends
+    assert not opened(2, range(2 * LAYERS - 1), body).exchange.addends
 
 
 def test_addends_are_waited_for_and_stay() -> None:
     made = opened(2, range(LAYERS), once)
-    places = made.module.graph.find_nodes(op="placeholder")[-len(made.places) :]
-    kept = [places[addend.place] for addend in made.addends.values()]
+    places = made.module.graph.find_nodes(op="placeholder")[-len(made.exchange.places) :]
+    kept = [places[addend.place] for addend in made.exchange.addends.values()]
     check_places(made.module, kept)
     with pytest.raises(InternalError, match="two addends"):
         check_places(made.module, [*kept, kept[0]])

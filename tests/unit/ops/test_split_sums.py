@@ -5,22 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.ops.library import has_triton
+import autopar.ops  # noqa: F401  (registers the operator)
+from tests.devices import DEVICES
 
 split_sums = torch.ops.autopar.split_sums
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not (torch.cuda.is_available() and has_triton()), reason="needs a CUDA device"
-            ),
-        ],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

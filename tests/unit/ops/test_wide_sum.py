@@ -5,21 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.ops.library import has_triton
 from autopar.ops.wide_sum import add_wide
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not (torch.cuda.is_available() and has_triton()), reason="needs a CUDA device"
-            ),
-        ],
-    ),
-]
+from tests.devices import DEVICES
 
 
 @pytest.mark.parametrize("device", DEVICES)
