@@ -39,6 +39,7 @@ from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 
 aten = torch.ops.aten
 
+_ALIGN_BYTES = 16  # what AdamW's kernel asks of both parts
 _MOST_GROWTH = 1.05  # of the memory of places, for what has arrived to stay there
 
 
@@ -93,23 +94,23 @@ def copy_between_peers(
     results = _open_sums(module.graph, copies, gradients)
     assigned = _assign(copies, results)
     inputs = _add_inputs(module, assigned.places)
-    addends = {}
+    addends: dict[int, Addend] = {}
+    arrivals: list[fx.Node] = []
     for position, (copy, number) in enumerate(zip(copies, assigned.numbers, strict=True)):
         is_open = position in assigned.kept
+        started = _rewrite(module.graph, copy, inputs[number], is_open=is_open)
         if is_open:
             addends[results[position]] = Addend(number, copy.numel)
-        _rewrite(module.graph, copy, inputs[number], is_open=is_open)
+            arrivals.append(started)
     module.recompile()
-    check_places(module, [inputs[addend.place] for addend in addends.values()])
+    check_places(module, arrivals)
     return module, Exchange(assigned.places, assigned.numbers, addends)
 
 
-def check_places(module: fx.GraphModule, addends: Sequence[fx.Node] = ()) -> fx.GraphModule:
+def check_places(module: fx.GraphModule, arrivals: Sequence[fx.Node] = ()) -> fx.GraphModule:
     """Verifier: a place is read after it was waited for and before it is written again, also by who
-    reads what is made of it. addends: places that are read after the last node; each holds one."""
+    reads what is made of it. arrivals: copies that are read after the last node."""
     module.graph.lint()
-    if len(set(addends)) < len(addends):
-        raise InternalError("a place is to hold two addends")
     written: dict[fx.Node, fx.Node] = {}  # the last copy into each place
     waited: set[fx.Node] = set()  # places
     # what may be made of places when it is read -> the places, each with the copy that it is from
@@ -131,9 +132,10 @@ def check_places(module: fx.GraphModule, addends: Sequence[fx.Node] = ()) -> fx.
                     raise InternalError(f"{node.name} reads {place.name}, which is written to")
             if made and _may_be_read_through(node):
                 seen[node] = seen.get(node, {}) | made
-    for place in addends:
-        if place not in waited:
-            raise InternalError(f"{place.name} is an addend and is not waited for")
+    for copy in arrivals:
+        held: Any = copy.args[1]
+        if held not in waited or written[held] is not copy:
+            raise InternalError(f"{copy.name} is not what {held.name} holds in the end")
     return module
 
 
@@ -250,7 +252,8 @@ def _open_sums(
         result = None if copy.op is CollectiveOp.ALL_GATHER else _result_of(copy.wait)
         large = copy.numel * copy.wait.meta["val"].itemsize >= SMALL_BYTES
         narrow = copy.wait.meta["val"].dtype is torch.bfloat16
-        if result is None or not (large and narrow) or copy.peers.size > 2:
+        aligned = copy.numel * copy.wait.meta["val"].itemsize % _ALIGN_BYTES == 0  # on rank 1
+        if result is None or not (large and narrow and aligned) or copy.peers.size > 2:
             continue
         if outputs.count(result) == 1 and (position := outputs.index(result)) in gradients:
             found[i] = position
@@ -289,7 +292,7 @@ def _assign(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
 
 def _first_fit(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
     """A free place that is large enough, the smallest of them; or the largest free one, which
-    grows; or a new one. An open sum keeps a place that is there."""
+    grows; or a new one. An open sum takes only a place that is there, for itself alone."""
     sizes: list[int] = []
     kinds: list[tuple[str, torch.dtype]] = []
     until: list[float] = []
@@ -330,15 +333,15 @@ def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node
     return made
 
 
-def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> None:
-    """is_open: the result is this rank's part, and the place holds the addend."""
+def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> fx.Node:
+    """The call that copies. is_open: the result is this rank's part, the place holds the addend."""
     value = copy.wait.meta["val"]
     scatter = copy.op is CollectiveOp.REDUCE_SCATTER
     own = copy.op is CollectiveOp.ALL_GATHER
     with graph.inserting_before(copy.start):
         # a line: Inductor would pass on a gradient of a convolution as that lies, channels last
         line = call(graph, aten.reshape.default, copy.start.all_input_nodes[0], [-1])
-        call(graph, PEER_COPY, line, place, scatter, own)
+        started = call(graph, PEER_COPY, line, place, scatter, own)
     with graph.inserting_before(copy.wait):
         call(graph, PEER_WAIT, place, line)
         received = place
@@ -353,6 +356,7 @@ def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> 
             _put_sum(graph, copy, line, received)
     for node in (copy.wait, copy.start):
         graph.erase_node(node)
+    return started
 
 
 def _own_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> fx.Node:

@@ -2,8 +2,8 @@
 
 Inductor's backend for CPUs gives nodes that it fuses other loops, and finds out anew what they
 read: the memory, but no longer which write to it. Such a node may then run before the write, and
-reads what was there (pytorch/pytorch#185509, mended after 2.13): of a place that ranks write into,
-what another gradient had left.
+reads what was there (pytorch/pytorch#185509, mended after 2.13; 2.11 forgets orders that no read
+tells, too): of a place that ranks write into, what another gradient had left.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 @contextlib.contextmanager
 def kept_renames() -> Iterator[None]:
@@ -19,6 +21,7 @@ def kept_renames() -> Iterator[None]:
     from torch._inductor import dependencies, scheduler
 
     node: Any = scheduler.SchedulerNode
+    compiler: Any = torch.compiler.config
     theirs = node.recompute_size_and_body
     orders = (dependencies.WeakDep, dependencies.StarDep)  # are not found in loops
 
@@ -32,6 +35,7 @@ def kept_renames() -> Iterator[None]:
 
     node.recompute_size_and_body = ours
     try:
-        yield
+        with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} renames are kept"):
+            yield
     finally:
         node.recompute_size_and_body = theirs

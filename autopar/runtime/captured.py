@@ -99,7 +99,7 @@ class CapturedProgram:
 
     @property
     def addends(self) -> Mapping[str, Tensor]:
-        """None once it is captured: graphs make no copies between ranks."""
+        """No addends once it is captured: graphs make no copies between ranks."""
         return {} if self._recording is not None else self._program.addends
 
     def release(self) -> None:

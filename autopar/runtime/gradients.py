@@ -35,10 +35,11 @@ _NUM_LISTS = 6  # of AdamW
 
 class Made(NamedTuple):
     """A local gradient as it was made. addend: what is to be added, of its shape, type and strides,
-    in memory that the next step overwrites."""
+    in memory that the next step overwrites; stream: of the step, where that is on a GPU."""
 
     value: Tensor
     addend: Tensor | None = None
+    stream: torch.cuda.Stream | None = None
 
 
 class Gradient(DTensor):
@@ -46,14 +47,13 @@ class Gradient(DTensor):
 
     # As it was made, and the strides that its local tensor gets; nothing once that is there.
     _made: tuple[Made, tuple[int, ...]] | None = None
-    _stream: torch.cuda.Stream | None = None  # of the step that made an addend
 
     def __getattr__(self, name: str) -> Any:
         """The local tensor when it is asked for first. Everything that reads a DTensor's values or
         writes into them asks for it. (Called for attributes that are not there.)"""
         if name != "_local_tensor" or self._made is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        (narrow, addend), strides = self._made
+        (narrow, addend, stream), strides = self._made
         with torch.inference_mode(mode=False), torch.no_grad():
             local = torch.empty_strided(
                 narrow.shape, strides, dtype=self.dtype, device=narrow.device
@@ -65,8 +65,8 @@ class Gradient(DTensor):
         if narrow.is_cuda:  # its memory is that of the stream of the step
             current = torch.cuda.current_stream(narrow.device)
             narrow.record_stream(current)
-            if self._stream is not None and self._stream != current:
-                self._stream.wait_stream(current)
+            if stream is not None and stream != current:
+                stream.wait_stream(current)
         self._made = None
         return local
 
@@ -106,10 +106,10 @@ def as_gradient(local: Tensor, parameter: Tensor, addend: Tensor | None = None) 
         Gradient, shard if later else local, parameter._spec, requires_grad=False
     )
     if later:
-        gradient._made = (Made(local, addend), shard.stride())
+        on_gpu = addend is not None and addend.is_cuda
+        stream = torch.cuda.current_stream(local.device) if on_gpu else None
+        gradient._made = (Made(local, addend, stream), shard.stride())
         del gradient._local_tensor
-    if addend is not None and addend.is_cuda:
-        gradient._stream = torch.cuda.current_stream(addend.device)
     made: Tensor = gradient
     return made
 
@@ -160,7 +160,8 @@ def _adamw(lists: Sequence[Any], options: Mapping[str, Any]) -> None:
     """By our kernel what it takes, by torch's the rest. Decided for each parameter: ranks have
     other shards, but what is replicated has to stay the same on all of them."""
     parameters, given, averages, squares, _, steps = lists
-    gradients, addends = (list(made) for made in zip(*map(as_made, given), strict=True))
+    made = list(map(as_made, given))
+    gradients, addends = [m.value for m in made], [m.addend for m in made]
     columns = (_shards(parameters), gradients, *map(_shards, (averages, squares, steps)), addends)
     names = ("lr", "beta1", "beta2", "weight_decay", "eps")
     rates = {name: options[name] for name in names}

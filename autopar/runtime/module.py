@@ -143,7 +143,7 @@ class ParallelModel(nn.Module):
         self.compile_ahead(batch)
         seed = self._seed + self._steps if seed is None else seed
         self._steps += 1
-        with torch.no_grad():
+        with torch.no_grad(), self._guarded("train_step"):
             for resting in self._resting:
                 resting.keep_gradient()
         results, loss = self._play(batch, seed, Mode.TRAIN, "train_step")

@@ -65,15 +65,15 @@ class PeerGroups:
         tensors."""
         found: dict[int, Tensor] = {}
         for name in dict.fromkeys(place.group for place in places):
-            numbers = [i for i, place in enumerate(places) if place.group == name]
-            chosen = [places[i] for i in numbers]
+            own = [i for i, place in enumerate(places) if place.group == name]
+            chosen = [places[i] for i in own]
             _check_alike(self._groups[name], chosen, numbers, self._world.device)
             cuda = self._world.device.type == "cuda"
             made = _CopyEngines if cuda else _Collectives
             memory = made(self._groups[name], _nbytes(chosen), self._world.device)
             if isinstance(memory, _CopyEngines):
                 self._world.release_first(memory)
-            found.update(zip(numbers, _cut(memory.memory, chosen, memory), strict=True))
+            found.update(zip(own, _cut(memory.memory, chosen, memory), strict=True))
         return [found[i] for i in range(len(places))]
 
 

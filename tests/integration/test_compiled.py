@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
@@ -15,6 +16,8 @@ from autopar.api import parallelize
 from autopar.compile import overlap, passes, peers
 from autopar.compile.gradients import leave_narrow
 from autopar.compile.inductor import compile_module
+from autopar.compile.peers import Place
+from autopar.errors import InternalError
 from autopar.graph.precision import Precision
 from autopar.options import SearchOptions
 from autopar.runtime import compiled as runtime_compiled
@@ -25,6 +28,7 @@ from autopar.runtime.gradients import Gradient
 from autopar.runtime.gradients import is_open as is_open_sum
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
+from autopar.runtime.peers import PeerGroups
 from benchmarks.models.gpt import GPT, GPTConfig, example_batch
 from cost_models import Cluster
 from tests.unit.runtime.recorder import Recorder
@@ -268,6 +272,22 @@ def test_a_sum_that_is_left_to_its_reader_is_the_same() -> None:
     for closed, left_open in run_processes(opens, 2):
         for want, got in zip(closed, left_open, strict=True):
             assert torch.equal(got, want)
+
+
+def disagree(world: World) -> str:
+    """The same places on both ranks, for copies in another order."""
+    name = dist.group.WORLD.group_name
+    groups = PeerGroups(world, [name])
+    numbers = [world.rank, 1 - world.rank]
+    with pytest.raises(InternalError) as error:
+        groups.allocate([Place(name, torch.float32, 8)] * 2, numbers)
+    assert len(groups.allocate([Place(name, torch.float32, 8)] * 2, [0, 1])) == 2
+    return str(error.value)
+
+
+def test_ranks_agree_on_the_places_of_their_copies() -> None:
+    for text in run_processes(disagree, 2):
+        assert "want different places" in text
 
 
 class Images(nn.Module):

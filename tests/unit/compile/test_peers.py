@@ -222,15 +222,19 @@ def test_what_is_read_in_the_step_is_a_sum() -> None:
 
 def test_addends_are_waited_for_and_stay() -> None:
     made = opened(2, range(LAYERS), once)
-    places = made.module.graph.find_nodes(op="placeholder")[-len(made.exchange.places) :]
-    kept = [places[addend.place] for addend in made.exchange.addends.values()]
+    graph = made.module.graph
+    places = graph.find_nodes(op="placeholder")[-len(made.exchange.places) :]
+    copies = graph.find_nodes(op="call_function", target=PEER_COPY)
+    into = {copy.args[1]: copy for copy in copies}  # the last
+    kept = [into[places[addend.place]] for addend in made.exchange.addends.values()]
     check_places(made.module, kept)
-    with pytest.raises(InternalError, match="two addends"):
-        check_places(made.module, [*kept, kept[0]])
-    waits = made.module.graph.find_nodes(op="call_function", target=PEER_WAIT)
-    last = next(wait for wait in waits[::-1] if wait.args[0] is kept[-1])
-    made.module.graph.erase_node(last)
-    with pytest.raises(InternalError, match="not waited for"):
+    gathered = next(copy for copy in copies if copy.args[1] is kept[0].args[1])
+    waits = graph.find_nodes(op="call_function", target=PEER_WAIT)
+    last = next(wait for wait in waits[::-1] if wait.args[0] is kept[-1].args[1])
+    with pytest.raises(InternalError, match="holds in the end"):
+        check_places(made.module, [*kept, gathered])
+    graph.erase_node(last)
+    with pytest.raises(InternalError, match="holds in the end"):
         check_places(made.module, kept)
 
 
