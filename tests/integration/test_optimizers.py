@@ -25,7 +25,8 @@ STEPS = 3
 
 def _kernel(*lists: Sequence[Tensor], **rates: float) -> None:
     """What it does on a GPU."""
-    *four, steps = map(list, lists)
+    *four, steps, addends = map(list, lists)
+    assert addends == [None] * len(steps)
     torch._fused_adamw_(*four, [], steps, amsgrad=False, maximize=False, **rates)
 
 
