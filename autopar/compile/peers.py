@@ -35,11 +35,11 @@ from autopar.compile.tables import CASTS, SAME_MEMORY, VIEWS, materialize
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, collective_of
 from autopar.lowering.program import CollectiveOp
+from autopar.ops.adamw import ALIGN_BYTES
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 
 aten = torch.ops.aten
 
-_ALIGN_BYTES = 16  # what AdamW's kernel asks of both parts
 _MOST_GROWTH = 1.05  # of the memory of places, for what has arrived to stay there
 
 
@@ -58,6 +58,10 @@ class Place:
     group: str
     dtype: torch.dtype
     numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +254,10 @@ def _open_sums(
     found = {}
     for i, copy in enumerate(copies):
         result = None if copy.op is CollectiveOp.ALL_GATHER else _result_of(copy.wait)
-        large = copy.numel * copy.wait.meta["val"].itemsize >= SMALL_BYTES
-        narrow = copy.wait.meta["val"].dtype is torch.bfloat16
-        aligned = copy.numel * copy.wait.meta["val"].itemsize % _ALIGN_BYTES == 0  # on rank 1
-        if result is None or not (large and narrow and aligned) or copy.peers.size > 2:
+        part: Tensor = copy.wait.meta["val"]
+        suits = part.dtype is torch.bfloat16 and part.nbytes >= SMALL_BYTES
+        suits &= part.nbytes % ALIGN_BYTES == 0  # where that of the second rank begins
+        if result is None or not suits or copy.peers.size > 2:
             continue
         if outputs.count(result) == 1 and (position := outputs.index(result)) in gradients:
             found[i] = position
@@ -286,8 +290,8 @@ class _Assigned:
 def _assign(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
     """Places for all; kept those of open sums, where next to no memory is needed for it."""
     plain, keeping = _first_fit(copies, ()), _first_fit(copies, open_sums)
-    grown = _nbytes(keeping.places) > _MOST_GROWTH * _nbytes(plain.places)
-    return plain if grown else keeping
+    before, after = (sum(p.nbytes for p in a.places) for a in (plain, keeping))
+    return plain if after > _MOST_GROWTH * before else keeping
 
 
 def _first_fit(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned:
@@ -314,10 +318,6 @@ def _first_fit(copies: Sequence[_Copy], open_sums: Collection[int]) -> _Assigned
         numbers.append(number)
     places = (Place(*kind, numel) for kind, numel in zip(kinds, sizes, strict=True))
     return _Assigned(tuple(numbers), tuple(places), frozenset(kept))
-
-
-def _nbytes(places: Sequence[Place]) -> int:
-    return sum(place.numel * place.dtype.itemsize for place in places)
 
 
 def _add_inputs(module: fx.GraphModule, places: Sequence[Place]) -> list[fx.Node]:
@@ -368,19 +368,15 @@ def _own_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> fx.Node:
 
 def _put_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> None:
     """This rank's part in the form of the result that the sum would be. Pre: `_result_of`."""
-    part = call(
-        graph, aten.reshape.default, _own_part(graph, copy, line), list(copy.wait.meta["val"].shape)
-    )
-    node = copy.wait
-    passed = []
-    while (user := next(iter(node.users))).op != "output":
-        if user.target in SAME_MEMORY:
-            part = call(graph, user.target, part, *user.args[1:])
-        passed.append(user)
-        node = user
-    node.replace_all_uses_with(part)
-    for old in reversed(passed):
-        graph.erase_node(old)
+    shape = list(copy.wait.meta["val"].shape)
+    part = call(graph, aten.reshape.default, _own_part(graph, copy, line), shape)
+    result = _result_of(copy.wait)
+    if result is None:
+        raise InternalError(f"{copy.wait.name} is not a result")
+    for node in [] if result is copy.wait else [*_between(copy.wait, result), result]:
+        if node.target in SAME_MEMORY:
+            part = call(graph, node.target, part, *node.args[1:])
+    _replace(graph, copy.wait, result, part)
 
 
 def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> None:
@@ -406,12 +402,17 @@ def _put_sum(graph: fx.Graph, copy: _Copy, line: fx.Node, received: fx.Node) -> 
         result = call(graph, view.target, result, *view.args[1:])
     replaced = cast or copy.wait
     result = in_dtype(graph, result, replaced.meta["val"].dtype)
-    replaced.replace_all_uses_with(result)
+    _replace(graph, copy.wait, replaced, result)
     materialize(graph, result)
-    while replaced is not copy.wait:
-        before = replaced.all_input_nodes[0]
-        graph.erase_node(replaced)
-        replaced = before
+
+
+def _replace(graph: fx.Graph, first: fx.Node, last: fx.Node, made: fx.Node) -> None:
+    """The last of a chain of values, each read by the next one alone; the first stays."""
+    last.replace_all_uses_with(made)
+    while last is not first:
+        before = last.all_input_nodes[0]
+        graph.erase_node(last)
+        last = before
 
 
 def _cast_of(node: fx.Node) -> fx.Node | None:

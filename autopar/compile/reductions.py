@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from autopar.compile.patches import tagged
 
 MOST_KEPT = 4096  # elements of a row: 16 for each thread of a block of 8 warps
 
@@ -32,7 +32,5 @@ def kept_rows() -> Iterator[None]:
             short = V.graph.sizevars.statically_known_leq(features.reduction_numel, MOST_KEPT)
             return inner and short and not cooperative_reduction
 
-    config: Any = torch.compiler.config
-    tag = f"{config.cache_key_tag} rows of {MOST_KEPT} are kept"
-    with V.set_choices_handler(_Choices()), config.patch(cache_key_tag=tag):
+    with V.set_choices_handler(_Choices()), tagged(f"rows of {MOST_KEPT} are kept"):
         yield

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from autopar.compile.patches import replaced
 
 
 @contextlib.contextmanager
@@ -21,7 +21,6 @@ def kept_renames() -> Iterator[None]:
     from torch._inductor import dependencies, scheduler
 
     node: Any = scheduler.SchedulerNode
-    compiler: Any = torch.compiler.config
     theirs = node.recompute_size_and_body
     orders = (dependencies.WeakDep, dependencies.StarDep)  # are not found in loops
 
@@ -33,9 +32,5 @@ def kept_renames() -> Iterator[None]:
             made = made.with_read(dep)
         self.set_read_writes(made.rename(self.mutation_renames))
 
-    node.recompute_size_and_body = ours
-    try:
-        with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} renames are kept"):
-            yield
-    finally:
-        node.recompute_size_and_body = theirs
+    with replaced(node, "recompute_size_and_body", ours, "renames are kept"):
+        yield

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from autopar.compile.patches import replaced
+
 _SUM = re.compile(
     r"(?P<name>\w+) = (?P<workspace>\w+)\[(?P<number>\d+) \* [^\]]*\]"
     r"\.view\((?P<rows>\d+), (?P<columns>\d+)\)\.sum\(dim=0\)"
@@ -41,13 +43,8 @@ def joined_sums() -> Iterator[None]:
         theirs(self, *nodes)
         lines[before:] = join(lines[before:])
 
-    config: Any = torch.compiler.config
-    scheduling._codegen_mix_order_reduction = ours
-    try:
-        with config.patch(cache_key_tag=f"{config.cache_key_tag} split sums are joined"):
-            yield
-    finally:
-        scheduling._codegen_mix_order_reduction = theirs
+    with replaced(scheduling, "_codegen_mix_order_reduction", ours, "split sums are joined"):
+        yield
 
 
 def join(lines: Sequence[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ from autopar.ops.library import has_triton
 
 Turn = tuple[int, int]
 
-_ALIGN_BYTES = 16
+ALIGN_BYTES = 16
 _MOST_GUARDS = 256
 _MOST_TURNS = 4096
 _MOST_TURNED = 2**31 - 2**16  # elements of a gradient that is not in float32: they have indices
@@ -198,6 +198,6 @@ def _turn(shape: tuple[int, ...], strides: tuple[int, ...], turned: tuple[int, .
 def _begin_well(tensors: Sequence[Tensor]) -> bool:
     """Whether they begin at multiples of 16 bytes and have memory, if they have elements."""
     addresses = list(map(Tensor.data_ptr, tensors))
-    if functools.reduce(operator.or_, addresses) % _ALIGN_BYTES:
+    if functools.reduce(operator.or_, addresses) % ALIGN_BYTES:
         return False
     return all(x.numel() == 0 for x, address in zip(tensors, addresses, strict=True) if not address)

@@ -126,24 +126,15 @@ def _turned(place, outer, inner):  # type: ignore[no-untyped-def]
     return first + b * outer + a
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _block(  # type: ignore[no-untyped-def]
-    parameter_ptr,
-    gradient_ptr,
-    addend_ptr,
-    average_ptr,
-    square_ptr,
-    lanes,
-    gradient_lanes,
-    mask,
-    rates,
-    ADDED: tl.constexpr,
-):
-    """rates: of `_step_kernel`. A parameter is rounded once."""
+@triton.jit
+def _block(kept, gradients, lanes, gradient_lanes, mask, rates):  # type: ignore[no-untyped-def]
+    """kept: pointers to parameter, average and square; gradients: to one, or two to be added;
+    rates: of `_step_kernel`. A parameter is rounded once."""
+    parameter_ptr, average_ptr, square_ptr = kept
     rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2 = rates
-    gradient = tl.load(gradient_ptr + gradient_lanes, mask=mask).to(tl.float32)
-    if ADDED:
-        gradient += tl.load(addend_ptr + gradient_lanes, mask=mask).to(tl.float32)
+    gradient = tl.load(gradients[0] + gradient_lanes, mask=mask).to(tl.float32)
+    if len(gradients) == 2:
+        gradient += tl.load(gradients[1] + gradient_lanes, mask=mask).to(tl.float32)
     average = tl.load(average_ptr + lanes, mask=mask)
     square = tl.load(square_ptr + lanes, mask=mask)
     parameter = tl.load(parameter_ptr + lanes, mask=mask)
@@ -158,54 +149,30 @@ def _block(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _chunk(  # type: ignore[no-untyped-def]
-    parameter_ptr,
-    gradient_ptr,
-    addend_ptr,
-    average_ptr,
-    square_ptr,
+    kept,
+    gradients,
     first,
     count,
-    outer,
-    inner,
+    turn,
     rates,
-    NARROW: tl.constexpr,
-    ADDED: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Elements [first, first + count). Pointers: to the first one, but for a NARROW gradient, whose
-    elements are turned: to the tensor's own. ADDED: the gradient is a sum of two."""
+    """Elements [first, first + count). Pointers: to the first one, but for a TURNED gradient: to
+    the tensor's own."""
+    outer, inner = turn
     columns = tl.arange(0, BLOCK)
     whole = count // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         lanes = start + columns
-        _block(
-            parameter_ptr,
-            gradient_ptr,
-            addend_ptr,
-            average_ptr,
-            square_ptr,
-            lanes,
-            _turned(first + lanes, outer, inner) if NARROW else lanes,
-            None,
-            rates,
-            ADDED,
-        )
+        places = _turned(first + lanes, outer, inner) if TURNED else lanes
+        _block(kept, gradients, lanes, places, None, rates)
     if whole < count:
         # A mask that ends at an odd element makes loads and stores of single ones.
         lanes = whole + columns
-        _block(
-            parameter_ptr,
-            gradient_ptr,
-            addend_ptr,
-            average_ptr,
-            square_ptr,
-            lanes,
-            _turned(first + lanes, outer, inner) if NARROW else lanes,
-            lanes < count,
-            rates,
-            ADDED,
-        )
+        places = _turned(first + lanes, outer, inner) if TURNED else lanes
+        _block(kept, gradients, lanes, places, lanes < count, rates)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -240,6 +207,7 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     gradient = tl.load(row + 1)
     average_ptr = tl.multiple_of(tl.load(row + 2).to(FLOAT), 16) + first
     square_ptr = tl.multiple_of(tl.load(row + 3).to(FLOAT), 16) + first
+    kept = (parameter_ptr, average_ptr, square_ptr)
     done = tl.load(tl.load(row + 4).to(FLOAT)).to(tl.float64)
     outer = tl.load(row + 7).to(tl.int32)
     inner = tl.load(row + 8).to(tl.int32)
@@ -248,56 +216,14 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     rate = tl.div_rn(lr, (1.0 - tl.exp(done * log_beta1)).to(tl.float32))
     scale = tl.div_rn(1.0, tl.sqrt_rn((1.0 - tl.exp(done * log_beta2)).to(tl.float32)))
     rates = (rate, decay, eps, scale, kept1, kept1_too, taken1, kept2, kept2_too, taken2)
+    turn = (outer, inner)
     if outer == 0:
-        gradient_ptr = tl.multiple_of(gradient.to(FLOAT), 16) + first
-        _chunk(
-            parameter_ptr,
-            gradient_ptr,
-            gradient_ptr,
-            average_ptr,
-            square_ptr,
-            0,
-            count,
-            outer,
-            inner,
-            rates,
-            NARROW=False,
-            ADDED=False,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
-        )
+        gradients = (tl.multiple_of(gradient.to(FLOAT), 16) + first,)
+        _chunk(kept, gradients, 0, count, turn, rates, False, BLOCK, STAGES)
     elif addend != 0:
-        _chunk(
-            parameter_ptr,
-            tl.multiple_of(gradient.to(BFLOAT), 16) + first,
-            tl.multiple_of(addend.to(BFLOAT), 16) + first,
-            average_ptr,
-            square_ptr,
-            0,
-            count,
-            outer,
-            inner,
-            rates,
-            NARROW=False,
-            ADDED=True,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
-        )
+        one = tl.multiple_of(gradient.to(BFLOAT), 16) + first
+        other = tl.multiple_of(addend.to(BFLOAT), 16) + first
+        _chunk(kept, (one, other), 0, count, turn, rates, False, BLOCK, STAGES)
     else:
-        gradient_ptr = gradient.to(BFLOAT)
-        _chunk(
-            parameter_ptr,
-            gradient_ptr,
-            gradient_ptr,
-            average_ptr,
-            square_ptr,
-            first.to(tl.int32),
-            count,
-            outer,
-            inner,
-            rates,
-            NARROW=True,
-            ADDED=False,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
-        )
+        gradients = (gradient.to(BFLOAT),)
+        _chunk(kept, gradients, first.to(tl.int32), count, turn, rates, True, BLOCK, STAGES)

@@ -4,8 +4,7 @@ many rows, each of which was split into `rows` parts.
     parts [number * rows * columns] float32  ->  `number` sums [columns]
 
 On a GPU one kernel makes them all, and all processors read. torch's sum of rows is a kernel for
-each, and keeps 6 to 32 processors busy with so few columns: two sums of 512 parts of 2048 columns
-take 16.6 us on an H100, ours 2.8 us.
+each, of 16 blocks for 512 parts of 2048 columns: two of these take 16.6 us on an H100, ours 2.8 us.
 """
 
 from __future__ import annotations

@@ -87,14 +87,14 @@ def _nbytes(places: Sequence[Place]) -> int:
 
 
 def _padded(place: Place) -> int:
-    return math.ceil(place.numel * place.dtype.itemsize / _ALIGNMENT) * _ALIGNMENT
+    return math.ceil(place.nbytes / _ALIGNMENT) * _ALIGNMENT
 
 
 def _cut(memory: Tensor, places: Sequence[Place], owner: _Memory) -> list[Tensor]:
     """Views of bytes as places, which keep their owner."""
     found, first = [], 0
     for place in places:
-        part = memory[first : first + place.numel * place.dtype.itemsize].view(place.dtype)
+        part = memory[first : first + place.nbytes].view(place.dtype)
         part._autopar_owner = owner  # type: ignore[attr-defined]
         found.append(part)
         first += _padded(place)
