@@ -11,6 +11,8 @@ it cannot.
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     aligned_product                                       a slice of a padded product
+    linear_gelu, gelu_gradient                            cuBLASLt's, if it has a kernel for them;
+                                                          else their own ATen bodies
     uniform, normal, .., padded_narrow, keep_on_first,
     cross_entropy                                         their own ATen bodies
     its passes over the scores, on CUDA                   our kernels, if they take the rows; else
@@ -49,6 +51,12 @@ from autopar.ops.cross_entropy import (
     cross_entropy_rows,
     has_kernel_for_rows,
     softmax_sums,
+)
+from autopar.ops.epilogues import (
+    gelu_gradient,
+    has_gelu_gradient,
+    has_linear_gelu,
+    linear_gelu,
 )
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
@@ -115,6 +123,14 @@ def _cross_entropy_rows(grad: Tensor, x: Tensor, *rest: Any) -> Any:
     return NotImplemented if has_kernel_for_rows(x) else cross_entropy_rows(grad, x, *rest)
 
 
+def _linear_gelu(a: Tensor, b: Tensor, bias: Tensor) -> Any:
+    return NotImplemented if has_linear_gelu(a, b, bias) else linear_gelu(a, b, bias)
+
+
+def _gelu_gradient(a: Tensor, b: Tensor, x: Tensor) -> Any:
+    return NotImplemented if has_gelu_gradient(a, b, x) else gelu_gradient(a, b, x)
+
+
 def _sdpa_dropout(drop: Dropout, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     if not has_kernel_for(q, k, v, p=rest[4]):
         return sdpa_dropout_math(q, k, v, *rest, dropout=drop)
@@ -170,6 +186,8 @@ _OWN: Decompositions = {
     own.softmax_sums.default: _softmax_sums,
     own.cross_entropy_backward.default: _cross_entropy_backward,
     own.cross_entropy_rows.default: _cross_entropy_rows,
+    own.linear_gelu.default: _linear_gelu,
+    own.gelu_gradient.default: _gelu_gradient,
     own.sdpa.default: _sdpa,
     own.sdpa_backward.default: _sdpa_backward,
 }

@@ -14,7 +14,6 @@ Scores of a vocabulary such as 50257 are a slice of wider ones, of which each ro
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +32,7 @@ from autopar.lowering.program import (
     Instruction,
     LocalProgram,
     check_program,
+    live_readers,
     reads_of,
     renamed,
 )
@@ -61,7 +61,7 @@ def align_scores(program: LocalProgram) -> LocalProgram:
     """The same values: what makes scores for a joined loss alone may give them room between their
     rows. O(instructions) for each loss."""
     made = {instruction.name: instruction for instruction in program.body}
-    readers = _readers(program)
+    readers = live_readers(program)
 
     def product_for(ref: Ref) -> str | None:
         """The product that makes a value that nobody else reads, in any shape."""
@@ -79,16 +79,6 @@ def align_scores(program: LocalProgram) -> LocalProgram:
         for i in program.body
     )
     return replace(program, body=body)
-
-
-def _readers(program: LocalProgram) -> Counter[str]:
-    """How many times each value is read, by what is not dead: views that were made again for a
-    gradient, say, that is made with the loss now."""
-    readers = Counter(port.ref.name for port in program.outputs.values())
-    for instruction in reversed(program.body):
-        if readers[instruction.name] or not isinstance(instruction, Compute):
-            readers.update(ref.name for ref in reads_of(instruction))
-    return readers
 
 
 def overwrite_scores(module: fx.GraphModule) -> fx.GraphModule:

@@ -1,8 +1,9 @@
 """A local program of one rank as a flat torch.fx graph of ATen operators and collectives.
 
-The program, with repeated heads read once (`compile.heads`) and losses beside their gradients, of
-scores with aligned rows (`compile.losses`), is played once on fake tensors and recorded: operators
-decompose into what Inductor lowers, arguments that differ between ranks become this rank's numbers.
+The program, with repeated heads read once (`compile.heads`), losses beside their gradients, of
+scores with aligned rows (`compile.losses`), and activations in products (`compile.epilogues`), is
+played once on fake tensors and recorded: operators decompose into what Inductor lowers, arguments
+that differ between ranks become this rank's numbers.
 A collective starts where its instruction stands and is waited for by its first reader.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autopar.compile.epilogues import join_activations
 from autopar.compile.heads import group_heads
 from autopar.compile.kernels import decompositions
 from autopar.compile.losses import align_scores, join_losses
@@ -52,7 +54,7 @@ def trace(
     """inputs: examples of the program's inputs, then of its constants, in their order. groups: name
     and size of each mesh axis's process group. The graph returns the outputs in their order.
     Pre: is_traceable."""
-    program = align_scores(join_losses(group_heads(program)))
+    program = join_activations(align_scores(join_losses(group_heads(program))))
     names = [port.ref.name for port in program.inputs.values()] + list(program.constants)
 
     def play(*tensors: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ between two exchanges of rows, whose numbers are values.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -110,6 +111,16 @@ def reads_of(instruction: Instruction) -> tuple[Ref, ...]:
     if isinstance(instruction, Exchange):
         return (instruction.rows, instruction.sends, instruction.receives)
     return tuple(refs_in((instruction.args, dict(instruction.kwargs))))
+
+
+def live_readers(program: LocalProgram) -> Counter[str]:
+    """How many times the results of each instruction are read, by what is not dead: views that were
+    made again, say, for a gradient that is made otherwise now."""
+    readers = Counter(port.ref.name for port in program.outputs.values())
+    for instruction in reversed(program.body):
+        if readers[instruction.name] or not isinstance(instruction, Compute):
+            readers.update(ref.name for ref in reads_of(instruction))
+    return readers
 
 
 def renamed(instruction: Instruction, name: str, known_as: Callable[[Ref], Ref]) -> Instruction:

@@ -16,22 +16,15 @@ from autopar.compile.kernels import decompositions
 from autopar.compile.losses import align_scores, join_losses, overwrite_scores
 from autopar.compile.passes import prepare
 from autopar.compile.trace import trace
-from autopar.graph.program import Ref, TensorMeta
-from autopar.lowering.program import Compute, LocalProgram, Port
+from autopar.graph.program import Ref
+from autopar.lowering.program import LocalProgram
+from tests.programs import call, played, port, targets
 
 aten, own = torch.ops.aten, torch.ops.autopar
 ROWS, ROWS_IN_PLACE = own.cross_entropy_rows.default, own.cross_entropy_rows_.default
 BACKWARD = own.cross_entropy_backward.default
 BACKWARD_IN_PLACE = own.cross_entropy_backward_.default
 ROWS_N, WIDTH, CLASSES, IGNORED = 6, 4, 8, -100
-
-
-def port(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Port:
-    return Port(Ref(name), TensorMeta(shape, dtype), tuple((n,) for n in shape), ())
-
-
-def call(name: str, target: Callable[..., object], *args: object) -> Compute:
-    return Compute(name, target, args, {}, name)
 
 
 def step(*, first: int = 0, scaled: str = "f.1") -> LocalProgram:
@@ -67,32 +60,12 @@ def step(*, first: int = 0, scaled: str = "f.1") -> LocalProgram:
     return LocalProgram(inputs, body, outputs, {})
 
 
-def played(program: LocalProgram, values: dict[str, Tensor]) -> list[Tensor]:
-    made: dict[str, object] = {p.ref.name: values[key] for key, p in program.inputs.items()}
-
-    def read(ref: Ref) -> Tensor:
-        value = made[ref.name]
-        found = value[ref.index] if isinstance(value, tuple) else value
-        assert isinstance(found, Tensor)
-        return found
-
-    for instruction in program.body:
-        assert isinstance(instruction, Compute)
-        args = [read(a) if isinstance(a, Ref) else a for a in instruction.args]
-        made[instruction.name] = instruction.target(*args, **instruction.kwargs)
-    return [read(p.ref) for p in program.outputs.values()]
-
-
 def values() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(0, CLASSES, (2, ROWS_N // 2), generator=generator)
     target[0, 1] = IGNORED
     scores = torch.randn(2, ROWS_N // 2, CLASSES, generator=generator)
     return {"h": scores, "target": target, "tangent": torch.tensor(0.5)}
-
-
-def targets(program: LocalProgram) -> list[object]:
-    return [i.target for i in program.body if isinstance(i, Compute)]
 
 
 def test_a_loss_is_joined_with_its_gradient() -> None:

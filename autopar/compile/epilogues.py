@@ -1,0 +1,110 @@
+"""A GELU and its gradient go into the product that they follow, as one operator each.
+
+    x = a @ b + bias;  y = gelu(x)    ->    y, x = linear_gelu(a, b, bias)
+    gelu_backward(a @ b, x)           ->    gelu_gradient(a, b, x)
+
+where nothing else reads the product. Only the tanh formula is an epilogue of products. Where a
+device has no kernel for them, `compile.kernels` takes the operators apart again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import autopar.ops  # noqa: F401  (registers autopar::linear_gelu)
+from autopar.compile.heads import RESHAPES
+from autopar.graph.program import Ref
+from autopar.lowering.program import (
+    Compute,
+    LocalProgram,
+    check_program,
+    live_readers,
+    renamed,
+)
+
+aten, own = torch.ops.aten, torch.ops.autopar
+
+_PRODUCT, _SUM = aten.mm.default, aten.add.Tensor
+_GELU, _GRADIENT = aten.gelu.default, aten.gelu_backward.default
+
+
+def join_activations(program: LocalProgram) -> LocalProgram:
+    """The same outputs to rounding. What is left unread is dead. Post: check_program.
+    O(instructions)."""
+    find = _Finder(program)
+    joined: dict[str, Compute] = {}  # by the name of the instruction in whose place it stands
+    now: dict[Ref, Ref] = {}
+    for call in find.calls.values():
+        if call.kwargs.get("approximate") != "tanh":
+            continue
+        if call.target is _GRADIENT:
+            product = find.product(call.args[0])
+            if product is not None:
+                args = (*product.args, call.args[1])
+                joined[call.name] = _call(call.name, own.gelu_gradient.default, args, call)
+        elif call.target is _GELU:
+            total, shape = find.unshaped(call.args[0])
+            operands = find.linear(total)
+            if operands is None or total.name in joined:
+                continue
+            both = _call(f"{total.name}_gelu", own.linear_gelu.default, operands, call)
+            joined[total.name], now[total] = both, Ref(both.name, 1)
+            if shape is None:
+                now[Ref(call.name)] = Ref(both.name)
+            else:
+                args = (Ref(both.name), shape)
+                joined[call.name] = _call(call.name, aten.reshape.default, args, call)
+    if not joined:
+        return program
+
+    def known(ref: Ref) -> Ref:
+        return now.get(ref, ref)
+
+    body = [
+        joined.get(i.name, i) for i in program.body if Ref(i.name) not in now or i.name in joined
+    ]
+    outputs = {key: replace(p, ref=known(p.ref)) for key, p in program.outputs.items()}
+    named = tuple(renamed(i, i.name, known) for i in body)
+    return check_program(replace(program, body=named, outputs=outputs))
+
+
+class _Finder:
+    """What makes the values of a program, and who reads them."""
+
+    def __init__(self, program: LocalProgram) -> None:
+        self.calls = {i.name: i for i in program.body if isinstance(i, Compute)}
+        self._readers = live_readers(program)
+
+    def product(self, ref: Ref) -> Compute | None:
+        """The product that makes a value that is read once, in any shape."""
+        call = self.calls.get(ref.name)
+        if call is None or self._readers[ref.name] != 1:
+            return None
+        if call.target in RESHAPES:
+            return self.product(call.args[0])
+        return call if call.target is _PRODUCT else None
+
+    def linear(self, ref: Ref) -> tuple[Any, ...] | None:
+        """a, b, bias of a value a @ b + bias."""
+        call = self.calls.get(ref.name)
+        if call is None or call.target is not _SUM or call.kwargs:
+            return None
+        value, bias = call.args
+        product = self.product(value) if isinstance(value, Ref) else None
+        return (*product.args, bias) if product is not None and isinstance(bias, Ref) else None
+
+    def unshaped(self, ref: Ref) -> tuple[Ref, Any]:
+        """What a value is in another shape, and its own shape, if it has another."""
+        call, shape = self.calls.get(ref.name), None
+        while call is not None and call.target in RESHAPES:
+            shape = call.args[1] if shape is None else shape
+            ref = call.args[0]
+            call = self.calls.get(ref.name)
+        return ref, shape
+
+
+def _call(name: str, target: Any, args: tuple[Any, ...], like: Compute) -> Compute:
+    return Compute(name, target, args, {}, like.origin)

@@ -1,0 +1,101 @@
+"""GELU and its gradient as one operator with the product before them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from autopar.compile.overlap import flop_registry
+from autopar.ops.epilogues import has_gelu_gradient, has_linear_gelu
+from tests.devices import DEVICES
+
+own = torch.ops.autopar
+NARROW = [torch.bfloat16, torch.float16]
+M, K, N = 48, 1024, 80
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: str, by_columns: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + columns)
+    shape = (columns, rows) if by_columns else (rows, columns)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    return x.t() if by_columns else x
+
+
+def assert_near(got: Tensor, want: Tensor, scale: Tensor) -> None:
+    """Within a rounding of the result and of what its function takes, whose slope is about 1;
+    and of the sums, which are float32."""
+    eps = torch.finfo(got.dtype).eps
+    error = (got.double() - want).abs()
+    assert bool((error <= eps * (want.abs() + scale) + 1e-5).all()), error.max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+@pytest.mark.parametrize("lies", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_linear_layer(
+    device: str, dtype: torch.dtype, lies: tuple[bool, bool], first: int
+) -> None:
+    """first: of a bias among others, so that it may not be aligned."""
+    a, b = matrix(M, K, dtype, device, lies[0]), matrix(K, N, dtype, device, lies[1]) / K**0.5
+    biases = matrix(1, first + N, dtype, device, False)
+    bias = biases[0, first:]
+    y, x = own.linear_gelu(a, b, bias)
+    assert y.is_contiguous() and x.is_contiguous() and y.dtype is x.dtype is dtype
+    want = a.double() @ b.double() + bias.double()
+    assert_near(x, want, want.abs() + 1)
+    assert_near(y, gelu(want, approximate="tanh"), want.abs() + 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+@pytest.mark.parametrize("lies", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [(M, N), (2, M // 2, N)])
+def test_a_gradient(
+    device: str, dtype: torch.dtype, lies: tuple[bool, bool], shape: tuple[int, ...]
+) -> None:
+    a, b = matrix(M, K, dtype, device, lies[0]), matrix(K, N, dtype, device, lies[1]) / K**0.5
+    x = matrix(M, N, dtype, device, False).view(shape)
+    grad = own.gelu_gradient(a, b, x)
+    assert grad.is_contiguous() and grad.shape == shape and grad.dtype is dtype
+    product = a.double() @ b.double()
+    wide = x.double().requires_grad_()
+    gelu(wide, approximate="tanh").backward(product.view(shape))
+    assert wide.grad is not None
+    assert_near(grad, wide.grad, product.abs().view(shape))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_cpu_has_no_kernel(dtype: torch.dtype) -> None:
+    a, b = matrix(M, K, dtype, "cpu", False), matrix(K, N, dtype, "cpu", True)
+    assert not has_linear_gelu(a, b, a.new_empty(N))
+    assert not has_gelu_gradient(a, b, a.new_empty(M, N))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_who_has_a_kernel(dtype: torch.dtype) -> None:
+    a, b = matrix(M, K, dtype, "cuda", False), matrix(K, N, dtype, "cuda", True)
+    bias, x = a.new_empty(N), a.new_empty(2, M // 2, N)
+    assert has_linear_gelu(a, b, bias) and has_gelu_gradient(a, b, x)
+    assert not has_linear_gelu(a.float(), b.float(), bias.float())
+    assert not has_linear_gelu(a, b[:, :-1], bias[:-1])  # rows of the result are not aligned
+    assert not has_linear_gelu(a[:, ::2], b[::2], bias)
+    assert not has_linear_gelu(a, b, bias.float())
+    assert not has_gelu_gradient(a[:, :512], b[:512], x)  # too little work
+    assert not has_gelu_gradient(a, b, x.transpose(0, 1))
+
+
+def test_fakes_and_operators_agree() -> None:
+    a, b = matrix(M, K, torch.float32, "cpu", False), matrix(K, N, torch.float32, "cpu", True)
+    for operator, rest in ((own.linear_gelu, b[0]), (own.gelu_gradient, a[:, :N])):
+        torch.library.opcheck(
+            operator.default, (a, b, rest), test_utils=("test_schema", "test_faketensor")
+        )
+        assert flop_registry[operator](a, b, rest, out_val=None) == 2 * M * K * N
