@@ -141,6 +141,7 @@ def parallelize(
     compiled: bool | None = None,
     cuda_graph: bool | None = None,
     peer_copies: bool | None = None,
+    tune_products: bool | None = None,
     progress: Progress = lambda _: None,
 ) -> ParallelModel:
     """The model running in parallel on the devices there are.
@@ -162,6 +163,11 @@ def parallelize(
                    copies by the GPUs' copy engines, which take no multiprocessor from products:
                    by default where the GPUs of a group reach each other's memory. Not in a CUDA
                    graph, where NCCL is faster.
+    tune_products: whether each large product of matrices in compiled programs takes the kernel of
+                   cuBLASLt's that is the fastest on this GPU, under its limit of power, or the one
+                   that its heuristic puts first. Kernels are timed at the first step, a second or
+                   less for each size of product, and kept in the cache; by default where that was
+                   measured to pay, on GPUs of compute capability 9.0.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime
@@ -207,6 +213,7 @@ def parallelize(
         compiled=compiled,
         cuda_graph=cuda_graph,
         peer_copies=peer_copies,
+        tune_products=tune_products,
     )
 
 

@@ -47,6 +47,7 @@ FORCED: Mapping[str, Mapping[str, Any] | Grid] = {
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "without peer copies": {"peer_copies": False},
     "without CUDA graphs": {"cuda_graph": False},
+    "without tuned products": {"tune_products": False},
 }
 
 

@@ -38,7 +38,7 @@ def join_activations(program: LocalProgram) -> LocalProgram:
     joined: dict[str, Compute] = {}  # by the name of the instruction in whose place it stands
     now: dict[Ref, Ref] = {}
     for call in find.calls.values():
-        if call.kwargs.get("approximate") != "tanh":
+        if call.kwargs.get("approximate") != "tanh" or not find.is_read(call):
             continue
         if call.target is _GRADIENT:
             product = find.product(call.args[0])
@@ -50,7 +50,7 @@ def join_activations(program: LocalProgram) -> LocalProgram:
             operands = find.linear(total)
             if operands is None or total.name in joined:
                 continue
-            both = _call(f"{total.name}_gelu", own.linear_gelu.default, operands, call)
+            both = _call(f"{total.name}_and_gelu", own.linear_gelu.default, operands, call)
             joined[total.name], now[total] = both, Ref(both.name, 1)
             if shape is None:
                 now[Ref(call.name)] = Ref(both.name)
@@ -78,6 +78,9 @@ class _Finder:
         self.calls = {i.name: i for i in program.body if isinstance(i, Compute)}
         self._readers = live_readers(program)
 
+    def is_read(self, call: Compute) -> bool:
+        return self._readers[call.name] > 0
+
     def product(self, ref: Ref) -> Compute | None:
         """The product that makes a value that is read once, in any shape."""
         call = self.calls.get(ref.name)
@@ -94,7 +97,9 @@ class _Finder:
             return None
         value, bias = call.args
         product = self.product(value) if isinstance(value, Ref) else None
-        return (*product.args, bias) if product is not None and isinstance(bias, Ref) else None
+        if product is None or product.name != value.name or not isinstance(bias, Ref):
+            return None  # a sum in another shape than the product's would lose it
+        return (*product.args, bias)
 
     def unshaped(self, ref: Ref) -> tuple[Ref, Any]:
         """What a value is in another shape, and its own shape, if it has another."""

@@ -54,9 +54,9 @@ from autopar.ops.cross_entropy import (
 )
 from autopar.ops.epilogues import (
     gelu_gradient,
-    has_gelu_gradient,
-    has_linear_gelu,
+    gelu_gradient_problem,
     linear_gelu,
+    linear_gelu_problem,
 )
 from autopar.ops.padding import padded_narrow
 from autopar.ops.partial import keep_on_first
@@ -124,11 +124,13 @@ def _cross_entropy_rows(grad: Tensor, x: Tensor, *rest: Any) -> Any:
 
 
 def _linear_gelu(a: Tensor, b: Tensor, bias: Tensor) -> Any:
-    return NotImplemented if has_linear_gelu(a, b, bias) else linear_gelu(a, b, bias)
+    has_kernel = linear_gelu_problem(a, b, bias) is not None
+    return NotImplemented if has_kernel else linear_gelu(a, b, bias)
 
 
 def _gelu_gradient(a: Tensor, b: Tensor, x: Tensor) -> Any:
-    return NotImplemented if has_gelu_gradient(a, b, x) else gelu_gradient(a, b, x)
+    has_kernel = gelu_gradient_problem(a, b, x) is not None
+    return NotImplemented if has_kernel else gelu_gradient(a, b, x)
 
 
 def _sdpa_dropout(drop: Dropout, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:

@@ -1,11 +1,12 @@
-"""Products of matrices with an elementwise function in the same kernel, its epilogue, by cuBLASLt.
+"""Products of matrices by a kernel of cuBLASLt of one's own choice, with what follows them in it.
 
     row-major:      out [m, n] = f(a [m, k] @ b [k, n])
     column-major:   out^T [n, m] = f(b^T [n, k] @ a^T [k, m]),    as cuBLASLt sees the same memory
 
-Torch calls cuBLASLt without the epilogues that training needs: a GELU that also leaves its operand,
-and its gradient. Here the library that torch has loaded is called by ctypes. What a call needs but
-for addresses is made once for each shape. Names and numbers are those of cublasLt.h (CUDA 12, 13).
+Torch takes the kernel that cuBLASLt's heuristic puts first, and has no epilogue f that training
+needs: a GELU that also leaves its operand, and its gradient. Here the library that torch has loaded
+is called by ctypes. What a call needs but for addresses is made once for each problem. Names and
+numbers are those of cublasLt.h (CUDA 12, 13).
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from typing import Any
 
@@ -27,6 +27,7 @@ from autopar.errors import InternalError
 class Epilogue(IntFlag):
     """cublasLtEpilogue_t. GELU is that of the tanh formula."""
 
+    NONE = 1
     BIAS = 4  # + bias [n]
     GELU = 32
     GELU_GRADIENT = 64  # times the slope of GELU at aux
@@ -48,7 +49,11 @@ class _Preference(IntEnum):
     """cublasLtMatmulPreferenceAttributes_t"""
 
     MAX_WORKSPACE_BYTES = 1
-    MIN_ALIGNMENT_A_BYTES = 5  # then of B, C, D
+    REDUCTION_SCHEME_MASK = 3
+    MIN_ALIGNMENT_A_BYTES = 5
+    MIN_ALIGNMENT_B_BYTES = 6
+    MIN_ALIGNMENT_C_BYTES = 7
+    MIN_ALIGNMENT_D_BYTES = 8
 
 
 class _Choice(ctypes.Structure):
@@ -65,114 +70,154 @@ class _Choice(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What the choice of a kernel depends on. is_transposed, strides: of a and b, which lie by
-    columns or by rows. align_bytes: to which all addresses are aligned."""
+    """What cuBLASLt's kernels are found by. by_columns, strides: of a and b, whose columns or rows
+    are `strides` elements apart. out_dtype: of the result; a bias and aux have it, too.
+    align_bytes: to which all addresses are aligned."""
 
     device: int
     dtype: torch.dtype
+    out_dtype: torch.dtype
     m: int
     k: int
     n: int
-    is_transposed: tuple[bool, bool]
+    by_columns: tuple[bool, bool]
     strides: tuple[int, int]
     epilogue: Epilogue
     align_bytes: int
 
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k * self.n
 
-ALIGN_BYTES = 16  # at the least, as loads of tensor cores ask
+
+NUM_KERNELS = 8  # that are asked for, the heuristic's best first
+_LEAST_ALIGN_BYTES = 16  # of an address, as loads of tensor cores ask
 _MOST_ALIGN_BYTES = 256
-_TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType_t
-_FLOAT32, _COMPUTE_FLOAT32 = 0, 68  # cudaDataType_t, cublasComputeType_t
-_WORKSPACE_BYTES = 32 << 20  # what torch allows it on an H100
+_TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float32: 0}  # cudaDataType_t
+_NARROW = (torch.bfloat16, torch.float16)
+_COMPUTE_FLOAT32 = 68  # cublasComputeType_t
+_SUMS_IN_FLOAT32 = 2  # cublasLtReductionScheme_t: of the parts of a sum that is split
+_WORKSPACE_BYTES = 32 << 20  # what torch allows on an H100
 
 
-def has_kernel(a: Tensor, b: Tensor, epilogue: Epilogue) -> bool:
-    """Whether there is one for operands like these, fake ones, too: on the GPUs where epilogues
-    were measured, for matrices that lie by rows or columns which start at aligned addresses."""
-    if a.device.type != "cuda" or a.dtype not in _TYPES or a.dtype is not b.dtype:
-        return False
-    if torch.cuda.get_device_capability(a.device) != (9, 0) or not (_fits(a) and _fits(b)):
-        return False
-    if b.shape[1] * b.itemsize % ALIGN_BYTES:
-        return False
-    return _plan(_problem(a, b, epilogue, ALIGN_BYTES)) is not None
+def problem_of(
+    a: Tensor, b: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None = None
+) -> Problem | None:
+    """Of operands like these, maybe fake ones, at addresses as the allocator gives them; None where
+    no kernel takes them: other devices than that where such calls were measured, and matrices that
+    do not lie by rows or columns which start at aligned addresses."""
+    if a.device.type != "cuda" or torch.version.cuda is None:
+        return None
+    if a.dtype not in _NARROW or a.dtype is not b.dtype or not (_fits(a) and _fits(b)):
+        return None
+    if torch.cuda.get_device_capability(a.device) != (9, 0):
+        return None
+    wanted = out_dtype or a.dtype
+    if b.shape[1] * wanted.itemsize % _LEAST_ALIGN_BYTES:
+        return None
+    problem = _problem(a, b, epilogue, wanted, _MOST_ALIGN_BYTES)
+    least = replace(problem, align_bytes=_LEAST_ALIGN_BYTES)
+    return problem if _plans(problem) and _plans(least) else None
+
+
+def num_kernels(problem: Problem) -> int:
+    return len(_plans(problem))
 
 
 def product(
-    a: Tensor, b: Tensor, epilogue: Epilogue, *, bias: Tensor | None = None, aux: Tensor
+    a: Tensor,
+    b: Tensor,
+    epilogue: Epilogue,
+    *,
+    out_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    aux: Tensor | None = None,
+    kernel: int = 0,
 ) -> Tensor:
-    """f(a @ b): [m, n], by rows. aux: [m, n], by rows. Pre: has_kernel(a, b, epilogue)."""
+    """f(a @ b): [m, n], by rows. aux: [m, n], by rows. kernel: which of `num_kernels`; the first
+    where addresses are less aligned than the allocator's. Pre: `problem_of` knows the operands."""
     a, b = _aligned(a), _aligned(b)
-    bias = None if bias is None else _aligned(bias.contiguous())
-    out = a.new_empty(a.shape[0], b.shape[1])
-    if aux.shape != out.shape or not aux.is_contiguous() or aux.data_ptr() % ALIGN_BYTES:
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    if bias is not None:
+        bias = _aligned(bias.contiguous())
+    if aux is not None and (aux.shape != out.shape or not aux.is_contiguous()):
         raise InternalError(f"aux {tuple(aux.shape)} does not lie as {tuple(out.shape)} by rows")
-    addresses = [t.data_ptr() for t in (a, b, aux, out)] + (
-        [bias.data_ptr()] if bias is not None else []
-    )
-    problem = _problem(a, b, epilogue, math.gcd(_MOST_ALIGN_BYTES, *addresses))
-    plan = _plan(problem)
-    if plan is None:
-        raise InternalError(f"cuBLASLt has no kernel for {problem}")
-    plan(a, b, out, bias, aux)
+    if aux is not None and Epilogue.GELU_GRADIENT in epilogue:
+        aux = _aligned(aux)
+    given = [t for t in (a, b, out, bias, aux) if t is not None]
+    align_bytes = math.gcd(_MOST_ALIGN_BYTES, *(t.data_ptr() for t in given))
+    problem = _problem(a, b, epilogue, out.dtype, align_bytes)
+    plans = _plans(problem)
+    index = kernel if align_bytes == _MOST_ALIGN_BYTES else 0
+    if index >= len(plans):
+        raise InternalError(f"cuBLASLt has {len(plans)} kernels, not {index + 1}, for {problem}")
+    with torch.cuda.device(problem.device):
+        plans[index](a, b, out, bias, aux)
     return out
 
 
+def version() -> int:
+    """Of the library: its lists of kernels may differ between versions."""
+    library = _library()
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return int(library.cublasLtGetVersion())
+
+
 def _fits(x: Tensor) -> bool:
-    """Whether a matrix lies by rows or by columns, each of which starts at an aligned address."""
-    is_dense = x.dim() == 2 and min(x.shape) > 0 and 1 in x.stride()
-    return is_dense and max(x.stride()) * x.itemsize % ALIGN_BYTES == 0
+    """Whether a matrix lies by rows or by columns, each of which starts at an aligned address and
+    ends before the next."""
+    if x.dim() != 2 or 0 in x.shape or 1 not in x.stride():
+        return False
+    along = int(x.stride(1) == 1)  # the dim along which elements follow one another
+    stride = x.stride(1 - along)
+    return stride >= x.shape[along] and stride * x.itemsize % _LEAST_ALIGN_BYTES == 0
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % ALIGN_BYTES == 0 else x.clone()
+    """The same strides at an aligned address."""
+    if x.data_ptr() % _LEAST_ALIGN_BYTES == 0:
+        return x
+    return x.new_empty_strided(x.shape, x.stride()).copy_(x)
 
 
-def _problem(a: Tensor, b: Tensor, epilogue: Epilogue, align_bytes: int) -> Problem:
+def _problem(
+    a: Tensor, b: Tensor, epilogue: Epilogue, out_dtype: torch.dtype, align_bytes: int
+) -> Problem:
     (m, k), n = a.shape, b.shape[1]
-    lies = tuple(x.stride(1) != 1 for x in (a, b))
-    strides = tuple(x.stride(int(t)) for x, t in zip((a, b), lies, strict=True))
-    device = a.device.index if a.device.index is not None else torch.cuda.current_device()
-    return Problem(
-        device,
-        a.dtype,
-        m,
-        k,
-        n,
-        (lies[0], lies[1]),
-        (strides[0], strides[1]),
-        epilogue,
-        align_bytes,
-    )
+    by_columns = a.stride(1) != 1, b.stride(1) != 1
+    strides = a.stride(int(by_columns[0])), b.stride(int(by_columns[1]))
+    device = torch.cuda.current_device() if a.device.index is None else a.device.index
+    return Problem(device, a.dtype, out_dtype, m, k, n, by_columns, strides, epilogue, align_bytes)
 
 
 class _Plan:
-    """The descriptions of one problem, and the kernel that cuBLASLt would take. Not for several
-    threads: addresses are set before each call."""
+    """One kernel for one problem. Not for several threads: addresses are set before each call."""
 
-    def __init__(self, problem: Problem, described: _Described, choice: _Choice) -> None:
-        self._problem, self._described, self._choice = problem, described, choice
+    def __init__(self, device: int, described: _Described, choice: _Choice) -> None:
+        self._device, self._described, self._choice = device, described, choice
 
-    def __call__(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, aux: Tensor) -> None:
-        d, choice = self._described, self._choice
-        d.point(None if bias is None else bias.data_ptr(), aux.data_ptr())
+    def __call__(
+        self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, aux: Tensor | None
+    ) -> None:
+        of, choice = self._described, self._choice
+        of.point(*(None if x is None else x.data_ptr() for x in (bias, aux)))
         workspace = out.new_empty(choice.workspace_bytes, dtype=torch.uint8)
         one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        a_T, b_T, out_T = (ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))
+        left, right, made = (ctypes.c_void_p(x.data_ptr()) for x in (b, a, out))
         _call(
             "cublasLtMatmul",
-            _handle(self._problem.device),
-            d.matmul,
+            _handle(self._device),
+            of.matmul,
             ctypes.byref(one),
-            b_T,
-            d.left,
-            a_T,
-            d.right,
+            left,
+            of.left,
+            right,
+            of.right,
             ctypes.byref(zero),
-            out_T,
-            d.out,
-            out_T,
-            d.out,
+            made,
+            of.out,
+            made,
+            of.out,
             ctypes.byref(choice.algo),
             ctypes.c_void_p(workspace.data_ptr()),
             ctypes.c_size_t(choice.workspace_bytes),
@@ -184,48 +229,51 @@ class _Described:
     """A problem in cuBLASLt's objects, which live as the process does. left: b^T, right: a^T."""
 
     def __init__(self, problem: Problem) -> None:
-        (m, k, n), data = (problem.m, problem.k, problem.n), _TYPES[problem.dtype]
-        a_by_columns, b_by_columns = problem.is_transposed
+        m, k, n = problem.m, problem.k, problem.n
+        data, made = _TYPES[problem.dtype], _TYPES[problem.out_dtype]
+        a_by_columns, b_by_columns = problem.by_columns
         a_stride, b_stride = problem.strides
-        self.matmul = _made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT32, _FLOAT32)
+        self._epilogue = problem.epilogue
+        self.matmul = _made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT32, _TYPES[torch.float32])
         self._set(_Desc.TRANSA, ctypes.c_int32(b_by_columns))
         self._set(_Desc.TRANSB, ctypes.c_int32(a_by_columns))
         self._set(_Desc.EPILOGUE, ctypes.c_int32(problem.epilogue))
-        self._set(_Desc.AUX_LD, ctypes.c_int64(n))
+        if Epilogue.AUX in problem.epilogue:
+            self._set(_Desc.AUX_LD, ctypes.c_int64(n))
         self.left = _layout(data, (k, n) if b_by_columns else (n, k), b_stride)
         self.right = _layout(data, (m, k) if a_by_columns else (k, m), a_stride)
-        self.out = _layout(data, (n, m), n)
-        self._has_bias = Epilogue.BIAS in problem.epilogue
+        self.out = _layout(made, (n, m), n)
 
-    def point(self, bias: int | None, aux: int) -> None:
+    def point(self, bias: int | None, aux: int | None) -> None:
         """Addresses of what an epilogue reads or writes."""
-        if self._has_bias:
+        if Epilogue.BIAS in self._epilogue:
             self._set(_Desc.BIAS_POINTER, ctypes.c_void_p(bias))
-        self._set(_Desc.AUX_POINTER, ctypes.c_void_p(aux))
+        if Epilogue.AUX in self._epilogue:
+            self._set(_Desc.AUX_POINTER, ctypes.c_void_p(aux))
 
     def _set(self, attribute: _Desc, value: Any) -> None:
         size = ctypes.c_size_t(ctypes.sizeof(value))
-        _call("cublasLtMatmulDescSetAttribute", self.matmul, attribute, ctypes.byref(value), size)
+        _call(
+            "cublasLtMatmulDescSetAttribute", self.matmul, int(attribute), ctypes.byref(value), size
+        )
 
 
 @functools.cache
-def _plan(problem: Problem) -> _Plan | None:
+def _plans(problem: Problem) -> tuple[_Plan, ...]:
+    """For every kernel that cuBLASLt has, its best first."""
     described = _Described(problem)
     # the heuristic reads off addresses how they are aligned
     described.point(problem.align_bytes, problem.align_bytes)
-    preference = _made("cublasLtMatmulPreferenceCreate")
-    wanted: Sequence[tuple[int, Any]] = (
+    align = ctypes.c_uint32(problem.align_bytes)
+    preference = _preference(
         (_Preference.MAX_WORKSPACE_BYTES, ctypes.c_size_t(_WORKSPACE_BYTES)),
-        *(
-            (_Preference.MIN_ALIGNMENT_A_BYTES + i, ctypes.c_uint32(problem.align_bytes))
-            for i in range(4)
-        ),
+        (_Preference.REDUCTION_SCHEME_MASK, ctypes.c_uint32(_SUMS_IN_FLOAT32)),
+        (_Preference.MIN_ALIGNMENT_A_BYTES, align),
+        (_Preference.MIN_ALIGNMENT_B_BYTES, align),
+        (_Preference.MIN_ALIGNMENT_C_BYTES, align),
+        (_Preference.MIN_ALIGNMENT_D_BYTES, align),
     )
-    for attribute, value in wanted:
-        size = ctypes.c_size_t(ctypes.sizeof(value))
-        name = "cublasLtMatmulPreferenceSetAttribute"
-        _call(name, preference, int(attribute), ctypes.byref(value), size)
-    choice, found = _Choice(), ctypes.c_int()
+    choices, found = (_Choice * NUM_KERNELS)(), ctypes.c_int()
     status = _library().cublasLtMatmulAlgoGetHeuristic(
         _handle(problem.device),
         described.matmul,
@@ -234,12 +282,24 @@ def _plan(problem: Problem) -> _Plan | None:
         described.out,
         described.out,
         preference,
-        1,
-        ctypes.byref(choice),
+        NUM_KERNELS,
+        choices,
         ctypes.byref(found),
     )
-    has_one = status == 0 and found.value == 1 and choice.status == 0
-    return _Plan(problem, described, choice) if has_one else None
+    _call("cublasLtMatmulPreferenceDestroy", preference)
+    if status:  # it knows none
+        return ()
+    able = [choice for choice in choices[: found.value] if choice.status == 0]
+    return tuple(_Plan(problem.device, described, choice) for choice in able)
+
+
+def _preference(*wanted: tuple[_Preference, Any]) -> ctypes.c_void_p:
+    made = _made("cublasLtMatmulPreferenceCreate")
+    for attribute, value in wanted:
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        name = "cublasLtMatmulPreferenceSetAttribute"
+        _call(name, made, int(attribute), ctypes.byref(value), size)
+    return made
 
 
 def _layout(data: int, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:

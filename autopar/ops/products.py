@@ -1,5 +1,6 @@
 """`autopar::wide_product(a, b, dtype)`: a [.., m, k] @ b [.., k, n], with at most one batch dim, in
-a wider type than its operands have.
+a wider type than its operands have; `autopar::product(a, b, bias, dtype, kernel)`: a [m, k] @ b
+[k, n] + bias [n], in this type, by a kernel that was chosen among cuBLASLt's.
 
 Sums of a product are made in float32 anyway: its kernel writes them as they are. On a CPU, whose
 kernels do not, the operands are cast.
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autopar.ops import cublaslt
+from autopar.ops.cublaslt import Epilogue
 from autopar.ops.library import LIBRARY, define
 
 aten = torch.ops.aten
@@ -18,6 +21,7 @@ NARROW_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
 """What it may replace, of operands of a narrow type."""
 
 define("wide_product(Tensor a, Tensor b, ScalarType dtype) -> Tensor")
+define("product(Tensor a, Tensor b, Tensor? bias, ScalarType dtype, int kernel) -> Tensor")
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,9 +32,30 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, _kernel: int) -> Tensor:
+    product = a @ b if dtype is a.dtype else wide_product(a, b, dtype)
+    return product if bias is None else product + bias
+
+
+def _product_cuda(
+    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, kernel: int
+) -> Tensor:
+    epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
+    return cublaslt.product(a, b, epilogue, out_dtype=dtype, bias=bias, kernel=kernel)
+
+
+def _fake_product(
+    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, kernel: int
+) -> Tensor:
+    return _fake(a, b, dtype)
+
+
 def _fake(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=dtype)
 
 
 LIBRARY.impl("wide_product", wide_product, "CompositeExplicitAutograd")
 torch.library.register_fake("autopar::wide_product", _fake, lib=LIBRARY)
+LIBRARY.impl("product", _product, "CPU")
+LIBRARY.impl("product", _product_cuda, "CUDA")
+torch.library.register_fake("autopar::product", _fake_product, lib=LIBRARY)

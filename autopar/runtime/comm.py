@@ -21,7 +21,7 @@ import time
 import traceback
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, Self
@@ -123,6 +123,14 @@ class World:
             return value
         self._wait([key], f"rank {source} to send an object")
         return pickle.loads(self._store.get(key))
+
+    def agree(self, what: str, find: Callable[[], int]) -> int:
+        """The number that the first rank to ask found, on every rank that asks for `what`. Who
+        asks later does not look for it, and nobody waits."""
+        key = f"autopar/agreed{self._number}/{what}"
+        if not self._store.check([key]):
+            self._store.compare_set(key, "", str(find()))
+        return int(self._store.get(key))
 
     def barrier(self) -> None:
         """Waits for all ranks; RuntimeFailure names those that did not come in time."""

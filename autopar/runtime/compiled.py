@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from autopar.compile.choices import Choose, choose_kernels
 from autopar.compile.inductor import CompiledModule, compile_module
 from autopar.compile.passes import prepare
 from autopar.compile.peers import Exchange, copy_between_peers
@@ -31,12 +32,13 @@ def compiler(
     peers: PeerGroups | None = None,
     copies_if: Callable[[int], bool] = lambda _: True,
     gradients: Collection[str] = (),
+    choose: Choose | None = None,
 ) -> PlayerMaker:
     """Makes players for the rank at these coordinates. otherwise: for programs that cannot be
     traced, and those that need not be compiled, as they do nothing. peers: for collectives by
     copies (`compile.peers`), in programs of which `copies_if` says so, from how many operators
     they have. gradients: outputs that may come in a narrower type, in other strides, and with an
-    addend."""
+    addend. choose: of kernels for products; by default the heuristic's."""
 
     def make(program: LocalProgram) -> ProgramPlayer:
         if not program.body or not is_traceable(program):
@@ -50,6 +52,7 @@ def compiler(
             peers=peers,
             copies_if=copies_if,
             gradients=gradients,
+            choose=choose,
         )
 
     return make
@@ -72,14 +75,15 @@ class CompiledProgram:
         peers: PeerGroups | None = None,
         copies_if: Callable[[int], bool] = lambda _: True,
         gradients: Collection[str] = (),
+        choose: Choose | None = None,
     ) -> None:
         """groups: name and size of each mesh axis's process group. parameters: inputs that are
         there before the step: what depends on them alone may start first. peers: among its groups
-        those whose collectives may be copies. gradients: as in `compiler`."""
+        those whose collectives may be copies. gradients, choose: as in `compiler`."""
         self._program, self._coordinates, self._groups = program, coordinates, tuple(groups)
         self._constants = [t.to(device) for t in program.constants.values()]
         self._parameters, self._gradients = frozenset(parameters), frozenset(gradients)
-        self._peers, self._copies_if = peers, copies_if
+        self._peers, self._copies_if, self._choose = peers, copies_if, choose
         self._wanted = Exchange()
         self._places: list[Tensor] | None = None  # allocated when all ranks are about to play
         self._compiled: CompiledModule | None = None
@@ -139,6 +143,8 @@ class CompiledProgram:
         if self._peers is not None and self._copies_if(self.num_operators):
             peers = self._peers.peers
             ordered, self._wanted = copy_between_peers(ordered, peers, early, narrow)
+        if self._choose is not None:
+            ordered = choose_kernels(ordered, self._choose)
         self._compiled = compile_module(ordered)
         seconds = time.monotonic() - started
         _LOG.info("compiled %d operators in %.1f s", self.num_operators, seconds)

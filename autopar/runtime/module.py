@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.compile.choices import Choose
 from autopar.compile.step import whole_step
 from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
 from autopar.plan import ParallelPlan
 from autopar.runtime.captured import CapturedProgram, capturer, is_launch_bound
+from autopar.runtime.choices import FastestKernels
 from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.compiled import compiler
 from autopar.runtime.data import DataShard, data_shard
@@ -55,7 +57,8 @@ class ParallelModel(nn.Module):
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
     where its kernels are short. peer_copies: whether collectives that another compiled step of one
     program makes once are copies between ranks, where these reach each other's memory; by default
-    on GPUs.
+    on GPUs. tune_products: whether the fastest kernel for each large product of compiled programs
+    is found by running those that there are; by default on GPUs.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ParallelModel(nn.Module):
         compiled: bool | None = None,
         cuda_graph: bool | None = None,
         peer_copies: bool | None = None,
+        tune_products: bool | None = None,
     ) -> None:
         super().__init__()
         if world is None and plan.num_devices != 1:
@@ -100,6 +104,7 @@ class ParallelModel(nn.Module):
             compiled=self._compiled,
             cuda_graph=cuda_graph,
             peers=self._peer_groups(own[0], peer_copies),
+            choose=self._choose(tune_products),
         )
         for executor in self._executors.values():
             if world is not None and isinstance(executor.whole, CapturedProgram):
@@ -230,6 +235,11 @@ class ParallelModel(nn.Module):
                     resting.load(value)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
+    def _choose(self, wanted: bool | None) -> Choose | None:
+        """Of kernels for products; None for the heuristic's."""
+        on_gpu = self._device.type == "cuda"
+        return FastestKernels(self._world) if on_gpu and wanted is not False else None
+
     def _peer_groups(self, stage: int, wanted: bool | None) -> PeerGroups | None:
         """For a compiled step that is one program."""
         wanted = self._device.type == "cuda" if wanted is None else wanted
@@ -318,6 +328,7 @@ def _make_executors(
     compiled: bool,
     cuda_graph: bool | None,
     peers: PeerGroups | None,
+    choose: Choose | None,
 ) -> dict[int, StageExecutor]:
     """One per stage that this rank plays. Without a process group the rank plays all of them."""
     mailboxes = Mailboxes(lowered.stages, device)
@@ -333,7 +344,7 @@ def _make_executors(
         if compiled:
             parameters = [p.name for p in stage.parameters]
             groups = () if comm is None else comm.groups[index]
-            players = compiler(players, coordinates, groups, parameters, device)
+            players = compiler(players, coordinates, groups, parameters, device, choose=choose)
             whole = whole_step(lowered, index)
             predicted = plan.stages[index].prediction
             seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
@@ -347,6 +358,7 @@ def _make_executors(
                 peers,
                 _copies_if(captures, seconds),
                 gradients=() if comm is None else parameters,  # of a whole step, by these names
+                choose=choose,
             )
             if captures:
                 play_whole = capturer(play_whole, {*parameters, *stage.buffers}, seconds)

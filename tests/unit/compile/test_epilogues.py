@@ -24,8 +24,9 @@ BATCH, LENGTH, WIDTH, HIDDEN = 2, 3, 4, 8
 ROWS, SHAPE = BATCH * LENGTH, (BATCH, LENGTH, HIDDEN)
 
 
-def mlp(approximate: str = "tanh", **changed: Compute) -> LocalProgram:
-    """gelu(x @ up^T + bias) @ down^T, and gradients by what it is made of, as a step has them."""
+def mlp(approximate: str = "tanh", **changed: tuple[Compute, ...]) -> LocalProgram:
+    """gelu(x @ up^T + bias) @ down^T, and gradients by what it is made of, as a step has them.
+    changed: what stands in the place of an instruction."""
     body = (
         call("up_t", aten.t.default, Ref("up")),
         call("product", aten.mm.default, Ref("x"), Ref("up_t")),
@@ -55,7 +56,9 @@ def mlp(approximate: str = "tanh", **changed: Compute) -> LocalProgram:
         "dbias": port("dbias", HIDDEN),
         "dx": port("dx", ROWS, WIDTH),
     }
-    return LocalProgram(inputs, tuple(changed.get(i.name, i) for i in body), outputs, {})
+    return LocalProgram(
+        inputs, tuple(new for i in body for new in changed.get(i.name, (i,))), outputs, {}
+    )
 
 
 def values(program: LocalProgram) -> dict[str, Tensor]:
@@ -66,6 +69,7 @@ def values(program: LocalProgram) -> dict[str, Tensor]:
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
     for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
         torch.testing.assert_close(one, other)
 
 
@@ -79,11 +83,19 @@ def test_a_gelu_and_its_gradient_are_joined() -> None:
 
 
 def test_a_gelu_in_the_shape_of_its_sum_is_joined() -> None:
-    program = mlp(gelu=call("gelu", GELU, Ref("sum"), approximate="tanh"))
+    program = mlp(gelu=(call("gelu", GELU, Ref("sum"), approximate="tanh"),))
     joined = join_activations(program)
     assert JOINED in targets(joined) and GELU not in targets(joined)
     given = values(program)
     assert_same(played(joined, given), played(program, given))
+
+
+def test_a_dead_gelu_does_not_take_the_product() -> None:
+    program = mlp()
+    dead = call("dead", GELU, Ref("shaped"), approximate="tanh")
+    body = (*program.body[:4], dead, *program.body[4:])
+    joined = join_activations(replace(program, body=body))
+    assert [i.name for i in joined.body if getattr(i, "target", None) is GELU] == ["dead"]
 
 
 def test_a_gelu_that_is_made_again_stays_one() -> None:
@@ -103,14 +115,22 @@ def test_a_gelu_that_is_made_again_stays_one() -> None:
     [
         pytest.param(mlp("none"), {GELU, GRADIENT}, id="the other formula"),
         pytest.param(
-            mlp(
-                sum=Compute("sum", aten.add.Tensor, (Ref("product"), Ref("bias")), {"alpha": 2}),
-            ),
+            mlp(sum=(call("sum", aten.add.Tensor, Ref("product"), Ref("bias"), alpha=2),)),
             {GELU},
             id="a bias that is scaled",
         ),
         pytest.param(
-            mlp(sum=call("sum", aten.add.Tensor, Ref("product"), 1.0)), {GELU}, id="a number"
+            mlp(sum=(call("sum", aten.add.Tensor, Ref("product"), 1.0),)), {GELU}, id="a number"
+        ),
+        pytest.param(
+            mlp(
+                product=(
+                    call("flat", aten.mm.default, Ref("x"), Ref("up_t")),
+                    call("product", aten._unsafe_view.default, Ref("flat"), list(SHAPE)),
+                )
+            ),
+            {GELU},
+            id="a sum in another shape",
         ),
         pytest.param(
             replace(mlp(), outputs={**mlp().outputs, "read": port("product", ROWS, HIDDEN)}),
@@ -134,8 +154,8 @@ def test_what_is_no_epilogue_stays(program: LocalProgram, stays: set[object]) ->
 @pytest.mark.parametrize("has_kernel", [False, True])
 def test_it_compiles(has_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As operators where a device has kernels, taken apart elsewhere."""
-    for name in ("has_linear_gelu", "has_gelu_gradient"):
-        monkeypatch.setattr(kernels, name, lambda *_: has_kernel)
+    for name in ("linear_gelu_problem", "gelu_gradient_problem"):
+        monkeypatch.setattr(kernels, name, lambda *_: object() if has_kernel else None)
     program = mlp()
     given = values(program)
     want = played(program, given)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from autopar.compile.overlap import flop_registry
-from autopar.ops.epilogues import has_gelu_gradient, has_linear_gelu
+from autopar.ops.cublaslt import Epilogue, num_kernels, problem_of
+from autopar.ops.epilogues import gelu_gradient_problem, linear_gelu_problem
 from tests.devices import DEVICES
 
 own = torch.ops.autopar
@@ -67,29 +68,63 @@ def test_a_gradient(
     assert_near(grad, wide.grad, product.abs().view(shape))
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-def test_a_cpu_has_no_kernel(dtype: torch.dtype) -> None:
-    a, b = matrix(M, K, dtype, "cpu", False), matrix(K, N, dtype, "cpu", True)
-    assert not has_linear_gelu(a, b, a.new_empty(N))
-    assert not has_gelu_gradient(a, b, a.new_empty(M, N))
+def test_a_cpu_has_no_kernel() -> None:
+    a, b = matrix(M, K, torch.bfloat16, "cpu", False), matrix(K, N, torch.bfloat16, "cpu", True)
+    assert linear_gelu_problem(a, b, a.new_empty(N)) is None
+    assert gelu_gradient_problem(a, b, a.new_empty(M, N)) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
+on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="needs a GPU of compute capability 9.0",
 )
-@pytest.mark.parametrize("dtype", NARROW)
-def test_who_has_a_kernel(dtype: torch.dtype) -> None:
-    a, b = matrix(M, K, dtype, "cuda", False), matrix(K, N, dtype, "cuda", True)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_who_has_a_kernel() -> None:
+    a, b = matrix(M, K, torch.bfloat16, "cuda", False), matrix(K, N, torch.bfloat16, "cuda", True)
     bias, x = a.new_empty(N), a.new_empty(2, M // 2, N)
-    assert has_linear_gelu(a, b, bias) and has_gelu_gradient(a, b, x)
-    assert not has_linear_gelu(a.float(), b.float(), bias.float())
-    assert not has_linear_gelu(a, b[:, :-1], bias[:-1])  # rows of the result are not aligned
-    assert not has_linear_gelu(a[:, ::2], b[::2], bias)
-    assert not has_linear_gelu(a, b, bias.float())
-    assert not has_gelu_gradient(a[:, :512], b[:512], x)  # too little work
-    assert not has_gelu_gradient(a, b, x.transpose(0, 1))
+    assert linear_gelu_problem(a, b, bias) and gelu_gradient_problem(a, b, x)
+    assert linear_gelu_problem(a.float(), b.float(), bias.float()) is None
+    assert linear_gelu_problem(a.half(), b.half(), bias.half()) is None  # not exact enough
+    assert linear_gelu_problem(a, b[:, :-1], bias[:-1]) is None  # unaligned rows of the result
+    assert linear_gelu_problem(a[:, ::2], b[::2], bias) is None
+    assert linear_gelu_problem(a, b, bias.float()) is None
+    assert linear_gelu_problem(a, b, bias[:1]) is None
+    assert gelu_gradient_problem(a[:, :512], b[:512], x) is None  # too little work
+    assert gelu_gradient_problem(a, b, x.transpose(0, 1)) is None
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_addresses_need_not_be_aligned() -> None:
+    """Such as parts of one buffer; rows keep their distance in a copy."""
+    a, b, x = (torch.randn(rows, 2 * K, device="cuda").bfloat16() for rows in (M, K, M))
+    odd = a[:, 3 : K + 3], b[:, 5 : N + 5], x.flatten()[7 : M * N + 7].view(M, N)
+    even = [part.contiguous() for part in odd]
+    for operator in (own.gelu_gradient, lambda a, b, x: own.linear_gelu(a, b, x[0])[0]):
+        torch.testing.assert_close(operator(*odd), operator(*even), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_kernel_multiplies(dtype: torch.dtype, has_bias: bool) -> None:
+    a, b = matrix(M, K, torch.bfloat16, "cuda", False), matrix(K, N, torch.bfloat16, "cuda", True)
+    bias = a[0, :N].to(dtype) if has_bias else None
+    problem = problem_of(a, b, Epilogue.BIAS if has_bias else Epilogue.NONE, dtype)
+    if problem is None:  # of float32 with a bias
+        assert has_bias and dtype is torch.float32
+        return
+    want = a.double() @ b.double() + (0 if bias is None else bias.double())
+    kernels = num_kernels(problem)
+    assert kernels > 1
+    for kernel in range(kernels):
+        product = own.product(a, b, bias, dtype, kernel)
+        assert product.dtype is dtype and product.is_contiguous()
+        torch.testing.assert_close(product, want.to(dtype), rtol=1e-2, atol=1e-3 * K**0.5)
 
 
 def test_fakes_and_operators_agree() -> None:

@@ -1,0 +1,145 @@
+"""Which kernel is the fastest for a product, found by running them here.
+
+    round 1    each kernel of cuBLASLt's list, `_FIRST_S` long
+    then       `_ROUNDS` times those within `_NEAR` of the best and the first of the list, in turn,
+               `_LATER_S` long
+
+Of the medians the least wins, if it beats the first of the list by `_GAIN`. A GPU that multiplies
+all the time reaches its limit of power within milliseconds: what is timed is what a step will see.
+Choices are kept in the cache, by GPU and version of cuBLASLt, and agreed on by the ranks of a job.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autopar.cache import read_record, write_record
+from autopar.ops import cublaslt
+from autopar.ops.cublaslt import Epilogue, Problem
+from autopar.runtime.comm import World
+
+_LOG = logging.getLogger(__name__)
+
+_LEAST_FLOPS = 1 << 35  # 50 us of an H100: smaller products are few of a step's microseconds
+_FIRST_S, _LATER_S = 0.03, 0.06
+_ROUNDS = 3
+_NEAR = 1.04
+_GAIN = 1.01
+_KIND = "kernels"  # of records in the cache
+
+
+class FastestKernels:
+    """Answers `compile.choices.Choose`."""
+
+    def __init__(self, world: World | None) -> None:
+        self._world = world
+
+    def __call__(self, problem: Problem) -> int:
+        if problem.flops < _LEAST_FLOPS or cublaslt.num_kernels(problem) < 2:
+            return 0
+        key = _key(problem)
+        if self._world is None:
+            return _kept(key, problem)
+        return self._world.agree(f"kernel/{key}", functools.partial(_kept, key, problem))
+
+
+def _key(problem: Problem) -> str:
+    """Of the problem on GPUs of its kind."""
+    gpu = torch.cuda.get_device_name(problem.device)
+    text = f"{gpu}, cuBLASLt {cublaslt.version()}, {replace(problem, device=0)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _kept(key: str, problem: Problem) -> int:
+    """From the cache, or measured and put there."""
+    known = read_record(_KIND, key)
+    if isinstance(known, int) and 0 <= known < cublaslt.num_kernels(problem):
+        return known
+    found = _fastest(problem)
+    write_record(_KIND, key, found)
+    return found
+
+
+def _fastest(problem: Problem) -> int:
+    started = time.monotonic()
+    try:
+        with torch.cuda.device(problem.device):
+            times = _times(_Call(problem))
+    except torch.cuda.OutOfMemoryError:
+        _LOG.info("no memory to time kernels for %s: the heuristic's is taken", problem)
+        return 0
+    finally:
+        torch.cuda.empty_cache()  # the step's own allocations shall not be cut out of these
+    best = min(times, key=times.__getitem__)
+    chosen = best if times[best] * _GAIN <= times[0] else 0
+    seconds = time.monotonic() - started
+    text = ", ".join(f"{kernel}: {1e6 * t:.0f}" for kernel, t in times.items())
+    _LOG.info("kernel %d for %s; us: %s; found in %.1f s", chosen, problem, text, seconds)
+    return chosen
+
+
+class _Call:
+    """The problem with random operands."""
+
+    def __init__(self, problem: Problem) -> None:
+        p = self.problem = problem
+        self._a = _matrix(p, p.m, p.k, 0)
+        self._b = _matrix(p, p.k, p.n, 1)
+        row, whole = (self._a.new_zeros(shape) for shape in ((p.n,), (p.m, p.n)))
+        self._bias = row.to(p.out_dtype) if Epilogue.BIAS in p.epilogue else None
+        self._aux = whole.to(p.out_dtype) if Epilogue.AUX in p.epilogue else None
+
+    def __call__(self, kernel: int) -> None:
+        p = self.problem
+        cublaslt.product(
+            self._a,
+            self._b,
+            p.epilogue,
+            out_dtype=p.out_dtype,
+            bias=self._bias,
+            aux=self._aux,
+            kernel=kernel,
+        )
+
+    def seconds(self, kernel: int, least: float) -> float:
+        """Of one call, of as many as take about `least` seconds."""
+        self(kernel)
+        times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        times[0].record()
+        self(kernel)
+        times[1].record()
+        times[1].synchronize()
+        calls = max(1, int(least / (1e-3 * times[0].elapsed_time(times[1]))))
+        for _ in range(calls):
+            self(kernel)
+        times[2].record()
+        times[2].synchronize()
+        milliseconds: float = times[1].elapsed_time(times[2])
+        return 1e-3 * milliseconds / calls
+
+
+def _matrix(problem: Problem, rows: int, columns: int, which: int) -> Tensor:
+    """a or b, as it lies in the problem."""
+    stride = problem.strides[which]
+    lies = (columns, stride) if problem.by_columns[which] else (rows, stride)
+    x = torch.randn(lies, dtype=problem.dtype, device="cuda")
+    return x.t()[:rows] if problem.by_columns[which] else x[:, :columns]
+
+
+def _times(call: _Call) -> dict[int, float]:
+    """Seconds of each kernel that was near the best, and of the first."""
+    kernels = range(cublaslt.num_kernels(call.problem))
+    first = {kernel: call.seconds(kernel, _FIRST_S) for kernel in kernels}
+    near = [k for k in kernels if k == 0 or first[k] <= _NEAR * min(first.values())]
+    if len(near) == 1:
+        return {0: first[0]}
+    rounds = [{k: call.seconds(k, _LATER_S) for k in near} for _ in range(_ROUNDS)]
+    return {k: statistics.median(times[k] for times in rounds) for k in near}
