@@ -32,7 +32,7 @@ _LEAST_FLOPS = 1 << 35  # 50 us of an H100: smaller products are few of a step's
 _FIRST_S, _LATER_S = 0.03, 0.06
 _ROUNDS = 3
 _NEAR = 1.04
-_GAIN = 1.01
+_GAIN = 1.02  # medians of one kernel differ by 1 % between two searches
 _KIND = "kernels"  # of records in the cache
 
 

@@ -63,8 +63,8 @@ def test_the_first_alone_is_not_timed_again() -> None:
     assert _times(Calls({0: [1.0], 1: [1.2], 2: [1.5]})) == {0: 1.0}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("second", "chosen"), [(0.98, 1), (0.995, 0), (1.1, 0)])
-def test_a_kernel_must_be_faster_by_a_hundredth(
+@pytest.mark.parametrize(("second", "chosen"), [(0.97, 1), (0.99, 0), (1.1, 0)])
+def test_a_kernel_must_be_faster_than_noise(
     second: float, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "_Call", lambda _: None)
