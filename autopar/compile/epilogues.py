@@ -29,6 +29,7 @@ aten, own = torch.ops.aten, torch.ops.autopar
 
 _PRODUCT, _SUM = aten.mm.default, aten.add.Tensor
 _GELU, _GRADIENT = aten.gelu.default, aten.gelu_backward.default
+_FIRST = 0  # the kernel that the heuristic puts first, unless another is chosen
 
 
 def join_activations(program: LocalProgram) -> LocalProgram:
@@ -43,7 +44,7 @@ def join_activations(program: LocalProgram) -> LocalProgram:
         if call.target is _GRADIENT:
             product = find.product(call.args[0])
             if product is not None:
-                args = (*product.args, call.args[1])
+                args = (*product.args, call.args[1], _FIRST)
                 joined[call.name] = _call(call.name, own.gelu_gradient.default, args, call)
         elif call.target is _GELU:
             total, shape = find.unshaped(call.args[0])
@@ -91,7 +92,7 @@ class _Finder:
         return call if call.target is _PRODUCT else None
 
     def linear(self, ref: Ref) -> tuple[Any, ...] | None:
-        """a, b, bias of a value a @ b + bias."""
+        """Operands of `linear_gelu` for a value a @ b + bias."""
         call = self.calls.get(ref.name)
         if call is None or call.target is not _SUM or call.kwargs:
             return None
@@ -99,7 +100,7 @@ class _Finder:
         product = self.product(value) if isinstance(value, Ref) else None
         if product is None or product.name != value.name or not isinstance(bias, Ref):
             return None  # a sum in another shape than the product's would lose it
-        return (*product.args, bias)
+        return (*product.args, bias, _FIRST)
 
     def unshaped(self, ref: Ref) -> tuple[Ref, Any]:
         """What a value is in another shape, and its own shape, if it has another."""

@@ -123,14 +123,14 @@ def _cross_entropy_rows(grad: Tensor, x: Tensor, *rest: Any) -> Any:
     return NotImplemented if has_kernel_for_rows(x) else cross_entropy_rows(grad, x, *rest)
 
 
-def _linear_gelu(a: Tensor, b: Tensor, bias: Tensor) -> Any:
+def _linear_gelu(a: Tensor, b: Tensor, bias: Tensor, choice: int) -> Any:
     has_kernel = linear_gelu_problem(a, b, bias) is not None
-    return NotImplemented if has_kernel else linear_gelu(a, b, bias)
+    return NotImplemented if has_kernel else linear_gelu(a, b, bias, choice)
 
 
-def _gelu_gradient(a: Tensor, b: Tensor, x: Tensor) -> Any:
+def _gelu_gradient(a: Tensor, b: Tensor, x: Tensor, choice: int) -> Any:
     has_kernel = gelu_gradient_problem(a, b, x) is not None
-    return NotImplemented if has_kernel else gelu_gradient(a, b, x)
+    return NotImplemented if has_kernel else gelu_gradient(a, b, x, choice)
 
 
 def _sdpa_dropout(drop: Dropout, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:

@@ -56,7 +56,7 @@ class _Preference(IntEnum):
     MIN_ALIGNMENT_D_BYTES = 8
 
 
-class _Choice(ctypes.Structure):
+class _Found(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t"""
 
     _fields_ = (
@@ -132,9 +132,9 @@ def product(
     out_dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
     aux: Tensor | None = None,
-    kernel: int = 0,
+    choice: int = 0,
 ) -> Tensor:
-    """f(a @ b): [m, n], by rows. aux: [m, n], by rows. kernel: which of `num_kernels`; the first
+    """f(a @ b): [m, n], by rows. aux: [m, n], by rows. choice: which of `num_kernels`; the first
     where addresses are less aligned than the allocator's. Pre: `problem_of` knows the operands."""
     a, b = _aligned(a), _aligned(b)
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
@@ -148,7 +148,7 @@ def product(
     align_bytes = math.gcd(_MOST_ALIGN_BYTES, *(t.data_ptr() for t in given))
     problem = _problem(a, b, epilogue, out.dtype, align_bytes)
     plans = _plans(problem)
-    index = kernel if align_bytes == _MOST_ALIGN_BYTES else 0
+    index = choice if align_bytes == _MOST_ALIGN_BYTES else 0
     if index >= len(plans):
         raise InternalError(f"cuBLASLt has {len(plans)} kernels, not {index + 1}, for {problem}")
     with torch.cuda.device(problem.device):
@@ -193,7 +193,7 @@ def _problem(
 class _Plan:
     """One kernel for one problem. Not for several threads: addresses are set before each call."""
 
-    def __init__(self, device: int, described: _Described, choice: _Choice) -> None:
+    def __init__(self, device: int, described: _Described, choice: _Found) -> None:
         self._device, self._described, self._choice = device, described, choice
 
     def __call__(
@@ -273,7 +273,7 @@ def _plans(problem: Problem) -> tuple[_Plan, ...]:
         (_Preference.MIN_ALIGNMENT_C_BYTES, align),
         (_Preference.MIN_ALIGNMENT_D_BYTES, align),
     )
-    choices, found = (_Choice * NUM_KERNELS)(), ctypes.c_int()
+    choices, found = (_Found * NUM_KERNELS)(), ctypes.c_int()
     status = _library().cublasLtMatmulAlgoGetHeuristic(
         _handle(problem.device),
         described.matmul,

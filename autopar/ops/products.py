@@ -1,5 +1,5 @@
 """`autopar::wide_product(a, b, dtype)`: a [.., m, k] @ b [.., k, n], with at most one batch dim, in
-a wider type than its operands have; `autopar::product(a, b, bias, dtype, kernel)`: a [m, k] @ b
+a wider type than its operands have; `autopar::product(a, b, bias, dtype, choice)`: a [m, k] @ b
 [k, n] + bias [n], in this type, by a kernel that was chosen among cuBLASLt's.
 
 Sums of a product are made in float32 anyway: its kernel writes them as they are. On a CPU, whose
@@ -21,7 +21,7 @@ NARROW_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
 """What it may replace, of operands of a narrow type."""
 
 define("wide_product(Tensor a, Tensor b, ScalarType dtype) -> Tensor")
-define("product(Tensor a, Tensor b, Tensor? bias, ScalarType dtype, int kernel) -> Tensor")
+define("product(Tensor a, Tensor b, Tensor? bias, ScalarType dtype, int choice) -> Tensor")
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,20 +32,20 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, _kernel: int) -> Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, _choice: int) -> Tensor:
     product = a @ b if dtype is a.dtype else wide_product(a, b, dtype)
     return product if bias is None else product + bias
 
 
 def _product_cuda(
-    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, kernel: int
+    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, choice: int
 ) -> Tensor:
     epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
-    return cublaslt.product(a, b, epilogue, out_dtype=dtype, bias=bias, kernel=kernel)
+    return cublaslt.product(a, b, epilogue, out_dtype=dtype, bias=bias, choice=choice)
 
 
 def _fake_product(
-    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, kernel: int
+    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, choice: int
 ) -> Tensor:
     return _fake(a, b, dtype)
 

@@ -106,7 +106,7 @@ class _Call:
             out_dtype=p.out_dtype,
             bias=self._bias,
             aux=self._aux,
-            kernel=kernel,
+            choice=kernel,
         )
 
     def seconds(self, kernel: int, least: float) -> float:

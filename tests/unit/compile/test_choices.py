@@ -68,7 +68,7 @@ def with_matrix(a: Tensor, b: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 
 def activated(a: Tensor, b: Tensor, bias: Tensor, x: Tensor) -> list[Tensor]:
-    return [*own.linear_gelu.default(a, b, bias), own.gelu_gradient.default(a, b, x)]
+    return [*own.linear_gelu.default(a, b, bias, 0), own.gelu_gradient.default(a, b, x, 0)]
 
 
 Body = Callable[..., Any]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -26,16 +24,6 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, device: str, by_columns:
     return x.t() if by_columns else x
 
 
-TANH_ERROR = 2**-11  # of the GPU's instruction, relative (PTX ISA, tanh.approx.f32)
-
-
-def slope_by_tanh(x: Tensor) -> Tensor:
-    """How much the slope of GELU, (1 + t) / 2 + x (1 - t^2) u' / 2, changes with t = tanh u."""
-    root = math.sqrt(2 / math.pi)
-    t = (root * (x + 0.044715 * x**3)).tanh()
-    return (0.5 - x * t * root * (1 + 3 * 0.044715 * x**2)).abs()
-
-
 def assert_near(got: Tensor, want: Tensor, scale: Tensor) -> None:
     """Within a rounding of the result and of what its function takes, whose slope is about 1;
     and of the sums, which are float32."""
@@ -55,7 +43,7 @@ def test_a_linear_layer(
     a, b = matrix(M, K, dtype, device, lies[0]), matrix(K, N, dtype, device, lies[1]) / K**0.5
     biases = matrix(1, first + N, dtype, device, False)
     bias = biases[0, first:]
-    y, x = own.linear_gelu(a, b, bias)
+    y, x = own.linear_gelu(a, b, bias, 0)
     assert y.is_contiguous() and x.is_contiguous() and y.dtype is x.dtype is dtype
     want = a.double() @ b.double() + bias.double()
     assert_near(x, want, want.abs() + 1)
@@ -71,15 +59,13 @@ def test_a_gradient(
 ) -> None:
     a, b = matrix(M, K, dtype, device, lies[0]), matrix(K, N, dtype, device, lies[1]) / K**0.5
     x = matrix(M, N, dtype, device, False).view(shape)
-    grad = own.gelu_gradient(a, b, x)
+    grad = own.gelu_gradient(a, b, x, 0)
     assert grad.is_contiguous() and grad.shape == shape and grad.dtype is dtype
     product = a.double() @ b.double()
     wide = x.double().requires_grad_()
     gelu(wide, approximate="tanh").backward(product.view(shape))
     assert wide.grad is not None
-    of_tanh = slope_by_tanh(x.double()) * TANH_ERROR / torch.finfo(dtype).eps
-    scale = 1 + of_tanh if device == "cuda" and dtype is torch.bfloat16 else 1
-    assert_near(grad, wide.grad, scale * product.abs().view(shape))
+    assert_near(grad, wide.grad, product.abs().view(shape))
 
 
 def test_a_cpu_has_no_kernel() -> None:
@@ -101,7 +87,7 @@ def test_who_has_a_kernel() -> None:
     bias, x = a.new_empty(N), a.new_empty(2, M // 2, N)
     assert linear_gelu_problem(a, b, bias) and gelu_gradient_problem(a, b, x)
     assert linear_gelu_problem(a.float(), b.float(), bias.float()) is None
-    assert linear_gelu_problem(a.half(), b.half(), bias.half()) is None  # not exact enough
+    assert linear_gelu_problem(a.half(), b.half(), bias.half()) is None  # never measured
     assert linear_gelu_problem(a, b[:, :-1], bias[:-1]) is None  # unaligned rows of the result
     assert linear_gelu_problem(a[:, ::2], b[::2], bias) is None
     assert linear_gelu_problem(a, b, bias.float()) is None
@@ -117,8 +103,11 @@ def test_addresses_need_not_be_aligned() -> None:
     a, b, x = (torch.randn(rows, 2 * K, device="cuda").bfloat16() for rows in (M, K, M))
     odd = a[:, 3 : K + 3], b[:, 5 : N + 5], x.flatten()[7 : M * N + 7].view(M, N)
     even = [part.contiguous() for part in odd]
-    for operator in (own.gelu_gradient, lambda a, b, x: own.linear_gelu(a, b, x[0])[0]):
-        torch.testing.assert_close(operator(*odd), operator(*even), rtol=1e-2, atol=1e-2)
+    for operator in (
+        own.gelu_gradient,
+        lambda a, b, x, choice: own.linear_gelu(a, b, x[0], choice)[0],
+    ):
+        torch.testing.assert_close(operator(*odd, 0), operator(*even, 0), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
@@ -145,6 +134,6 @@ def test_fakes_and_operators_agree() -> None:
     a, b = matrix(M, K, torch.float32, "cpu", False), matrix(K, N, torch.float32, "cpu", True)
     for operator, rest in ((own.linear_gelu, b[0]), (own.gelu_gradient, a[:, :N])):
         torch.library.opcheck(
-            operator.default, (a, b, rest), test_utils=("test_schema", "test_faketensor")
+            operator.default, (a, b, rest, 0), test_utils=("test_schema", "test_faketensor")
         )
         assert flop_registry[operator](a, b, rest, out_val=None) == 2 * M * K * N
