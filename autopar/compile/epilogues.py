@@ -9,6 +9,7 @@ device has no kernel for them, `compile.kernels` takes the operators apart again
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from autopar.compile.heads import RESHAPES
 from autopar.graph.program import Ref
 from autopar.lowering.program import (
     Compute,
+    Instruction,
     LocalProgram,
     check_program,
     live_readers,
@@ -33,43 +35,53 @@ _FIRST = 0  # the kernel that the heuristic puts first, unless another is chosen
 
 
 def join_activations(program: LocalProgram) -> LocalProgram:
-    """The same outputs to rounding. What is left unread is dead. Post: check_program.
-    O(instructions)."""
+    """The same outputs to rounding; products stay where they were. What is left unread is dead.
+    Post: check_program. O(instructions)."""
     find = _Finder(program)
-    joined: dict[str, Compute] = {}  # by the name of the instruction in whose place it stands
-    now: dict[Ref, Ref] = {}
+    behind: defaultdict[str, list[Compute]] = defaultdict(list)  # an instruction, by its name
+    now: dict[str, Compute | Ref] = {}  # what an instruction is now
     for call in find.calls.values():
         if call.kwargs.get("approximate") != "tanh" or not find.is_read(call):
             continue
-        if call.target is _GRADIENT:
-            product = find.product(call.args[0])
-            if product is not None:
-                args = (*product.args, call.args[1], _FIRST)
-                joined[call.name] = _call(call.name, own.gelu_gradient.default, args, call)
-        elif call.target is _GELU:
+        if call.target is _GELU:
             total, shape = find.unshaped(call.args[0])
             operands = find.linear(total)
-            if operands is None or total.name in joined:
+            if operands is None or total.name in now:
                 continue
             both = _call(f"{total.name}_and_gelu", own.linear_gelu.default, operands, call)
-            joined[total.name], now[total] = both, Ref(both.name, 1)
-            if shape is None:
-                now[Ref(call.name)] = Ref(both.name)
-            else:
-                args = (Ref(both.name), shape)
-                joined[call.name] = _call(call.name, aten.reshape.default, args, call)
-    if not joined:
+            behind[total.name].insert(0, both)  # a gradient behind the sum reads it
+            now[total.name] = Ref(both.name, 1)
+            now[call.name] = _reshaped(call, Ref(both.name), shape)
+        elif call.target is _GRADIENT:
+            product = find.product(call.args[0])
+            if product is None:
+                continue
+            x, shape = find.unshaped(call.args[1])
+            first = find.later(product.name, x.name)
+            operands = (*product.args, x, _FIRST)
+            made = _call(f"{product.name}_by_gelu", own.gelu_gradient.default, operands, call)
+            behind[first].append(made)
+            now[call.name] = _reshaped(call, Ref(made.name), shape)
+    if not behind:
         return program
 
     def known(ref: Ref) -> Ref:
-        return now.get(ref, ref)
+        replaced = now.get(ref.name)
+        return replaced if isinstance(replaced, Ref) else ref
 
-    body = [
-        joined.get(i.name, i) for i in program.body if Ref(i.name) not in now or i.name in joined
-    ]
+    body: list[Instruction] = []
+    for instruction in program.body:
+        is_now = now.get(instruction.name, instruction)
+        body += [] if isinstance(is_now, Ref) else [is_now]
+        body += behind[instruction.name]
     outputs = {key: replace(p, ref=known(p.ref)) for key, p in program.outputs.items()}
     named = tuple(renamed(i, i.name, known) for i in body)
     return check_program(replace(program, body=named, outputs=outputs))
+
+
+def _reshaped(call: Compute, value: Ref, shape: Any | None) -> Compute | Ref:
+    """What a call is whose value is this one in another shape, or in its own."""
+    return value if shape is None else _call(call.name, aten.reshape.default, (value, shape), call)
 
 
 class _Finder:
@@ -78,6 +90,11 @@ class _Finder:
     def __init__(self, program: LocalProgram) -> None:
         self.calls = {i.name: i for i in program.body if isinstance(i, Compute)}
         self._readers = live_readers(program)
+        self._order = {i.name: position for position, i in enumerate(program.body)}
+
+    def later(self, one: str, other: str) -> str:
+        """The later of two instructions; inputs come before all of them."""
+        return max(one, other, key=lambda name: self._order.get(name, -1))
 
     def is_read(self, call: Compute) -> bool:
         return self._readers[call.name] > 0

@@ -110,6 +110,39 @@ def test_a_gelu_that_is_made_again_stays_one() -> None:
     assert_same(played(joined, given), played(program, given))
 
 
+@pytest.mark.parametrize("gelu_first", [False, True])
+def test_what_is_made_anew_for_a_gradient_is_joined(gelu_first: bool) -> None:
+    """The sum, for its slope, after the product of the gradient; and its GELU."""
+    anew = [
+        call("product2", aten.mm.default, Ref("x"), Ref("up_t")),
+        call("sum2", aten.add.Tensor, Ref("product2"), Ref("bias")),
+        call("again", aten.reshape.default, Ref("sum2"), list(SHAPE)),
+    ]
+    gelu = call("gelu2", GELU, Ref("again"), approximate="tanh")
+    dgelu = call("dgelu", GRADIENT, Ref("dshaped"), Ref("again"), approximate="tanh")
+    last = (gelu, dgelu) if gelu_first else (dgelu, gelu)
+    program = mlp(again=tuple(anew), dgelu=last)
+    program = replace(program, outputs={**program.outputs, "gelu2": port("gelu2", *SHAPE)})
+    joined = join_activations(program)
+    assert targets(joined).count(JOINED) == 2 and targets(joined).count(JOINED_GRADIENT) == 1
+    given = values(program)
+    assert_same(played(joined, given), played(program, given))
+
+
+def test_a_product_stays_where_it_was() -> None:
+    """Later it would hold its weight, and what comes in the weight's memory, for longer."""
+    beside = call("beside", aten.mm.default, Ref("x"), Ref("up_t"))
+    dh = call("dh", aten.mm.default, Ref("dout"), Ref("down"))
+    program = mlp(dh=(dh, beside))
+    joined = join_activations(program).body
+    names = [i.target for i in joined if isinstance(i, Compute)]
+    position = [i.name for i in joined].index("beside")
+    assert names[position - 1] is JOINED_GRADIENT
+    assert_same(
+        played(join_activations(program), values(program)), played(program, values(program))
+    )
+
+
 @pytest.mark.parametrize(
     ("program", "stays"),
     [
