@@ -165,9 +165,9 @@ def parallelize(
                    graph, where NCCL is faster.
     tune_products: whether each large product of matrices in compiled programs takes the kernel of
                    cuBLASLt's that is the fastest on this GPU, under its limit of power, or the one
-                   that its heuristic puts first. Kernels are timed at the first step, a second or
-                   less for each size of product, and kept in the cache; by default where that was
-                   measured to pay, on GPUs of compute capability 9.0.
+                   that its heuristic puts first. Kernels are timed at the first step, up to two
+                   seconds for each size of product, and kept in the cache; by default on GPUs of
+                   compute capability 9.0, where that was measured.
     cluster:       what to plan for; by default what is there. Its devices must number the ranks.
     """
     from autopar.runtime.launch import torchrun_world  # planning alone needs no runtime

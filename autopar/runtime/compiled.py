@@ -112,7 +112,8 @@ class CompiledProgram:
             compiled = self._compile(values)
         self._foreseen = False
         values = [with_strides(v, s) for v, s in zip(values, self._strides, strict=True)]
-        outputs = compiled.call(values + self._allocated(compiled))
+        values += self._allocated(compiled)
+        outputs = compiled.call(values)  # which empties it: what nobody else holds can be freed
         return {key: [value] for key, value in zip(self._program.outputs, outputs, strict=True)}
 
     def _allocated(self, compiled: CompiledModule) -> list[Tensor]:
