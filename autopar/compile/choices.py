@@ -5,9 +5,9 @@
                                                                reads it
     linear_gelu(a, b, bias, 0) ->  linear_gelu(a, b, bias, choice),    likewise its gradient
 
-The kernel is cuBLASLt's. What its heuristic puts first, and torch takes, is mostly the fastest of
-its list, but up to 9 % slower than another for some sizes, such as the scores of GPT 1.3B on an
-H100. Products for which the heuristic is right stay as they are.
+The kernel is cuBLASLt's. What its heuristic puts first is mostly the fastest of its list, but up to
+9 % slower than another for some sizes, such as the scores of GPT 1.3B on an H100. Products for
+which the heuristic is right stay as they are.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from autopar.ops.epilogues import gelu_gradient_problem, linear_gelu_problem
 aten, own = torch.ops.aten, torch.ops.autopar
 
 Choose = Callable[[Problem], int]
-"""The number of the fastest kernel, of `cublaslt.num_kernels`; the same on all ranks of a stage, as
-kernels may sum in different orders."""
+"""The number of the fastest kernel, of `cublaslt.num_kernels`; the same on all ranks whose GPUs are
+of one kind, as kernels may sum in different orders."""
 
 _PRODUCT, _WIDE, _SUM = aten.mm.default, own.wide_product.default, aten.add.Tensor
 _JOINED = {
@@ -51,17 +51,20 @@ def choose_kernels(module: fx.GraphModule, choose: Choose) -> fx.GraphModule:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, choose: Choose) -> None:
+    """Where it stands: later the memory of a gathered weight may have been written again."""
     left, right = node.args[:2]
-    dtype, total = node.meta["val"].dtype, _sum_with_bias(node)
-    epilogue = Epilogue.NONE if total is None else Epilogue.BIAS
+    dtype, total = node.meta["val"].dtype, _joined_sum(node)
+    bias = None if total is None else total.args[1]
+    if bias is not None and not _is_bias(bias, node):
+        return  # Inductor makes the sum in the product's kernel
+    epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
     a, b = _values((left, right))
     choice = _chosen(problem_of(a, b, epilogue, dtype), choose)
     if not choice:
         return
-    last = node if total is None else total
-    bias = None if total is None else total.args[1]
-    with graph.inserting_before(last):
+    with graph.inserting_before(node):
         made = call(graph, own.product.default, left, right, bias, dtype, choice)
+    last = node if total is None else total
     last.replace_all_uses_with(made)
     for old in dict.fromkeys((last, node)):
         graph.erase_node(old)
@@ -71,18 +74,22 @@ def _chosen(problem: Problem | None, choose: Choose) -> int:
     return 0 if problem is None else choose(problem)
 
 
-def _sum_with_bias(node: fx.Node) -> fx.Node | None:
+def _joined_sum(node: fx.Node) -> fx.Node | None:
     """The sum that Inductor would make in the product's kernel: it has another one for it where all
     that reads it is elementwise."""
     (reader,) = node.users if len(node.users) == 1 else (None,)
-    if reader is None or reader.target is not _SUM or reader.kwargs or reader.args[0] is not node:
+    if reader is None or reader.target is not _SUM or all(map(_is_elementwise, reader.users)):
         return None
-    bias = reader.args[1]
-    if not isinstance(bias, fx.Node):
-        return None
-    row, value = bias.meta["val"], node.meta["val"]
-    is_row = row.shape == value.shape[1:] and row.dtype is value.dtype
-    return reader if is_row and not all(map(_is_elementwise, reader.users)) else None
+    return reader
+
+
+def _is_bias(value: Any, product: fx.Node) -> bool:
+    """Whether a sum of `product` and this, its second operand, is one with a bias that is there
+    before the product."""
+    if not isinstance(value, fx.Node) or not value < product:
+        return False
+    row, whole = value.meta["val"], product.meta["val"]
+    return bool(row.shape == whole.shape[1:] and row.dtype is whole.dtype)
 
 
 def _is_elementwise(node: fx.Node) -> bool:

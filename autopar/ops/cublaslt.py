@@ -156,11 +156,12 @@ def product(
     return out
 
 
-def version() -> int:
-    """Of the library: its lists of kernels may differ between versions."""
+def version() -> str:
+    """Of the library and of what it is asked for: on these its lists of kernels depend."""
     library = _library()
     library.cublasLtGetVersion.restype = ctypes.c_size_t
-    return int(library.cublasLtGetVersion())
+    number = library.cublasLtGetVersion()
+    return f"cuBLASLt {number}: {NUM_KERNELS}, {_WORKSPACE_BYTES}, {_SUMS_IN_FLOAT32}"
 
 
 def _fits(x: Tensor) -> bool:

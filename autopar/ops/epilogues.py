@@ -10,8 +10,6 @@ Sums are not rounded before the function, which is exact to the rounding of its 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -19,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from autopar.ops import cublaslt
 from autopar.ops.cublaslt import Epilogue, Problem
 from autopar.ops.library import LIBRARY, define
+from autopar.ops.products import product_flops
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
@@ -92,8 +91,5 @@ LIBRARY.impl("gelu_gradient", _gelu_gradient_cuda, "CUDA")
 torch.library.register_fake("autopar::linear_gelu", _fake, lib=LIBRARY)
 torch.library.register_fake("autopar::gelu_gradient", _fake_gradient, lib=LIBRARY)
 
-
-@register_flop_formula((own.linear_gelu, own.gelu_gradient))
-def product_flops(a_shape: Any, b_shape: Any, *_args: Any, **_kwargs: Any) -> int:
-    """A multiply-add is two."""
-    return int(2 * a_shape[0] * a_shape[1] * b_shape[1])
+for _operator in (own.linear_gelu, own.gelu_gradient):
+    register_flop_formula(_operator)(product_flops)

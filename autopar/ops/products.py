@@ -8,8 +8,11 @@ kernels do not, the operands are cast.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from autopar.ops import cublaslt
 from autopar.ops.cublaslt import Epilogue
@@ -59,3 +62,11 @@ torch.library.register_fake("autopar::wide_product", _fake, lib=LIBRARY)
 LIBRARY.impl("product", _product, "CPU")
 LIBRARY.impl("product", _product_cuda, "CUDA")
 torch.library.register_fake("autopar::product", _fake_product, lib=LIBRARY)
+
+
+def product_flops(a_shape: Any, b_shape: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Of two matrices; a multiply-add is two."""
+    return int(2 * a_shape[0] * a_shape[1] * b_shape[1])
+
+
+register_flop_formula(torch.ops.autopar.product)(product_flops)

@@ -6,12 +6,11 @@
 
 Of the medians the least wins, if it beats the first of the list by `_GAIN`. A GPU that multiplies
 all the time reaches its limit of power within milliseconds: what is timed is what a step will see.
-Choices are kept in the cache, by GPU and version of cuBLASLt, and agreed on by the ranks of a job.
+Choices are agreed on by the ranks of a job, and kept in the cache by GPU and version of cuBLASLt.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import statistics
@@ -28,11 +27,12 @@ from autopar.runtime.comm import World
 
 _LOG = logging.getLogger(__name__)
 
-_LEAST_FLOPS = 1 << 35  # 50 us of an H100: smaller products are few of a step's microseconds
+_LEAST_FLOPS = 1 << 37  # 0.2 ms of an H100; a call takes 40 us of the host
 _FIRST_S, _LATER_S = 0.03, 0.06
 _ROUNDS = 3
 _NEAR = 1.04
 _GAIN = 1.02  # medians of one kernel differ by 1 % between two searches
+_UNKNOWN = -1
 _KIND = "kernels"  # of records in the cache
 
 
@@ -46,36 +46,35 @@ class FastestKernels:
         if problem.flops < _LEAST_FLOPS or cublaslt.num_kernels(problem) < 2:
             return 0
         key = _key(problem)
-        if self._world is None:
-            return _kept(key, problem)
-        return self._world.agree(f"kernel/{key}", functools.partial(_kept, key, problem))
+        kept = read_record(_KIND, key)
+
+        def find() -> int:
+            return _fastest(problem) if kept is None else int(kept)
+
+        found = find() if self._world is None else self._world.agree(f"kernel/{key}", find)
+        if not 0 <= found < cublaslt.num_kernels(problem):
+            return 0
+        if found != kept:
+            write_record(_KIND, key, found)
+        return found
 
 
 def _key(problem: Problem) -> str:
     """Of the problem on GPUs of its kind."""
     gpu = torch.cuda.get_device_name(problem.device)
-    text = f"{gpu}, cuBLASLt {cublaslt.version()}, {replace(problem, device=0)}"
+    text = f"{gpu}, {cublaslt.version()}, {replace(problem, device=0)}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _kept(key: str, problem: Problem) -> int:
-    """From the cache, or measured and put there."""
-    known = read_record(_KIND, key)
-    if isinstance(known, int) and 0 <= known < cublaslt.num_kernels(problem):
-        return known
-    found = _fastest(problem)
-    write_record(_KIND, key, found)
-    return found
-
-
 def _fastest(problem: Problem) -> int:
+    """_UNKNOWN where there is no memory to try."""
     started = time.monotonic()
     try:
         with torch.cuda.device(problem.device):
             times = _times(_Call(problem))
     except torch.cuda.OutOfMemoryError:
         _LOG.info("no memory to time kernels for %s: the heuristic's is taken", problem)
-        return 0
+        return _UNKNOWN
     finally:
         torch.cuda.empty_cache()  # the step's own allocations shall not be cut out of these
     best = min(times, key=times.__getitem__)
@@ -91,11 +90,11 @@ class _Call:
 
     def __init__(self, problem: Problem) -> None:
         p = self.problem = problem
-        self._a = _matrix(p, p.m, p.k, 0)
-        self._b = _matrix(p, p.k, p.n, 1)
-        row, whole = (self._a.new_zeros(shape) for shape in ((p.n,), (p.m, p.n)))
-        self._bias = row.to(p.out_dtype) if Epilogue.BIAS in p.epilogue else None
-        self._aux = whole.to(p.out_dtype) if Epilogue.AUX in p.epilogue else None
+        numbers = torch.Generator("cuda").manual_seed(0)  # the user's own stay as they are
+        self._a = _matrix(p, p.m, p.k, 0, numbers)
+        self._b = _matrix(p, p.k, p.n, 1, numbers)
+        self._bias = self._zeros(Epilogue.BIAS, p.n)
+        self._aux = self._zeros(Epilogue.AUX, p.m, p.n)
 
     def __call__(self, kernel: int) -> None:
         p = self.problem
@@ -108,6 +107,11 @@ class _Call:
             aux=self._aux,
             choice=kernel,
         )
+
+    def _zeros(self, part: Epilogue, *shape: int) -> Tensor | None:
+        """What this part of the epilogue works on, if the problem has it."""
+        has_part = part in self.problem.epilogue
+        return self._a.new_zeros(shape, dtype=self.problem.out_dtype) if has_part else None
 
     def seconds(self, kernel: int, least: float) -> float:
         """Of one call, of as many as take about `least` seconds."""
@@ -126,11 +130,13 @@ class _Call:
         return 1e-3 * milliseconds / calls
 
 
-def _matrix(problem: Problem, rows: int, columns: int, which: int) -> Tensor:
+def _matrix(
+    problem: Problem, rows: int, columns: int, which: int, numbers: torch.Generator
+) -> Tensor:
     """a or b, as it lies in the problem."""
     stride = problem.strides[which]
     lies = (columns, stride) if problem.by_columns[which] else (rows, stride)
-    x = torch.randn(lies, dtype=problem.dtype, device="cuda")
+    x = torch.randn(lies, dtype=problem.dtype, device="cuda", generator=numbers)
     return x.t()[:rows] if problem.by_columns[which] else x[:, :columns]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from autopar.cache import read_record
 from autopar.ops import cublaslt
 from autopar.ops.cublaslt import Epilogue, Problem
 from autopar.runtime import choices
@@ -36,7 +38,7 @@ class Calls:
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AUTOPAR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cublaslt, "num_kernels", lambda _: 3)
-    monkeypatch.setattr(cublaslt, "version", lambda: 130100)
+    monkeypatch.setattr(cublaslt, "version", lambda: "cuBLASLt 130100")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
 
@@ -77,7 +79,8 @@ def test_no_memory_to_time_them(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(choices, "_Call", fails)
-    assert choices._fastest(LARGE) == 0
+    assert FastestKernels(None)(LARGE) == 0
+    assert read_record("kernels", choices._key(LARGE)) is None  # there may be some next time
 
 
 def test_choices_are_kept(measured: Iterator[list[Problem]]) -> None:
@@ -89,6 +92,20 @@ def test_choices_are_kept(measured: Iterator[list[Problem]]) -> None:
 def test_small_products_are_not_timed(measured: Iterator[list[Problem]]) -> None:
     small = Problem(0, BF16, BF16, 64, 64, 64, (False, False), (64, 64), Epilogue.NONE, 256)
     assert FastestKernels(None)(small) == 0 and not next(measured)
+
+
+def test_what_was_agreed_is_kept(measured: Iterator[list[Problem]]) -> None:
+    """And nothing is taken that is not in the list here."""
+    world = object.__new__(World)
+    world._store, world._number = HashStore(), 0  # type: ignore[assignment]
+    key = choices._key(LARGE)
+    assert world.agree(f"kernel/{key}", lambda: 1) == 1
+    assert FastestKernels(world)(LARGE) == 1 and not next(measured)
+    assert read_record("kernels", key) == 1
+    other = replace(LARGE, m=8192)
+    world.agree(f"kernel/{choices._key(other)}", lambda: 3)
+    assert FastestKernels(world)(other) == 0
+    assert read_record("kernels", choices._key(other)) is None
 
 
 def test_the_first_to_ask_decides() -> None:
