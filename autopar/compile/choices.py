@@ -55,7 +55,7 @@ def _replace(graph: fx.Graph, node: fx.Node, choose: Choose) -> None:
     left, right = node.args[:2]
     dtype, total = node.meta["val"].dtype, _joined_sum(node)
     bias = None if total is None else total.args[1]
-    if bias is not None and not _is_bias(bias, node):
+    if total is not None and (total.kwargs or not _is_bias(bias, node)):
         return  # Inductor makes the sum in the product's kernel
     epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
     a, b = _values((left, right))

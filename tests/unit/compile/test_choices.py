@@ -165,8 +165,13 @@ def bias_comes_first(a: Tensor, b: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return aten.mm.default(total, aten.permute.default(x, [1, 0]))
 
 
+def bias_is_scaled(a: Tensor, b: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    total = aten.add.Tensor(aten.mm.default(a, b), bias, alpha=2)
+    return aten.mm.default(total, aten.permute.default(x, [1, 0]))
+
+
 @pytest.mark.usefixtures("problems")
-@pytest.mark.parametrize("body", [bias_comes_late, bias_comes_first, with_matrix])
+@pytest.mark.parametrize("body", [bias_comes_late, bias_comes_first, bias_is_scaled, with_matrix])
 def test_other_sums_are_left_to_inductor(body: Body) -> None:
     """Which makes them in the product's kernel."""
     graph = choose_kernels(graph_of(body), lambda _: 2)
