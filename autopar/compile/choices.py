@@ -1,13 +1,11 @@
 """Products of matrices take the kernel that was found to be the fastest for them.
 
-    a @ b                      ->  product(a, b, None, dtype, choice)
-    a @ b + bias               ->  product(a, b, bias, ..),    where the sum is not fused with what
-                                                               reads it
-    linear_gelu(a, b, bias, 0) ->  linear_gelu(a, b, bias, choice),    likewise its gradient
+    a @ b                         ->  product(a, b, dtype, choice)
+    linear_gelu(a, b, bias, 0)    ->  linear_gelu(a, b, bias, choice),    likewise its gradient
 
 The kernel is cuBLASLt's. What its heuristic puts first is mostly the fastest of its list, but up to
 9 % slower than another for some sizes, such as the scores of GPT 1.3B on an H100. Products for
-which the heuristic is right stay as they are.
+which the heuristic is right stay as they are, and those whose bias Inductor adds in their kernel.
 """
 
 from __future__ import annotations
@@ -51,45 +49,31 @@ def choose_kernels(module: fx.GraphModule, choose: Choose) -> fx.GraphModule:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, choose: Choose) -> None:
-    """Where it stands: later the memory of a gathered weight may have been written again."""
+    if _is_joined_with_sum(node):
+        return
     left, right = node.args[:2]
-    dtype, total = node.meta["val"].dtype, _joined_sum(node)
-    bias = None if total is None else total.args[1]
-    if total is not None and (total.kwargs or not _is_bias(bias, node)):
-        return  # Inductor makes the sum in the product's kernel
-    epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
+    dtype = node.meta["val"].dtype
     a, b = _values((left, right))
-    choice = _chosen(problem_of(a, b, epilogue, dtype), choose)
+    choice = _chosen(problem_of(a, b, Epilogue.NONE, dtype), choose)
     if not choice:
         return
     with graph.inserting_before(node):
-        made = call(graph, own.product.default, left, right, bias, dtype, choice)
-    last = node if total is None else total
-    last.replace_all_uses_with(made)
-    for old in dict.fromkeys((last, node)):
-        graph.erase_node(old)
+        made = call(graph, own.product.default, left, right, dtype, choice)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _chosen(problem: Problem | None, choose: Choose) -> int:
     return 0 if problem is None else choose(problem)
 
 
-def _joined_sum(node: fx.Node) -> fx.Node | None:
-    """The sum that Inductor would make in the product's kernel: it has another one for it where all
+def _is_joined_with_sum(node: fx.Node) -> bool:
+    """Whether Inductor makes a sum in the product's kernel: it has another one for it where all
     that reads it is elementwise."""
     (reader,) = node.users if len(node.users) == 1 else (None,)
-    if reader is None or reader.target is not _SUM or all(map(_is_elementwise, reader.users)):
-        return None
-    return reader
-
-
-def _is_bias(value: Any, product: fx.Node) -> bool:
-    """Whether a sum of `product` and this, its second operand, is one with a bias that is there
-    before the product."""
-    if not isinstance(value, fx.Node) or not value < product:
+    if reader is None or reader.target is not _SUM:
         return False
-    row, whole = value.meta["val"], product.meta["val"]
-    return bool(row.shape == whole.shape[1:] and row.dtype is whole.dtype)
+    return not all(map(_is_elementwise, reader.users))
 
 
 def _is_elementwise(node: fx.Node) -> bool:

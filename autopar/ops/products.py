@@ -1,6 +1,6 @@
 """`autopar::wide_product(a, b, dtype)`: a [.., m, k] @ b [.., k, n], with at most one batch dim, in
-a wider type than its operands have; `autopar::product(a, b, bias, dtype, choice)`: a [m, k] @ b
-[k, n] + bias [n], in this type, by a kernel that was chosen among cuBLASLt's.
+a wider type than its operands have; `autopar::product(a, b, dtype, choice)`: a [m, k] @ b [k, n] in
+this type, by a kernel that was chosen among cuBLASLt's.
 
 Sums of a product are made in float32 anyway: its kernel writes them as they are. On a CPU, whose
 kernels do not, the operands are cast.
@@ -24,7 +24,7 @@ NARROW_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
 """What it may replace, of operands of a narrow type."""
 
 define("wide_product(Tensor a, Tensor b, ScalarType dtype) -> Tensor")
-define("product(Tensor a, Tensor b, Tensor? bias, ScalarType dtype, int choice) -> Tensor")
+define("product(Tensor a, Tensor b, ScalarType dtype, int choice) -> Tensor")
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,21 +35,15 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, _choice: int) -> Tensor:
-    product = a @ b if dtype is a.dtype else wide_product(a, b, dtype)
-    return product if bias is None else product + bias
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, _choice: int) -> Tensor:
+    return a @ b if dtype is a.dtype else wide_product(a, b, dtype)
 
 
-def _product_cuda(
-    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, choice: int
-) -> Tensor:
-    epilogue = Epilogue.NONE if bias is None else Epilogue.BIAS
-    return cublaslt.product(a, b, epilogue, out_dtype=dtype, bias=bias, choice=choice)
+def _product_cuda(a: Tensor, b: Tensor, dtype: torch.dtype, choice: int) -> Tensor:
+    return cublaslt.product(a, b, Epilogue.NONE, out_dtype=dtype, choice=choice)
 
 
-def _fake_product(
-    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, choice: int
-) -> Tensor:
+def _fake_product(a: Tensor, b: Tensor, dtype: torch.dtype, choice: int) -> Tensor:
     return _fake(a, b, dtype)
 
 

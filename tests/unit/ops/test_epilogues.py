@@ -113,21 +113,17 @@ def test_addresses_need_not_be_aligned() -> None:
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_every_kernel_multiplies(dtype: torch.dtype, has_bias: bool) -> None:
+def test_every_kernel_multiplies(dtype: torch.dtype) -> None:
     a, b = matrix(M, K, torch.bfloat16, "cuda", False), matrix(K, N, torch.bfloat16, "cuda", True)
-    bias = a[0, :N].to(dtype) if has_bias else None
-    problem = problem_of(a, b, Epilogue.BIAS if has_bias else Epilogue.NONE, dtype)
-    if problem is None:  # of float32 with a bias
-        assert has_bias and dtype is torch.float32
-        return
-    want = a.double() @ b.double() + (0 if bias is None else bias.double())
+    problem = problem_of(a, b, Epilogue.NONE, dtype)
+    assert problem is not None
     kernels = num_kernels(problem)
     assert kernels > 1
+    want = (a.double() @ b.double()).to(dtype)
     for kernel in range(kernels):
-        product = own.product(a, b, bias, dtype, kernel)
+        product = own.product(a, b, dtype, kernel)
         assert product.dtype is dtype and product.is_contiguous()
-        torch.testing.assert_close(product, want.to(dtype), rtol=1e-2, atol=1e-3 * K**0.5)
+        torch.testing.assert_close(product, want, rtol=1e-2, atol=1e-3 * K**0.5)
 
 
 def test_fakes_and_operators_agree() -> None:
