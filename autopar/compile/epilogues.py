@@ -35,8 +35,10 @@ _FIRST = 0  # the kernel that the heuristic puts first, unless another is chosen
 
 
 def join_activations(program: LocalProgram) -> LocalProgram:
-    """The same outputs to rounding; products stay where they were. What is left unread is dead.
-    Post: check_program. O(instructions)."""
+    """The same outputs to rounding. A gradient's product stays where it was, if what its slope is
+    taken at is there by then: later it would hold its operands, and the memory that a collective
+    is to have next, for longer. What is left unread is dead. Post: check_program.
+    O(instructions)."""
     find = _Finder(program)
     behind: defaultdict[str, list[Compute]] = defaultdict(list)  # an instruction, by its name
     now: dict[str, Compute | Ref] = {}  # what an instruction is now

@@ -29,7 +29,8 @@ _GELU = Epilogue.GELU | Epilogue.AUX | Epilogue.BIAS
 _GRADIENT = Epilogue.GELU_GRADIENT | Epilogue.AUX
 _LEAST_DEPTH = 1024
 """k from which a gradient's epilogue is worth the pass that sums its result over rows for a bias.
-Measured with GPT's blocks on an H100: it costs 0.01 ms of 0.47 at 768, gains 0.06 of 5.3 at 2048.
+On an H100 it takes 0.01 ms off the MLP of a GPT's block, 0.47 ms at k = 768, and 0.14 off 5.3 ms at
+2048; the pass would take 0.02 and 0.09.
 """
 
 

@@ -43,16 +43,17 @@ class FastestKernels:
         self._world = world
 
     def __call__(self, problem: Problem) -> int:
-        if problem.flops < _LEAST_FLOPS or cublaslt.num_kernels(problem) < 2:
+        kernels = range(cublaslt.num_kernels(problem))
+        if problem.flops < _LEAST_FLOPS or len(kernels) < 2:
             return 0
         key = _key(problem)
         kept = read_record(_KIND, key)
 
         def find() -> int:
-            return _fastest(problem) if kept is None else int(kept)
+            return int(kept) if kept is not None and kept in kernels else _fastest(problem)
 
         found = find() if self._world is None else self._world.agree(f"kernel/{key}", find)
-        if not 0 <= found < cublaslt.num_kernels(problem):
+        if found not in kernels:
             return 0
         if found != kept:
             write_record(_KIND, key, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from autopar.cache import read_record
+from autopar.cache import read_record, write_record
 from autopar.ops import cublaslt
 from autopar.ops.cublaslt import Epilogue, Problem
 from autopar.runtime import choices
@@ -44,7 +43,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     """The problems that were measured; kernel 2 wins."""
     found: list[Problem] = []
 
@@ -53,7 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
         return 2
 
     monkeypatch.setattr(choices, "_fastest", fastest)
-    return iter([found])
+    return found
 
 
 def test_medians_of_those_that_were_near() -> None:
@@ -83,24 +82,30 @@ def test_no_memory_to_time_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_record("kernels", choices._key(LARGE)) is None  # there may be some next time
 
 
-def test_choices_are_kept(measured: Iterator[list[Problem]]) -> None:
-    found = next(measured)
+def test_choices_are_kept(measured: list[Problem]) -> None:
     assert [FastestKernels(None)(LARGE) for _ in range(2)] == [2, 2]
-    assert found == [LARGE]
+    assert measured == [LARGE]
 
 
-def test_small_products_are_not_timed(measured: Iterator[list[Problem]]) -> None:
+@pytest.mark.parametrize("record", ["nonsense", 3, -1, [2], None])
+def test_what_is_no_kernel_is_found_anew(record: object, measured: list[Problem]) -> None:
+    write_record("kernels", choices._key(LARGE), record)
+    assert FastestKernels(None)(LARGE) == 2 and measured == [LARGE]
+    assert read_record("kernels", choices._key(LARGE)) == 2
+
+
+def test_small_products_are_not_timed(measured: list[Problem]) -> None:
     small = Problem(0, BF16, BF16, 64, 64, 64, (False, False), (64, 64), Epilogue.NONE, 256)
-    assert FastestKernels(None)(small) == 0 and not next(measured)
+    assert FastestKernels(None)(small) == 0 and not measured
 
 
-def test_what_was_agreed_is_kept(measured: Iterator[list[Problem]]) -> None:
+def test_what_was_agreed_is_kept(measured: list[Problem]) -> None:
     """And nothing is taken that is not in the list here."""
     world = object.__new__(World)
     world._store, world._number = HashStore(), 0  # type: ignore[assignment]
     key = choices._key(LARGE)
     assert world.agree(f"kernel/{key}", lambda: 1) == 1
-    assert FastestKernels(world)(LARGE) == 1 and not next(measured)
+    assert FastestKernels(world)(LARGE) == 1 and not measured
     assert read_record("kernels", key) == 1
     other = replace(LARGE, m=8192)
     world.agree(f"kernel/{choices._key(other)}", lambda: 3)
