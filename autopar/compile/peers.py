@@ -5,7 +5,8 @@ beside it, also while it waits for a slower rank, and a product of one wave of t
 Copies by the GPU's copy engines, which wait without a kernel, take none.
 
     all_gather(x)        each rank copies x to part `rank` of everyone's place, its own too; of
-                         parameters alone
+                         parameters alone. A parameter that is cast for it is so where its part
+                         lies, and sent from there
     reduce_scatter(x)    each rank copies part j of x to rank j, and adds up what came
     all_reduce(x)        each rank copies x to the others, and adds up: two ranks, or few bytes
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import CAST, call, in_dtype
 from autopar.compile.overlap import SMALL_BYTES, early_and_late, is_heavy
 from autopar.compile.tables import CASTS, SAME_MEMORY, VIEWS, materialize
@@ -339,8 +341,9 @@ def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> 
     scatter = copy.op is CollectiveOp.REDUCE_SCATTER
     own = copy.op is CollectiveOp.ALL_GATHER
     with graph.inserting_before(copy.start):
+        sent = copy.start.all_input_nodes[0]
         # a line: Inductor would pass on a gradient of a convolution as that lies, channels last
-        line = call(graph, aten.reshape.default, copy.start.all_input_nodes[0], [-1])
+        line = call(graph, aten.reshape.default, _before_cast(sent) if own else sent, [-1])
         started = call(graph, PEER_COPY, line, place, scatter, own)
     with graph.inserting_before(copy.wait):
         call(graph, PEER_WAIT, place, line)
@@ -354,9 +357,26 @@ def _rewrite(graph: fx.Graph, copy: _Copy, place: fx.Node, *, is_open: bool) -> 
             _put_part(graph, copy, line)
         else:
             _put_sum(graph, copy, line, received)
-    for node in (copy.wait, copy.start):
-        graph.erase_node(node)
+    graph.erase_node(copy.wait)
+    unread = copy.start
+    while not unread.users and unread.op != "placeholder":
+        (before,) = unread.all_input_nodes
+        graph.erase_node(unread)
+        unread = before
     return started
+
+
+def _before_cast(node: fx.Node) -> fx.Node:
+    """The input of the graph that this is, in another type, or itself."""
+    seen = node
+    while seen.target in RESHAPES and len(seen.users) == 1:
+        seen = seen.all_input_nodes[0]
+    if seen.target is not CAST or len(seen.users) > 1:
+        return node
+    source, value = seen.all_input_nodes[0], node.meta["val"]
+    wide: Tensor = source.meta["val"]
+    alike = wide.is_contiguous() and value.is_contiguous() and wide.numel() == value.numel()
+    return source if alike and source.op == "placeholder" else node
 
 
 def _own_part(graph: fx.Graph, copy: _Copy, line: fx.Node) -> fx.Node:

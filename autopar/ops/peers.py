@@ -9,7 +9,8 @@ A place is memory of this rank that the n ranks of its group write into, each in
 
 Shapes: value any, contiguous; place [P], of which the first n * m elements are used where own is
 set, m being those that one rank sends; otherwise what a rank would send to itself is left out, and
-the parts of the n - 1 others follow one another. All ranks of a group make the same calls in one
+the parts of the n - 1 others follow one another. A value that goes whole to all ranks, its own too,
+may be of another type than the place: it is cast. All ranks of a group make the same calls in one
 order. A call starts when all ranks have come to it, so that none writes over what another one has
 still to read.
 
@@ -70,6 +71,8 @@ def _owner(place: Tensor) -> PeerMemory:
 def _copy(value: Tensor, place: Tensor, scatter: bool, own: bool) -> None:
     if not value.is_contiguous():
         raise InternalError(f"sends a value with strides {value.stride()}: it must be contiguous")
+    if value.dtype is not place.dtype and (scatter or not own):
+        raise InternalError(f"sends {value.dtype} into a place of {place.dtype}")
     _owner(place).copy(value.reshape(-1), place, scatter=scatter, own=own)
 
 

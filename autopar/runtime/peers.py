@@ -143,6 +143,7 @@ class _Collectives(_Memory):
 
     def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None:
         sent = value.numel() // (self._size if scatter else 1)
+        value = value.to(place.dtype)
         received = value.new_empty(self._size * sent)
         if scatter:
             dist.all_to_all_single(received, value, group=self._group)
@@ -186,10 +187,14 @@ class _CopyEngines(_Memory):
     def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None:
         sent = value.numel() // (self._size if scatter else 1)
         current = torch.cuda.current_stream(self._device)
+        nearest = 0 if own else 1
+        if value.dtype is not place.dtype:  # this rank's part is made where it lies
+            value = self._view(self._rank, place, self._rank * sent, sent).copy_(value)
+            nearest = 1
         self._stream.wait_stream(current)
         self._meet(_HERE)
         with torch.cuda.stream(self._stream):
-            for step in range(0 if own else 1, self._size):
+            for step in range(nearest, self._size):
                 target = (self._rank + step) % self._size
                 first = target * sent if scatter else 0
                 part = part_of_place(self._rank, target, own=own)

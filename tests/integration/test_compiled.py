@@ -19,6 +19,7 @@ from autopar.compile.inductor import compile_module
 from autopar.compile.peers import Place
 from autopar.errors import InternalError
 from autopar.graph.precision import Precision
+from autopar.ops.peers import PEER_COPY, PEER_WAIT
 from autopar.options import SearchOptions
 from autopar.runtime import compiled as runtime_compiled
 from autopar.runtime.captured import CapturedProgram
@@ -288,6 +289,22 @@ def disagree(world: World) -> str:
 def test_ranks_agree_on_the_places_of_their_copies() -> None:
     for text in run_processes(disagree, 2):
         assert "want different places" in text
+
+
+def cast_on_the_way(world: World) -> Tensor:
+    name = dist.group.WORLD.group_name
+    (place,) = PeerGroups(world, [name]).allocate([Place(name, torch.bfloat16, 4)])
+    value = torch.tensor([1.0, 1 / 3]) + world.rank
+    PEER_COPY(value, place, False, True)
+    PEER_WAIT(place, value)
+    with pytest.raises(InternalError, match="into a place of"):
+        PEER_COPY(value, place, True, False)
+    return place.clone()
+
+
+def test_what_goes_whole_to_all_ranks_is_cast() -> None:
+    for place in run_processes(cast_on_the_way, 2):
+        assert torch.equal(place, torch.tensor([1, 1 / 3, 2, 4 / 3], dtype=torch.bfloat16))
 
 
 class Images(nn.Module):

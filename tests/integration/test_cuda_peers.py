@@ -95,6 +95,26 @@ def test_copies_arrive_whoever_is_late() -> None:
     assert run_processes(exchange, 2, device_type="cuda", timeout=TIMEOUT) == [8 * ROUNDS] * 2
 
 
+def narrow(world: World) -> int:
+    """What goes whole to all ranks is cast, and the place is used again at once."""
+    name = dist.group.WORLD.group_name
+    groups = PeerGroups(world, [name])
+    (place,) = groups.allocate([Place(name, torch.bfloat16, world.size * NUMEL)])
+    chance = random.Random(world.rank)
+    for step in range(ROUNDS):
+        torch.cuda._sleep(chance.randrange(3_000_000))
+        value = value_of(world.rank, step) / 3
+        PEER_COPY(value, place, False, True)
+        PEER_WAIT(place, value)
+        want = expected(world.rank, world.size, step, scatter=False, own=True) / 3
+        assert torch.equal(place * 1, want.bfloat16()), step
+    return ROUNDS
+
+
+def test_what_goes_whole_to_all_ranks_is_cast() -> None:
+    assert run_processes(narrow, 2, device_type="cuda", timeout=TIMEOUT) == [ROUNDS] * 2
+
+
 def train(world: World, *, peer_copies: bool) -> list[Tensor]:
     """Losses of some steps and what this rank keeps."""
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from autopar.compile import overlap as order
+from autopar.compile.heads import RESHAPES
+from autopar.compile.nodes import CAST
 from autopar.compile.overlap import SMALL_BYTES, overlap
 from autopar.compile.peers import Exchange, Peers, Place, check_places, copy_between_peers
 from autopar.errors import InternalError
@@ -77,6 +79,36 @@ def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch, size: int) -> No
         while value.target is not aten.add.Tensor:
             assert value.meta["val"].dtype is torch.float32
             (value,) = value.all_input_nodes
+
+
+def test_a_parameter_is_cast_where_its_part_lies() -> None:
+    def body(x: Tensor, *shards: Tensor) -> list[Tensor]:
+        one, two, three, four = shards
+        twice = four.bfloat16()
+        weights = [
+            collective("all_gather", one.bfloat16(), 2),
+            collective("all_gather", two.bfloat16().view(-1), 2),
+            collective("all_gather", three.bfloat16().t().contiguous(), 2),
+            collective("all_gather", twice, 2),
+        ]
+        return [x @ weight.view(WIDTH, -1) for weight in weights] + [x[:, : len(twice)] @ twice]
+
+    module, _ = prepared(body, 2, *inputs(2, 4))
+    sent = []
+    for copy in module.graph.find_nodes(op="call_function", target=PEER_COPY):
+        node = copy.args[0]
+        while node.target in RESHAPES:
+            (node,) = node.all_input_nodes
+        sent.append((node.op, node.meta["val"].dtype))
+    as_it_is, made = ("placeholder", torch.float32), ("call_function", torch.bfloat16)
+    assert sent == [as_it_is, as_it_is, made, made]
+    shards = module.graph.find_nodes(op="placeholder")[1:5]
+    assert [any(user.target is CAST for user in shard.users) for shard in shards] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def embedded(x: Tensor, table: Tensor, *shards: Tensor) -> list[Tensor]:
