@@ -5,19 +5,24 @@
     exposed        communication while nothing computes
     idle           neither, between the first and the last event
 
-Events overlap, so that all of these are measures of unions of intervals.
+Events overlap, so that all of these are measures of unions of intervals. Nothing counts that starts
+before the last mark: a GPU waits for the host when a profile begins, as it does not in training.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _TOP = 10
+_MARK = "spin_kernel"
 
 Interval = tuple[float, float]
 
@@ -30,12 +35,17 @@ def load(path: Path) -> list[Mapping[str, Any]]:
     return events
 
 
-def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """Milliseconds per step. steps: how many the trace holds."""
+def mark() -> None:
+    """Puts the mark on the current stream."""
+    torch.cuda._sleep(1)
+
+
+def analysis(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of one step."""
     compute: list[Interval] = []
     communication: list[Interval] = []
     kernels: dict[str, tuple[float, int]] = {}
-    found = [e for e in events if e.get("ph") == "X" and e.get("cat") in _ON_DEVICE]
+    found = _after_mark([e for e in events if e.get("ph") == "X" and e.get("cat") in _ON_DEVICE])
     computing = {_stream(e) for e in found if e["cat"] == "kernel" and not _is_nccl(e)}
     for event in found:
         start, length, name = float(event["ts"]), float(event["dur"]), str(event["name"])
@@ -46,7 +56,7 @@ def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     busy, talking = union(compute), union(communication)
     both = union([*compute, *communication])
     span = both[-1][1] - both[0][0] if both else 0.0
-    ms = 1e-3 / steps  # of microseconds in all
+    ms = 1e-3  # of a microsecond
     longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:_TOP]
     return {
         "span_ms": span * ms,
@@ -55,10 +65,15 @@ def analysis(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
         "exposed_communication_ms": (measure(both) - measure(busy)) * ms,
         "idle_ms": (span - measure(both)) * ms,
         "kernels": [
-            {"name": name, "ms": total * ms, "count": count / steps}
-            for name, (total, count) in longest
+            {"name": name, "ms": total * ms, "count": count} for name, (total, count) in longest
         ],
     }
+
+
+def _after_mark(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    marks = [float(e["ts"]) + float(e["dur"]) for e in events if _MARK in str(e["name"])]
+    first = max(marks, default=-math.inf)
+    return [e for e in events if float(e["ts"]) >= first]
 
 
 def _stream(event: Mapping[str, Any]) -> Any:

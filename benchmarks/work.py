@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import itertools
@@ -31,7 +32,6 @@ from benchmarks.text import byte_batches, library
 from benchmarks.training import Job, NotAvailable, Step
 from benchmarks.turns import Turns
 
-_PROFILED_STEPS = 2
 _LEFT_OVER_BYTES = 2**30
 _GRACE_S = 3.0  # for the other ranks to say what went wrong with them
 
@@ -175,26 +175,26 @@ _TASKS = {"speed": _timed, "losses": _trained}
 
 
 def _profile(step: Step, job: Job, folder: str | None, stem: str) -> dict[str, Any]:
-    """Of rank 0; every rank steps. With a folder its trace holds the host's side too, and stays."""
+    """Of a step of rank 0, behind another one, with which the host gets ahead of the GPU; every
+    rank steps. With a folder its trace holds the host's side too, and stays."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CUDA]
     if folder is not None:
         activities.append(ProfilerActivity.CPU)
         Path(folder).mkdir(parents=True, exist_ok=True)
-    if job.rank:
-        for _ in range(_PROFILED_STEPS):
-            step()
+    recorder = contextlib.nullcontext() if job.rank else profile(activities=activities)
+    with recorder as recorded:
+        step()
+        traces.mark()
+        step()
         _synchronize(job.device)
+    if recorded is None:
         return {}
-    with profile(activities=activities) as recorded:
-        for _ in range(_PROFILED_STEPS):
-            step()
-        _synchronize(job.device)
     path = Path(folder or os.environ.get("TMPDIR", "/tmp")) / f"{stem}-{os.getpid()}.json.gz"
     try:
         recorded.export_chrome_trace(str(path))
-        return traces.analysis(traces.load(path), _PROFILED_STEPS)
+        return traces.analysis(traces.load(path))
     except (OSError, ValueError, RuntimeError) as error:  # the times are good without it
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

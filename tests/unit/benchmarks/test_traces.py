@@ -31,18 +31,24 @@ EVENTS = [
 
 
 def test_intervals_are_told_apart() -> None:
-    found = traces.analysis(EVENTS, 2)
-    assert found["span_ms"] == pytest.approx(0.040)
-    assert found["compute_ms"] == pytest.approx(0.020)
-    assert found["communication_ms"] == pytest.approx(0.0125)
-    assert found["exposed_communication_ms"] == pytest.approx(0.0075)
-    assert found["idle_ms"] == pytest.approx(0.0125)
+    found = traces.analysis(EVENTS)
+    assert found["span_ms"] == pytest.approx(0.080)
+    assert found["compute_ms"] == pytest.approx(0.040)
+    assert found["communication_ms"] == pytest.approx(0.025)
+    assert found["exposed_communication_ms"] == pytest.approx(0.015)
+    assert found["idle_ms"] == pytest.approx(0.025)
     assert [(k["name"], k["count"]) for k in found["kernels"]] == [
-        ("ncclDevKernel_AllGather", 1.0),
-        ("matmul", 0.5),
-        ("gelu", 0.5),
-        ("Memcpy DtoD", 0.5),
+        ("ncclDevKernel_AllGather", 2),
+        ("matmul", 1),
+        ("gelu", 1),
+        ("Memcpy DtoD", 1),
     ]
+
+
+def test_what_starts_before_the_last_mark_does_not_count() -> None:
+    before = [_event("matmul", -90, 30), _event("spin_kernel(long)", -95, 1)]
+    mark = _event("at::cuda::spin_kernel(long)", -40, 1)
+    assert traces.analysis([*before, mark, *EVENTS]) == traces.analysis(EVENTS)
 
 
 def test_copies_between_devices_communicate() -> None:
@@ -52,13 +58,13 @@ def test_copies_between_devices_communicate() -> None:
         _event(f"Memcpy {kind}", start, 10, "gpu_memcpy") | {"args": {"stream": stream}}
         for kind, start, stream in copies
     ]
-    found = traces.analysis(events, 1)
+    found = traces.analysis(events)
     assert found["compute_ms"] == pytest.approx(0.020)
     assert found["communication_ms"] == found["exposed_communication_ms"] == pytest.approx(0.020)
 
 
 def test_a_trace_without_a_device_is_all_zero() -> None:
-    found = traces.analysis([_event("aten::mm", 0, 5, "cpu_op")], 1)
+    found = traces.analysis([_event("aten::mm", 0, 5, "cpu_op")])
     assert found["span_ms"] == found["idle_ms"] == 0.0
     assert found["kernels"] == []
 
