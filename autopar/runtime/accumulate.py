@@ -59,6 +59,13 @@ def own_copies(
     }
 
 
+def own_results(values: Mapping[str, Shards], addends: Collection[str]) -> dict[str, Shards]:
+    """All of them, in `own_copies` but for those to which something is still to be added: they are
+    read once, or become a sum elsewhere."""
+    settled = [name for name in values if name not in addends]
+    return {**values, **own_copies(values, settled)}
+
+
 def storages(values: Mapping[str, Shards]) -> frozenset[int]:
     """The memory that values live in, without keeping it. What reuses it later only looks
     shared."""

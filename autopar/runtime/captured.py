@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from autopar.lowering.program import LocalProgram
-from autopar.runtime.accumulate import own_copies
+from autopar.runtime.accumulate import own_results
 from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
 
@@ -25,19 +25,15 @@ _LOG = logging.getLogger(__name__)
 
 # Plays before the capture: one compiles; in the next kernels are tuned and libraries initialised.
 _PLAYS_BEFORE = 2
-# Below so many predicted seconds per operator the host may be late: a kernel, into which two or
-# three operators fuse, takes it about 10 us to launch, and the GPU must stay ahead by a factor of
-# three, as a host has other work and predictions are short. An estimate from one case: GPT-2 124M,
-# predicted at 8.1 us per operator, took 52 ms beside busy processors where its kernels take 31.
-LAUNCH_BOUND_S = 12e-6
+# Below so many predicted seconds per operator the host may be late: beside busy processors it took
+# 21 to 23 us for each of the 7,400 of GPT 1.3B at batch 16 (steps of 158 to 169 ms, where kernels
+# take 128), and 12 us for each of GPT-2 124M (52 ms for 31).
+LAUNCH_BOUND_S = 25e-6
+# Below so many, collectives are too short for copies between ranks: in a graph of GPT-2 124M,
+# predicted at 8.1 us per operator, waiting for words made a step slower (36.6 ms for 32.0).
+SHORT_S = 12e-6
 
 Results = dict[str, Shards]
-
-
-def is_launch_bound(num_operators: int, seconds: float | None) -> bool:
-    """Whether the host may be late to start so many operators, which the device runs in so many
-    predicted seconds. None: whoever asked says that it is."""
-    return seconds is None or seconds < LAUNCH_BOUND_S * num_operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +95,7 @@ class CapturedProgram:
 
     @property
     def addends(self) -> Mapping[str, Tensor]:
-        """No addends once it is captured: graphs make no copies between ranks."""
-        return {} if self._recording is not None else self._program.addends
+        return self._program.addends
 
     def release(self) -> None:
         """Forgets the graph; the program goes on kernel by kernel. NCCL ends no group that a graph
@@ -114,8 +109,7 @@ class CapturedProgram:
 
     def __call__(self, inputs: MutableMapping[str, Shards]) -> Results:
         self._plays += 1
-        bound = is_launch_bound(self._program.num_operators, self._seconds)
-        if bound and self._plays == _PLAYS_BEFORE + 1:
+        if self._plays == _PLAYS_BEFORE + 1 and self._is_launch_bound():
             self._capture(inputs)
         if self._recording is None:
             return self._program(inputs)
@@ -127,15 +121,22 @@ class CapturedProgram:
         self._recording.replay()
         return {key: list(shards) for key, shards in self._recording.results.items()}
 
+    def _is_launch_bound(self) -> bool:
+        least = LAUNCH_BOUND_S * self._program.num_operators
+        return self._seconds is None or self._seconds < least
+
     def _capture(self, inputs: MutableMapping[str, Shards]) -> None:
         places = {
             key: value if key in self._staying else value.clone()
             for key, (value,) in inputs.items()
         }
+
+        def play() -> Results:
+            results = self._program({key: [place] for key, place in places.items()})
+            return own_results(results, self._program.addends)
+
         try:
-            recording = self._record(
-                lambda: own_copies(self._program({key: [p] for key, p in places.items()}))
-            )
+            recording = self._record(play)
         except Exception as error:
             _LOG.warning(
                 "the step runs kernel by kernel, as it could not be captured as a CUDA graph: %s:"

@@ -27,7 +27,7 @@ from autopar.layout import local_shape
 from autopar.lowering.lower import LOSS, LoweredPlan, LoweredStage
 from autopar.lowering.program import LocalProgram, Port
 from autopar.ops.random import seed_tensor
-from autopar.runtime.accumulate import Accumulator, own_copies, storages
+from autopar.runtime.accumulate import Accumulator, own_copies, own_results, storages
 from autopar.runtime.host import to_host, wait_for_copies
 from autopar.runtime.inputs import BatchFeed
 from autopar.runtime.interpreter import PlayerMaker, ProgramPlayer, Shards
@@ -249,8 +249,7 @@ class StagePlayer:
         if state.lent:
             state.gradients = outputs
             return
-        settled = [name for name in outputs if name not in state.addends]
-        state.gradients = {**outputs, **own_copies(outputs, settled)}
+        state.gradients = own_results(outputs, state.addends)
 
     def _fetch(self) -> None:
         """Lends and borrows parameters, then takes each to its layout in the step."""

@@ -23,7 +23,7 @@ from autopar.errors import InternalError, OptionError, PlanError
 from autopar.graph.program import Graph
 from autopar.lowering.lower import LOSS, LoweredPlan, lower_plan
 from autopar.plan import ParallelPlan
-from autopar.runtime.captured import CapturedProgram, capturer, is_launch_bound
+from autopar.runtime.captured import SHORT_S, CapturedProgram, capturer
 from autopar.runtime.choices import FastestKernels
 from autopar.runtime.comm import RankComm, World, connect_rank
 from autopar.runtime.compiled import compiler
@@ -347,7 +347,7 @@ def _make_executors(
             players = compiler(players, coordinates, groups, parameters, device, choose=choose)
             whole = whole_step(lowered, index)
             predicted = plan.stages[index].prediction
-            seconds = None if cuda_graph else predicted.forward_s + predicted.backward_s
+            seconds = predicted.forward_s + predicted.backward_s
             captures = device.type == "cuda" and cuda_graph is not False
             play_whole = compiler(
                 interpreted,
@@ -361,7 +361,8 @@ def _make_executors(
                 choose=choose,
             )
             if captures:
-                play_whole = capturer(play_whole, {*parameters, *stage.buffers}, seconds)
+                staying = {*parameters, *stage.buffers}
+                play_whole = capturer(play_whole, staying, None if cuda_graph else seconds)
         executors[index] = StageExecutor(
             lowered,
             graph,
@@ -376,9 +377,10 @@ def _make_executors(
     return executors
 
 
-def _copies_if(captures: bool, seconds: float | None) -> Callable[[int], bool]:
-    """Whether a program of so many operators makes copies of its collectives: not in a graph."""
-    return lambda operators: not (captures and is_launch_bound(operators, seconds))
+def _copies_if(captures: bool, seconds: float) -> Callable[[int], bool]:
+    """Whether a program of so many operators makes copies of its collectives: not in a graph, if
+    they are short."""
+    return lambda operators: not captures or seconds >= SHORT_S * operators
 
 
 def _buffer(root: nn.Module, name: str) -> Tensor:

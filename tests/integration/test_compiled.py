@@ -153,19 +153,24 @@ def test_one_device(microbatches: int) -> None:
     check(interpreted, compiled)
 
 
+def capture(parallel: ParallelModel) -> Recorder:
+    """Its steps are replays from the third on."""
+    (executor,) = parallel._executors.values()
+    assert isinstance(executor.whole, CompiledProgram)
+    staying, recorder = [p.name for p in executor.stage.parameters], Recorder()
+    executor.whole = CapturedProgram(
+        executor.whole, staying=staying, seconds=None, recorder=recorder
+    )
+    return recorder
+
+
 def test_gradients_of_a_captured_step_last_as_long_as_the_user_has_them() -> None:
     """Two steps are added up, one starts anew, twice; a graph fills the same memory each time."""
     records: list[list[Tensor]] = []
-    recorder = Recorder()
     for captured in (False, True):
         parallel = make(1, 1, compiled=True)
-        (executor,) = parallel._executors.values()
         if captured:
-            assert isinstance(executor.whole, CompiledProgram)
-            staying = [p.name for p in executor.stage.parameters]
-            executor.whole = CapturedProgram(
-                executor.whole, staying=staying, seconds=None, recorder=recorder
-            )
+            recorder = capture(parallel)
         record = []
         for step in range(6):
             record.append(parallel.train_step(batch(), seed=step))
@@ -215,7 +220,7 @@ def test_a_stream_that_starts_with_gathered_rows() -> None:
         check(collected, copied)
 
 
-def train_open(*, is_open: bool) -> list[Tensor]:
+def train_open(*, is_open: bool, captured: bool = False) -> list[Tensor]:
     """Of steps in bfloat16: losses, gradients that are kept over the next step, gradients of two
     steps, and parameters after AdamW."""
     config = GPTConfig(32, 4, 2, vocab_size=64, seq_len=16)
@@ -242,6 +247,7 @@ def train_open(*, is_open: bool) -> list[Tensor]:
         )
         parameters = [p for p in parallel.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+        recorder = capture(parallel) if captured else None
         found = [parallel.train_step(tokens)]
         held = [p.grad for p in parameters[::2]]  # nobody asks for the others' values
         num_open = sum(is_open_sum(p.grad) for p in parameters)
@@ -256,6 +262,7 @@ def train_open(*, is_open: bool) -> list[Tensor]:
         found.append(parallel.train_step(tokens))
         found.append(parallel.clip_grad_norm_(0.1))
         optimizer.step()
+    assert recorder is None or recorder.replays == 2
     return [x.detach() for x in found] + [local(x).clone() for x in [*held, *parameters]]
 
 
@@ -265,14 +272,20 @@ def local(x: Tensor) -> Tensor:
 
 def opens(world: World) -> list[list[Tensor]]:
     assert world.size == 2
-    return [train_open(is_open=is_open) for is_open in (False, True)]
+    return [
+        train_open(is_open=False),
+        train_open(is_open=True),
+        train_open(is_open=True, captured=True),
+    ]
 
 
 def test_a_sum_that_is_left_to_its_reader_is_the_same() -> None:
-    """Bit for bit, also where the user keeps it while the next step receives in its memory."""
-    for closed, left_open in run_processes(opens, 2):
-        for want, got in zip(closed, left_open, strict=True):
-            assert torch.equal(got, want)
+    """Bit for bit, also where the user keeps it while the next step receives in its memory, and
+    where that step is a graph, which makes its own part there, too."""
+    for closed, *others in run_processes(opens, 2):
+        for left_open in others:
+            for want, got in zip(closed, left_open, strict=True):
+                assert torch.equal(got, want)
 
 
 def disagree(world: World) -> str:
@@ -336,13 +349,8 @@ def train_images(*, narrow: bool, captured: bool = False) -> list[Tensor]:
             cuda_graph=False,  # in a process group of a machine with GPUs it runs on one
         )
         parallel.compile_ahead((x,))
-    (executor,) = parallel._executors.values()
     if captured:
-        assert isinstance(executor.whole, CompiledProgram)
-        staying = [p.name for p in executor.stage.parameters]
-        executor.whole = CapturedProgram(
-            executor.whole, staying=staying, seconds=None, recorder=Recorder()
-        )
+        capture(parallel)
     weights = [parallel.one.weight, parallel.two.weight]
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1, fused=True)
     record = []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from autopar.api import parallelize
+from autopar.compile import overlap, peers
 from autopar.graph.precision import Precision
 from autopar.options import SearchOptions
+from autopar.runtime import module
 from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.launch import run_processes
@@ -83,4 +86,25 @@ def test_one_device(precision: str) -> None:
 def test_two_devices() -> None:
     """And the job ends while a graph that uses its groups is alive."""
     for found in run_processes(both, 2, "bf16/bf16", device_type="cuda"):
+        check(*found)
+
+
+def copying(world: World) -> list[list[Tensor]]:
+    """Ranks copy all that may be copied, and leave sums open, in a graph, too."""
+    small = {"SMALL_BYTES": 0}
+    with (
+        patch.multiple(overlap, **small),
+        patch.multiple(peers, **small),
+        patch.object(module, "SHORT_S", 0.0),
+    ):
+        found = both(world, "bf16/bf16")
+    for parallel in ALIVE[-2:]:
+        (executor,) = parallel._executors.values()
+        assert executor.whole is not None and executor.whole.addends
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_that_copy() -> None:
+    for found in run_processes(copying, 2, device_type="cuda"):
         check(*found)
