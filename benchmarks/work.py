@@ -183,6 +183,7 @@ def _profile(step: Step, job: Job, folder: str | None, stem: str) -> dict[str, A
     if folder is not None:
         activities.append(ProfilerActivity.CPU)
         Path(folder).mkdir(parents=True, exist_ok=True)
+    traces.mark()  # the first time a kernel is loaded, for which the host waits
     recorder = contextlib.nullcontext() if job.rank else profile(activities=activities)
     with recorder as recorded:
         step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,25 +14,26 @@ from autopar.api import parallelize
 from autopar.compile import overlap, peers
 from autopar.graph.precision import Precision
 from autopar.options import SearchOptions
-from autopar.runtime import module
 from autopar.runtime.captured import CapturedProgram
 from autopar.runtime.comm import World
 from autopar.runtime.launch import run_processes
 from autopar.runtime.module import ParallelModel
 from benchmarks.models.gpt import GPT, GPTConfig
+from cost_models import Cluster
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+FAST = Cluster.from_toml("tests/clusters/fast_links.toml")  # it shards what an H100 would not
 CONFIG = GPTConfig(64, 2, 4, vocab_size=512, seq_len=64, dropout=0.1)
 ROWS, STEPS = 8, 20
 ACCUMULATED = (7, 8)  # steps after which gradients are kept
 ALIVE: list[ParallelModel] = []  # until the process ends
 
 
-def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
+def train(world: World | None, *, graph: bool, precision: str, peer_copies: bool) -> list[Tensor]:
     """Losses of all steps and the parameters that this rank keeps at the end."""
     devices = 1 if world is None else world.size
     torch.manual_seed(0)
@@ -42,11 +44,12 @@ def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
     parallel = parallelize(
         GPT(CONFIG),
         batches[0],
-        cluster=f"h100:1x{devices}",
+        cluster=replace(FAST, groups=(replace(FAST.groups[0], devices_per_node=devices),)),
         options=SearchOptions(**options, placements={"*": "S0"} if devices > 1 else {}),
         precision=Precision.parse(precision),
         compiled=True,
         cuda_graph=graph,
+        peer_copies=peer_copies,
     )
     # of a key's bias the gradient is nothing but rounding: a large epsilon keeps it that
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3, eps=1e-2, fused=True)
@@ -66,8 +69,11 @@ def train(world: World | None, *, graph: bool, precision: str) -> list[Tensor]:
     return [loss.detach().cpu() for loss in losses] + kept
 
 
-def both(world: World | None, precision: str) -> list[list[Tensor]]:
-    return [train(world, graph=graph, precision=precision) for graph in (False, True)]
+def both(world: World | None, precision: str, *, peer_copies: bool = False) -> list[list[Tensor]]:
+    return [
+        train(world, graph=graph, precision=precision, peer_copies=peer_copies)
+        for graph in (False, True)
+    ]
 
 
 def check(launched: list[Tensor], captured: list[Tensor]) -> None:
@@ -92,12 +98,8 @@ def test_two_devices() -> None:
 def copying(world: World) -> list[list[Tensor]]:
     """Ranks copy all that may be copied, and leave sums open, in a graph, too."""
     small = {"SMALL_BYTES": 0}
-    with (
-        patch.multiple(overlap, **small),
-        patch.multiple(peers, **small),
-        patch.object(module, "SHORT_S", 0.0),
-    ):
-        found = both(world, "bf16/bf16")
+    with patch.multiple(overlap, **small), patch.multiple(peers, **small):
+        found = both(world, "bf16/bf16", peer_copies=True)
     for parallel in ALIVE[-2:]:
         (executor,) = parallel._executors.values()
         assert executor.whole is not None and executor.whole.addends
