@@ -157,12 +157,12 @@ def parallelize(
     compiled:      whether the programs run as compiled code (Inductor; a minute or so at the first
                    step) or operator by operator; by default on GPUs.
     cuda_graph:    whether a compiled step of one stage and one microbatch is captured as a CUDA
-                   graph, in its third step; by default where launching its kernels would take the
+                   graph, in its third step; by default where launching its kernels may take a busy
                    host longer than running them takes the GPU. Its memory stays reserved.
     peer_copies:   whether gathers of parameters and reductions of gradients in such a step are
                    copies by the GPUs' copy engines, which take no multiprocessor from products:
                    by default where the GPUs of a group reach each other's memory. Not in a CUDA
-                   graph, where NCCL is faster.
+                   graph of short kernels, where NCCL is faster.
     tune_products: whether each large product of matrices in compiled programs takes the kernel of
                    cuBLASLt's that is the fastest on this GPU, under its limit of power, or the one
                    that its heuristic puts first. Kernels are timed at the first step, up to two

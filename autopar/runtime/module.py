@@ -55,10 +55,10 @@ class ParallelModel(nn.Module):
     device. seed: of dropout and of what is initialised here. compiled: whether programs run as
     Inductor's code, compiled at the first step, or operator by operator; by default on GPUs.
     cuda_graph: whether a compiled step that is one program is captured as a CUDA graph; by default
-    where its kernels are short. peer_copies: whether collectives that another compiled step of one
+    where a busy host may be late. peer_copies: whether collectives that a compiled step of one
     program makes once are copies between ranks, where these reach each other's memory; by default
-    on GPUs. tune_products: whether the fastest kernel for each large product of compiled programs
-    is found by running those that there are; by default on GPUs.
+    on GPUs, but for graphs of short kernels. tune_products: whether the fastest kernel for each
+    large product of compiled programs is found by running those that there are; by default on GPUs.
     """
 
     def __init__(
