@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 _ALIGNMENT = 512  # bytes, of a place
 _WORD = 4  # bytes
 _HERE, _DONE = 0, 1  # what a rank tells: one word each, for each rank that is told
-_LET_GO_S = 5.0
+_PATIENCE_S, _LET_GO_S = 1.0, 5.0
 
 
 class PeerGroups:
@@ -179,6 +179,7 @@ class _CopyEngines(_Memory):
         self._words = nbytes
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)
+        self._used = {self._stream}  # on which something may wait: a graph does on the program's
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}
         self._meetings = [self._meeting(told) for told in (_HERE, _DONE)]
@@ -187,6 +188,7 @@ class _CopyEngines(_Memory):
     def copy(self, value: Tensor, place: Tensor, *, scatter: bool, own: bool) -> None:
         sent = value.numel() // (self._size if scatter else 1)
         current = torch.cuda.current_stream(self._device)
+        self._used.add(current)
         nearest = 0 if own else 1
         if value.dtype is not place.dtype:  # this rank's part is made where it lies
             value = self._view(self._rank, place, self._rank * sent, sent).copy_(value)
@@ -208,13 +210,18 @@ class _CopyEngines(_Memory):
         torch.cuda.current_stream(self._device).wait_event(self._arrived[place.data_ptr()])
 
     def release(self) -> None:
-        """Lets go what still waits for other ranks, who may have failed."""
+        """Lets go what still waits for other ranks, who may have failed, after a while in which
+        what does not wait for ever has ended."""
         words, helper = self.memory[self._words :].view(torch.int32), torch.cuda.Stream()
-        deadline = time.monotonic() + _LET_GO_S
-        while not self._stream.query() and time.monotonic() < deadline:
-            with torch.cuda.stream(helper):
-                words.fill_(1)
-            helper.synchronize()
+        started = time.monotonic()
+        while not all(stream.query() for stream in self._used):
+            waited = time.monotonic() - started
+            if waited > _LET_GO_S:
+                return
+            if waited > _PATIENCE_S:
+                with torch.cuda.stream(helper):
+                    words.fill_(1)
+                helper.synchronize()
             time.sleep(1e-3)
 
     def _view(self, rank: int, place: Tensor, first: int, numel: int) -> Tensor:
