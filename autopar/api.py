@@ -158,7 +158,9 @@ def parallelize(
                    step) or operator by operator; by default on GPUs.
     cuda_graph:    whether a compiled step of one stage and one microbatch is captured as a CUDA
                    graph, in its third step; by default where launching its kernels may take a busy
-                   host longer than running them takes the GPU. Its memory stays reserved.
+                   host longer than running them takes the GPU. Its memory stays reserved, beside
+                   what evaluations take; the next step writes over gradients that are kept, but
+                   for those in `.grad`: clone others.
     peer_copies:   whether gathers of parameters and reductions of gradients in such a step are
                    copies by the GPUs' copy engines, which take no multiprocessor from products:
                    by default where the GPUs of a group reach each other's memory. Not in a CUDA

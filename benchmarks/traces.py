@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def mark() -> None:
 
 
 def analysis(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of one step."""
+    """Milliseconds of one step. ValueError without a mark."""
     compute: list[Interval] = []
     communication: list[Interval] = []
     kernels: dict[str, tuple[float, int]] = {}
@@ -71,9 +70,12 @@ def analysis(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _after_mark(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if not events:
+        return []
     marks = [float(e["ts"]) + float(e["dur"]) for e in events if _MARK in str(e["name"])]
-    first = max(marks, default=-math.inf)
-    return [e for e in events if float(e["ts"]) >= first]
+    if not marks:
+        raise ValueError("the profile holds no mark: where the step begins is not known")
+    return [e for e in events if float(e["ts"]) >= max(marks)]
 
 
 def _stream(event: Mapping[str, Any]) -> Any:

@@ -124,6 +124,8 @@ def check_places(module: fx.GraphModule, arrivals: Sequence[fx.Node] = ()) -> fx
     for node in module.graph.nodes:
         if node.target is PEER_COPY:
             line, place = node.args[:2]
+            if place in written and place not in waited:
+                raise InternalError(f"{node.name} writes {place.name}, which is written to")
             seen.pop(line, None)  # what is sent is in memory from here on
             written[place] = node
             waited.discard(place)

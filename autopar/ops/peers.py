@@ -12,7 +12,7 @@ set, m being those that one rank sends; otherwise what a rank would send to itse
 the parts of the n - 1 others follow one another. A value that goes whole to all ranks, its own too,
 may be of another type than the place: it is cast. All ranks of a group make the same calls in one
 order. A call starts when all ranks have come to it, so that none writes over what another one has
-still to read.
+still to read; what is cast is so before, in the part of this rank, which no other one touches.
 
 Who keeps the memory of a place registers it with `keep`.
 """

@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +47,30 @@ class Recording:
 
 
 def record(play: Callable[[], Results]) -> Recording:
-    """What `play` starts on the device, without running it."""
-    graph = torch.cuda.CUDAGraph()
-    # other threads, such as the watchdog of NCCL, may talk to the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = play()
+    """What `play` starts on the device, without running it. Raises what `play` raises."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    before, reason = torch.cuda.current_stream(), None
+    try:
+        # other threads, such as the watchdog of NCCL, may talk to the device meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                results = play()
+            except Exception as error:
+                reason = error
+                raise
+    except Exception as error:
+        if torch.cuda.current_stream() != before:
+            _leave_capture(before, pool)
+        raise (reason or error) from None
     return Recording(results, graph.replay, graph.reset)
+
+
+def _leave_capture(before: torch.cuda.Stream, pool: Any) -> None:
+    """What torch leaves out where other streams have not come back to the captured one, such as
+    those of copies that nobody has waited for."""
+    torch.cuda.set_stream(before)
+    torch._C._cuda_endAllocateToPool(before.device_index, pool)
+    torch._C._cuda_releasePool(before.device_index, pool)
 
 
 def capturer(players: PlayerMaker, staying: Collection[str], seconds: float | None) -> PlayerMaker:

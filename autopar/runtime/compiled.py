@@ -141,7 +141,7 @@ class CompiledProgram:
         ordered = prepare(module, early, narrow)
         self.num_operators = sum(n.op == "call_function" for n in ordered.graph.nodes)
         self._wanted, self._places, self.addends = Exchange(), None, {}
-        if self._peers is not None and self._copies_if(self.num_operators):
+        if self._peers is not None and self._peers.agree(self._copies_if(self.num_operators)):
             peers = self._peers.peers
             ordered, self._wanted = copy_between_peers(ordered, peers, early, narrow)
         if self._choose is not None:

@@ -4,7 +4,8 @@ On GPUs of one host it is symmetric memory, and copies are made by copy engines 
 own. No kernel waits: ranks meet by words in that memory, which streams write and wait for (stream
 memory operations of the CUDA driver).
 
-    peer_copy_    tell the others that this rank is here, wait for all; copy; tell that it is done,
+    peer_copy_    cast this rank's part, on the program's stream: nobody else reads or writes it;
+                  tell the others that this rank is here, wait for all; copy; tell that it is done,
                   wait for all
     peer_wait_    the stream of the program waits for that
 
@@ -16,6 +17,7 @@ collectives of gloo, which is what they are tested by.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import math
 import time
@@ -44,12 +46,15 @@ _HERE, _DONE = 0, 1  # what a rank tells: one word each, for each rank that is t
 _PATIENCE_S, _LET_GO_S = 1.0, 5.0
 
 
+_NUMBERS = itertools.count()  # all ranks make them in one order
+
+
 class PeerGroups:
     """The groups of this rank in which ranks write into each other's memory, and that memory."""
 
     def __init__(self, world: World, names: Sequence[str]) -> None:
         """names: of the process groups. All ranks of each group call it in one order."""
-        self._world = world
+        self._world, self._number = world, next(_NUMBERS)
         self._groups = {name: bindings._resolve_process_group(cast(Any, name)) for name in names}
         cuda = world.device.type == "cuda"
         able = _is_reachable if cuda else lambda *_: True
@@ -58,6 +63,11 @@ class PeerGroups:
             for name, group in self._groups.items()
             if group.size() > 1 and able(world, group)
         }
+
+    def agree(self, wanted: bool) -> bool:
+        """What the first rank to ask wants, on all: ranks with padded shards count other operators,
+        by which it is decided whether there are copies."""
+        return bool(self._world.agree(f"copies/{self._number}", lambda: int(wanted)))
 
     def allocate(self, places: Sequence[Place], numbers: Sequence[int] = ()) -> list[Tensor]:
         """The memory of the places, in their order. All ranks of the groups call it with the same

@@ -19,7 +19,9 @@ def _event(name: str, start: float, length: float, cat: str = "kernel") -> dict[
 # µs        0    10   20   30   40   50   60   70   80
 # compute   [matmul----]         [gelu]        [copy]
 # nccl           [all-gather]              [ag]
+MARK = _event("at::cuda::spin_kernel(long)", -2, 1)
 EVENTS = [
+    MARK,
     _event("matmul", 0, 20),
     _event("ncclDevKernel_AllGather", 10, 20),
     _event("gelu", 40, 10),
@@ -46,15 +48,16 @@ def test_intervals_are_told_apart() -> None:
 
 
 def test_what_starts_before_the_last_mark_does_not_count() -> None:
-    before = [_event("matmul", -90, 30), _event("spin_kernel(long)", -95, 1)]
-    mark = _event("at::cuda::spin_kernel(long)", -40, 1)
-    assert traces.analysis([*before, mark, *EVENTS]) == traces.analysis(EVENTS)
+    before = [_event("matmul", -90, 30), MARK | {"ts": -95}]
+    assert traces.analysis([*before, *EVENTS]) == traces.analysis(EVENTS)
+    with pytest.raises(ValueError, match="no mark"):
+        traces.analysis(EVENTS[1:])
 
 
 def test_copies_between_devices_communicate() -> None:
     """Those on a stream without kernels, and those that say so."""
     copies = [("DtoD", 20, 7), ("PtoP", 40, 1), ("DtoD", 60, 1)]
-    events = [_event("matmul", 0, 10) | {"args": {"stream": 1}}] + [
+    events = [MARK, _event("matmul", 0, 10) | {"args": {"stream": 1}}] + [
         _event(f"Memcpy {kind}", start, 10, "gpu_memcpy") | {"args": {"stream": stream}}
         for kind, start, stream in copies
     ]

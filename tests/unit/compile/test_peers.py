@@ -289,6 +289,15 @@ def test_readers_at_the_wrong_time_are_found() -> None:
             check_places(module)
 
 
+def test_a_place_is_waited_for_before_it_is_written_again() -> None:
+    module, _ = prepared(layers(2), 2, *inputs(2))
+    copy = next(n for n in module.graph.nodes if n.target is PEER_COPY)
+    with module.graph.inserting_after(copy):
+        module.graph.call_function(PEER_COPY, copy.args)
+    with pytest.raises(InternalError, match="which is written to"):
+        check_places(module)
+
+
 def test_parts_are_in_the_order_of_the_ranks() -> None:
     assert [part_of_place(rank, 1, own=True) for rank in range(4)] == [0, 1, 2, 3]
     assert [part_of_place(rank, 1, own=False) for rank in (0, 2, 3)] == [0, 1, 2]

@@ -12,9 +12,16 @@ from torch import Tensor
 from autopar.compile.inductor import CompiledModule
 from autopar.graph.program import Ref, TensorMeta
 from autopar.lowering.program import Compute, LocalProgram, Port
-from autopar.runtime.captured import CapturedProgram, Recording, Results
+from autopar.runtime.captured import (
+    LAUNCH_BOUND_S,
+    SHORT_S,
+    CapturedProgram,
+    Recording,
+    Results,
+)
 from autopar.runtime.compiled import CompiledProgram
 from autopar.runtime.interpreter import Shards
+from autopar.runtime.module import _copies_if
 from tests.unit.runtime.recorder import Recorder
 
 aten = torch.ops.aten
@@ -83,11 +90,23 @@ def test_each_result_has_memory_of_its_own() -> None:
     assert y.data_ptr() != z.data_ptr() and torch.equal(y, z)
 
 
-@pytest.mark.parametrize(("seconds", "captured"), [(1e-6, True), (1e-3, False)])
-def test_long_kernels_are_not_captured(seconds: float, captured: bool) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "captured", "copies"),
+    [
+        (0.9 * SHORT_S, True, False),
+        (1.1 * SHORT_S, True, True),
+        (0.9 * LAUNCH_BOUND_S, True, True),
+        (1.1 * LAUNCH_BOUND_S, False, True),
+    ],
+)
+def test_short_kernels_are_captured_and_the_shortest_make_no_copies(
+    seconds: float, captured: bool, copies: bool
+) -> None:
     program = CapturedProgram(Product(), staying={"w"}, seconds=seconds, recorder=Recorder())
     played(program, torch.ones(2), 3)
     assert program.lends is captured
+    assert _copies_if(True, seconds)(program._program.num_operators) is copies
+    assert _copies_if(False, seconds)(program._program.num_operators)
 
 
 def test_what_cannot_be_captured_goes_on(caplog: pytest.LogCaptureFixture) -> None:
