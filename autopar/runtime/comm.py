@@ -73,7 +73,8 @@ class World:
         self._store = distributed_c10d._get_default_store()
         self._number = next(_WORLDS)
         self._counts: defaultdict[str, int] = defaultdict(int)
-        self._users: weakref.WeakSet[GroupUser] = weakref.WeakSet()
+        self._users: weakref.WeakValueDictionary[int, GroupUser] = weakref.WeakValueDictionary()
+        self._user_numbers = itertools.count()
 
     @classmethod
     def connect(
@@ -167,8 +168,9 @@ class World:
             raise PeerFailure(f"rank {self.rank} stopped in {what} because {first}") from error
 
     def release_first(self, user: GroupUser) -> None:
-        """Whoever uses the groups beyond a call is released before they end."""
-        self._users.add(user)
+        """Whoever uses the groups beyond a call is released before they end, the last to come
+        first: copies that wait for other ranks before the graph that they are in."""
+        self._users[next(self._user_numbers)] = user
 
     def abort(self) -> None:
         """Gives up all groups without waiting for peers, who then fail too."""
@@ -186,7 +188,7 @@ class World:
             dist.destroy_process_group()
 
     def _release(self) -> None:
-        for user in list(self._users):
+        for user in reversed(list(self._users.values())):
             user.release()
 
     def _publish(self, text: str) -> str | None:

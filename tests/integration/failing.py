@@ -50,6 +50,27 @@ def fail_mid_step(world: World, failing: int, kind: str, clock: str) -> None:
     model.train_step(batch)
 
 
+class User:
+    """Of groups, who writes down when he is released."""
+
+    def __init__(self, released: list[int], number: int) -> None:
+        self._released, self._number = released, number
+
+    def release(self) -> None:
+        self._released.append(self._number)
+
+
+def released(world: World) -> list[int]:
+    """In which order three users are, when the second of them is gone."""
+    found: list[int] = []
+    users = [User(found, number) for number in range(3)]
+    for user in users:
+        world.release_first(user)
+    del user, users[1]
+    world.close()
+    return found
+
+
 def exchange(world: World) -> Any:
     """Objects, barriers, and a plan for another number of processes; and all of it again in a
     second world of the same processes, where rank 1 asks first."""

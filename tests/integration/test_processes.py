@@ -98,3 +98,7 @@ def test_a_failing_rank_takes_the_job_down_with_its_own_error(kind: str, tmp_pat
 
 def test_objects_barriers_and_a_plan_of_another_size() -> None:
     assert run_processes(failing.exchange, 2, timeout=TIMEOUT) == [{"from": 0}, {"from": 0}]
+
+
+def test_who_uses_groups_last_is_released_first() -> None:
+    assert run_processes(failing.released, 1, timeout=TIMEOUT) == [[2, 0]]
