@@ -221,8 +221,8 @@ def test_a_stream_that_starts_with_gathered_rows() -> None:
 
 
 def train_open(*, is_open: bool, captured: bool = False) -> list[Tensor]:
-    """Of steps in bfloat16: losses, gradients that are kept over the next step, gradients of two
-    steps, and parameters after AdamW."""
+    """Of steps in bfloat16: losses, gradients that are kept over the next step (twice; a graph
+    writes over those that are not open), gradients of two steps, and parameters after AdamW."""
     config = GPTConfig(32, 4, 2, vocab_size=64, seq_len=16)
     torch.manual_seed(0)
     model, tokens = GPT(config), example_batch(config, 4)
@@ -262,7 +262,14 @@ def train_open(*, is_open: bool, captured: bool = False) -> list[Tensor]:
         found.append(parallel.train_step(tokens))
         found.append(parallel.clip_grad_norm_(0.1))
         optimizer.step()
-    assert recorder is None or recorder.replays == 2
+        optimizer.zero_grad()
+        found.append(parallel.train_step(tokens))
+        held += [g if is_open_sum(g) else local(g).clone() for g in (p.grad for p in parameters)]
+        optimizer.zero_grad()
+        for p in parameters:
+            local(p).mul_(0.5)  # for other gradients
+        found.append(parallel.train_step(tokens))
+    assert recorder is None or recorder.replays == 4
     return [x.detach() for x in found] + [local(x).clone() for x in [*held, *parameters]]
 
 
