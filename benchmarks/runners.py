@@ -59,6 +59,11 @@ def names(devices: int) -> list[str]:
     return [OURS, *baselines, *forced]
 
 
+def is_plan(name: str) -> bool:
+    """Whether it is the search's own plan or a forced one, not the same in another way."""
+    return name in {OURS, *(f"{OURS}: {forced}" for forced in FORCED)}
+
+
 def maker(name: str) -> Maker:
     if name == OURS:
         return _searched

@@ -116,10 +116,12 @@ def compared(
 ) -> dict[str, Any]:
     """The runners with rate, MFU and ratio to the best baseline; and what the comparison says.
     per_step: items; flops: of the model, per step."""
+    from benchmarks.runners import is_plan
+
     times = {n: r["step_s"]["median"] for n, r in runners.items() if "step_s" in r}
     baselines = {n: t for n, t in times.items() if not is_ours(n)}
     best = min(baselines, key=baselines.__getitem__, default=None)
-    plans = {n: t for n, t in times.items() if is_ours(n)}
+    plans = {n: t for n, t in times.items() if is_plan(n)}
     fastest = min(plans, key=plans.__getitem__, default=None)
     found: dict[str, Runner] = {}
     for name, runner in runners.items():

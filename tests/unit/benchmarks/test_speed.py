@@ -61,6 +61,7 @@ def test_runners_are_compared_with_the_best_baseline() -> None:
     runners = {
         "autopar": _runner(0.50),
         "autopar: zero-2": _runner(0.49),
+        "autopar: without CUDA graphs": _runner(0.1),  # no plan of its own
         "zero-2": _runner(0.55),
         "ddp": _runner(1.1),
         "1f1b": {"error": "not available"},
