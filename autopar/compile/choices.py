@@ -1,7 +1,7 @@
 """Products of matrices take the kernel that was found to be the fastest for them.
 
     a @ b                         ->  product(a, b, dtype, choice)
-    linear_gelu(a, b, bias, 0)    ->  linear_gelu(a, b, bias, choice),    likewise its gradient
+    linear_gelu(a, b, bias, 0)    ->  linear_gelu(a, b, bias, choice),    likewise the others
 
 The kernel is cuBLASLt's. What its heuristic puts first is mostly the fastest of its list, but up to
 9 % slower than another for some sizes, such as the scores of GPT 1.3B on an H100. Products for
@@ -10,16 +10,20 @@ which the heuristic is right stay as they are, and those whose bias Inductor add
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from autopar.compile.nodes import call
 from autopar.compile.tables import VIEWS, is_inlined
 from autopar.ops.cublaslt import Epilogue, Problem, problem_of
-from autopar.ops.epilogues import gelu_gradient_problem, linear_gelu_problem
+from autopar.ops.epilogues import (
+    gelu_gradient_problem,
+    linear_add_problem,
+    linear_gelu_problem,
+)
 
 aten, own = torch.ops.aten, torch.ops.autopar
 
@@ -28,9 +32,10 @@ Choose = Callable[[Problem], int]
 of one kind, as kernels may sum in different orders."""
 
 _PRODUCT, _WIDE, _SUM = aten.mm.default, own.wide_product.default, aten.add.Tensor
-_JOINED = {
+_JOINED: Mapping[Any, Callable[..., Problem | None]] = {
     own.linear_gelu.default: linear_gelu_problem,
     own.gelu_gradient.default: gelu_gradient_problem,
+    own.linear_add.default: linear_add_problem,
 }
 
 
@@ -39,7 +44,7 @@ def choose_kernels(module: fx.GraphModule, choose: Choose) -> fx.GraphModule:
     graph = module.graph
     for node in list(graph.nodes):
         if node.target in _JOINED:
-            operands = node.args[:3]
+            *operands, _ = node.args
             choice = _chosen(_JOINED[node.target](*_values(operands)), choose)
             node.args = (*operands, choice)
         elif node.target in (_PRODUCT, _WIDE):
@@ -82,5 +87,6 @@ def _is_elementwise(node: fx.Node) -> bool:
     return is_inlined(node)
 
 
-def _values(nodes: Any) -> list[Tensor]:
-    return [node.meta["val"] for node in nodes]
+def _values(nodes: Any) -> list[Any]:
+    """Of operands, of which a bias may be None."""
+    return [None if node is None else node.meta["val"] for node in nodes]

@@ -8,6 +8,9 @@ it cannot.
     max_pool                                              Inductor's own
     max_pool_backward                                     one operator, for which Inductor has our
                                                           loops (`compile.pooling`)
+    a sum with a factor (alpha)                           a product and a sum: Inductor's product of
+                                                          matrices with a bias loses the factor
+                                                          (torch 2.13)
     dropout                                               one operator with its keys, for which
                                                           Inductor has our loop (`compile.noise`)
     aligned_product                                       a slice of a padded product
@@ -101,6 +104,10 @@ def _dropout(keys: _KeyTable, x: Tensor, seed: Tensor, op_id: int, p: float, *re
     return dropped
 
 
+def _sum(x: Tensor, y: Tensor, *, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == 1 else aten.add.Tensor(x, aten.mul.Tensor(y, alpha))
+
+
 def _sdpa(*args: Any) -> Any:
     found = sdpa_fused(*args)
     return NotImplemented if found is None else found
@@ -180,6 +187,7 @@ _RANDOM: Decompositions = {
     own.randint.default: counter_randint,
 }
 _OWN: Decompositions = {
+    aten.add.Tensor: _sum,
     own.padded_narrow.default: padded_narrow,
     own.aligned_product.default: aligned_product,
     own.keep_on_first.default: keep_on_first,

@@ -6,6 +6,7 @@
     make_operands    operands of products lie in memory as the products read them
     drop_copies      a cast there and back of what a kernel made is left out
     pad_products     products of matrices get sizes that tensor cores take
+    join_streams     what is added to a stream is added by the product that makes it
     sum_in_blocks    sums over rows, as of a bias' gradient, come with what they sum
     overlap          the order: collectives beside everything else
     keep_sums_apart  sums that a concatenation reads are buffers of their own
@@ -30,6 +31,7 @@ from autopar.compile.gradients import leave_narrow, widen_gradients
 from autopar.compile.losses import overwrite_scores
 from autopar.compile.masks import remake_masks
 from autopar.compile.overlap import overlap
+from autopar.compile.streams import join_streams
 from autopar.compile.tables import make_operands, make_sums, make_tables
 
 
@@ -40,6 +42,6 @@ def prepare(
     before the step; gradients: of results that may have another type and other strides. Changes
     `module`, too."""
     made = drop_copies(make_operands(remake_masks(make_sums(make_tables(module)))))
-    made = overlap(sum_in_blocks(pad_products(made)), parameters)
+    made = overlap(sum_in_blocks(join_streams(pad_products(made))), parameters)
     made = widen_gradients(overwrite_scores(keep_sums_apart(made)))
     return leave_narrow(made, gradients)

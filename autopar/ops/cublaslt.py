@@ -1,12 +1,12 @@
 """Products of matrices by a kernel of cuBLASLt of one's own choice, with what follows them in it.
 
-    row-major:      out [m, n] = f(a [m, k] @ b [k, n])
-    column-major:   out^T [n, m] = f(b^T [n, k] @ a^T [k, m]),    as cuBLASLt sees the same memory
+    row-major:      out [m, n] = f(a [m, k] @ b [k, n] + c [m, n])
+    column-major:   out^T [n, m] = f(b^T [n, k] @ a^T [k, m] + c^T),    as cuBLASLt sees this memory
 
-Torch takes the kernel that cuBLASLt's heuristic puts first, and has no epilogue f that training
-needs: a GELU that also leaves its operand, and its gradient. Here the library that torch has loaded
-is called by ctypes. What a call needs but for addresses is made once for each problem. Names and
-numbers are those of cublasLt.h (CUDA 12, 13).
+Torch takes the kernel that cuBLASLt's heuristic puts first, copies c to out before it, and has no
+epilogue f that training needs: a GELU that also leaves its operand, and its gradient. Here the
+library that torch has loaded is called by ctypes. What a call needs but for addresses is made once
+for each problem. Names and numbers are those of cublasLt.h (CUDA 12, 13).
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Problem:
     strides: tuple[int, int]
     epilogue: Epilogue
     align_bytes: int
+    adds: bool = False
 
     @property
     def flops(self) -> int:
@@ -101,7 +102,12 @@ _WORKSPACE_BYTES = 32 << 20  # what torch allows on an H100
 
 
 def problem_of(
-    a: Tensor, b: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None = None
+    a: Tensor,
+    b: Tensor,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype | None = None,
+    *,
+    adds: bool = False,
 ) -> Problem | None:
     """Of operands like these, maybe fake ones, at addresses as the allocator gives them; None where
     no kernel takes them: other devices than that where such calls were measured, and matrices that
@@ -115,7 +121,7 @@ def problem_of(
     wanted = out_dtype or a.dtype
     if b.shape[1] * wanted.itemsize % _LEAST_ALIGN_BYTES:
         return None
-    problem = _problem(a, b, epilogue, wanted, _MOST_ALIGN_BYTES)
+    problem = _problem(a, b, epilogue, wanted, _MOST_ALIGN_BYTES, adds)
     least = replace(problem, align_bytes=_LEAST_ALIGN_BYTES)
     return problem if _plans(problem) and _plans(least) else None
 
@@ -132,27 +138,31 @@ def product(
     out_dtype: torch.dtype | None = None,
     bias: Tensor | None = None,
     aux: Tensor | None = None,
+    c: Tensor | None = None,
     choice: int = 0,
 ) -> Tensor:
-    """f(a @ b): [m, n], by rows. aux: [m, n], by rows. choice: which of `num_kernels`; the first
-    where addresses are less aligned than the allocator's. Pre: `problem_of` knows the operands."""
+    """f(a @ b + c): [m, n], by rows. aux, c: [m, n], by rows. choice: which of `num_kernels`; the
+    first where addresses are less aligned than the allocator's. Pre: `problem_of` knows the
+    operands."""
     a, b = _aligned(a), _aligned(b)
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
     if bias is not None:
         bias = _aligned(bias.contiguous())
-    if aux is not None and (aux.shape != out.shape or not aux.is_contiguous()):
-        raise InternalError(f"aux {tuple(aux.shape)} does not lie as {tuple(out.shape)} by rows")
+    for name, x in (("aux", aux), ("c", c)):
+        if x is not None and (x.shape != out.shape or not x.is_contiguous()):
+            raise InternalError(f"{name} {tuple(x.shape)} is not {tuple(out.shape)} by rows")
     if aux is not None and Epilogue.GELU_GRADIENT in epilogue:
         aux = _aligned(aux)
-    given = [t for t in (a, b, out, bias, aux) if t is not None]
+    c = None if c is None else _aligned(c)
+    given = [t for t in (a, b, out, bias, aux, c) if t is not None]
     align_bytes = math.gcd(_MOST_ALIGN_BYTES, *(t.data_ptr() for t in given))
-    problem = _problem(a, b, epilogue, out.dtype, align_bytes)
+    problem = _problem(a, b, epilogue, out.dtype, align_bytes, c is not None)
     plans = _plans(problem)
     index = choice if align_bytes == _MOST_ALIGN_BYTES else 0
     if index >= len(plans):
         raise InternalError(f"cuBLASLt has {len(plans)} kernels, not {index + 1}, for {problem}")
     with torch.cuda.device(problem.device):
-        plans[index](a, b, out, bias, aux)
+        plans[index](a, b, out, bias, aux, c)
     return out
 
 
@@ -182,13 +192,21 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _problem(
-    a: Tensor, b: Tensor, epilogue: Epilogue, out_dtype: torch.dtype, align_bytes: int
+    a: Tensor,
+    b: Tensor,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype,
+    align_bytes: int,
+    adds: bool,
 ) -> Problem:
     (m, k), n = a.shape, b.shape[1]
     by_columns = a.stride(1) != 1, b.stride(1) != 1
     strides = a.stride(int(by_columns[0])), b.stride(int(by_columns[1]))
     device = torch.cuda.current_device() if a.device.index is None else a.device.index
-    return Problem(device, a.dtype, out_dtype, m, k, n, by_columns, strides, epilogue, align_bytes)
+    sizes = m, k, n
+    return Problem(
+        device, a.dtype, out_dtype, *sizes, by_columns, strides, epilogue, align_bytes, adds
+    )
 
 
 class _Plan:
@@ -198,24 +216,31 @@ class _Plan:
         self._device, self._described, self._choice = device, described, choice
 
     def __call__(
-        self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, aux: Tensor | None
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        bias: Tensor | None,
+        aux: Tensor | None,
+        c: Tensor | None,
     ) -> None:
         of, choice = self._described, self._choice
         of.point(*(None if x is None else x.data_ptr() for x in (bias, aux)))
         workspace = out.new_empty(choice.workspace_bytes, dtype=torch.uint8)
-        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        left, right, made = (ctypes.c_void_p(x.data_ptr()) for x in (b, a, out))
+        alpha, beta = ctypes.c_float(1.0), ctypes.c_float(c is not None)
+        added = out if c is None else c  # not read where beta is 0
+        left, right, third, made = (ctypes.c_void_p(x.data_ptr()) for x in (b, a, added, out))
         _call(
             "cublasLtMatmul",
             _handle(self._device),
             of.matmul,
-            ctypes.byref(one),
+            ctypes.byref(alpha),
             left,
             of.left,
             right,
             of.right,
-            ctypes.byref(zero),
-            made,
+            ctypes.byref(beta),
+            third,
             of.out,
             made,
             of.out,

@@ -96,6 +96,7 @@ class _Call:
         self._b = _matrix(p, p.k, p.n, 1, numbers)
         self._bias = self._zeros(Epilogue.BIAS, p.n)
         self._aux = self._zeros(Epilogue.AUX, p.m, p.n)
+        self._c = _random(p.out_dtype, (p.m, p.n), numbers) if p.adds else None
 
     def __call__(self, kernel: int) -> None:
         p = self.problem
@@ -106,6 +107,7 @@ class _Call:
             out_dtype=p.out_dtype,
             bias=self._bias,
             aux=self._aux,
+            c=self._c,
             choice=kernel,
         )
 
@@ -137,8 +139,12 @@ def _matrix(
     """a or b, as it lies in the problem."""
     stride = problem.strides[which]
     lies = (columns, stride) if problem.by_columns[which] else (rows, stride)
-    x = torch.randn(lies, dtype=problem.dtype, device="cuda", generator=numbers)
+    x = _random(problem.dtype, lies, numbers)
     return x.t()[:rows] if problem.by_columns[which] else x[:, :columns]
+
+
+def _random(dtype: torch.dtype, shape: tuple[int, int], numbers: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda", generator=numbers)
 
 
 def _times(call: _Call) -> dict[int, float]:

@@ -197,3 +197,13 @@ def test_it_compiles(has_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ({JOINED, JOINED_GRADIENT} if has_kernel else set())
     compiled = compile_module(prepare(traced, []))
     assert_same(list(compiled.call([*given.values()])), want)
+
+
+def test_a_factor_of_a_bias_is_kept() -> None:
+    """Inductor has a product of matrices with a bias, which knows of none."""
+    scaled = call("sum", aten.add.Tensor, Ref("product"), Ref("bias"), alpha=2)
+    program = mlp(sum=(scaled,))
+    given = values(program)
+    traced = trace(program, [*given.values()], coordinates=(), groups=())
+    compiled = compile_module(prepare(traced, []))
+    assert_same(list(compiled.call([*given.values()])), played(program, given))

@@ -38,7 +38,7 @@ def test_how_operands_lie(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     a = torch.empty(40, 24).t()[:, :32] if a_by_columns else torch.empty(24, 40)[:, :32]
     b = torch.empty(48, 32).t() if b_by_columns else torch.empty(32, 48)
-    problem = _problem(a, b, Epilogue.NONE, torch.float32, 16)
+    problem = _problem(a, b, Epilogue.NONE, torch.float32, 16, False)
     assert (problem.m, problem.k, problem.n) == (24, 32, 48)
     assert problem.by_columns == (a_by_columns, b_by_columns)
     assert problem.strides == (24 if a_by_columns else 40, 32 if b_by_columns else 48)
