@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import random
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +15,18 @@ from autopar.compile import overlap as order
 from autopar.compile.heads import RESHAPES
 from autopar.compile.nodes import CAST
 from autopar.compile.overlap import SMALL_BYTES, overlap
-from autopar.compile.peers import Exchange, Peers, Place, check_places, copy_between_peers
+from autopar.compile.peers import (
+    Exchange,
+    Peers,
+    Place,
+    _assign,
+    _Copy,
+    check_places,
+    copy_between_peers,
+)
 from autopar.errors import InternalError
 from autopar.lowering.collectives import STARTS, WAIT, start
+from autopar.lowering.program import CollectiveOp
 from autopar.ops.peers import PEER_COPY, PEER_WAIT, part_of_place
 from tests.unit.compile.test_passes import targets, traced
 
@@ -208,7 +219,9 @@ def test_the_last_addition_is_left_to_the_reader() -> None:
     before, made = (opened(2, range(n), once) for n in (0, LAYERS))
     addends = made.exchange.addends
     assert not before.exchange.addends
-    assert 2 <= len(addends) < LAYERS  # the first have no place where no weight is free
+    assert (
+        len(addends) == LAYERS
+    )  # the first keeps the place that sums have where no weight is free
     assert len({addend.place for addend in addends.values()}) == len(addends)
     assert [p.numel for p in made.exchange.places] == [p.numel for p in before.exchange.places]
     results = made.module.graph.output_node().args[0]
@@ -240,6 +253,61 @@ def test_places_do_not_grow_for_it() -> None:
     assert made.exchange.places == before.exchange.places and not made.exchange.addends
 
 
+def random_copies(seed: int, count: int = 40) -> list[_Copy]:
+    """Of two types, each in use for a few others; in their order."""
+    chance = random.Random(seed)
+    graph = fx.Graph()
+    copies = []
+    for first in range(count):
+        node = graph.placeholder(f"x{first}")
+        node.meta["val"] = torch.empty(0, dtype=chance.choice([torch.bfloat16, torch.float32]))
+        numel, last = chance.choice([1, 8, 64]), first + chance.randrange(1, 12)
+        peers, op = Peers(0, 2), CollectiveOp.ALL_GATHER
+        copies.append(_Copy(node, node, op, GROUP, peers, numel, first, last))
+    return copies
+
+
+def most_in_use(copies: Sequence[_Copy], kind: tuple[str, torch.dtype]) -> int:
+    """Elements of this kind, at any time."""
+    alike = [copy for copy in copies if copy.kind == kind]
+    times = range(max(copy.last for copy in alike))
+    return max(sum(c.numel for c in alike if c.first <= t < c.last) for t in times)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("opened", [0.0, 0.3, 1.0])
+def test_no_two_copies_share_a_place_at_a_time(seed: int, opened: float) -> None:
+    copies = random_copies(seed)
+    chance = random.Random(seed)
+    sums = [i for i in range(len(copies)) if chance.random() < opened]
+    assigned, plain = _assign(copies, sums), _assign(copies, [])
+    assert assigned.kept <= {*sums} and not plain.kept
+    for found in (assigned, plain):
+        for number, place in enumerate(found.places):
+            users = [i for i, n in enumerate(found.numbers) if n == number]
+            assert all(copies[i].kind == (place.group, place.dtype) for i in users)
+            assert max((copies[i].numel for i in users), default=0) <= place.numel
+            for one, other in itertools.pairwise(users):
+                assert one not in found.kept and copies[one].last <= copies[other].first
+    totals = [sum(p.nbytes for p in found.places) for found in (assigned, plain)]
+    assert totals[0] <= 1.05 * totals[1]
+    for kind in {copy.kind for copy in copies}:
+        total = sum(p.numel for p in plain.places if (p.group, p.dtype) == kind)
+        assert most_in_use(copies, kind) <= total <= 1.5 * most_in_use(copies, kind)
+
+
+def test_small_copies_find_room_between_large_ones() -> None:
+    """Whatever comes first."""
+    chance = random.Random(0)
+    (node,) = (copy.start for copy in random_copies(0, 1))
+    peers, op = Peers(0, 2), CollectiveOp.ALL_GATHER
+    large = [_Copy(node, node, op, GROUP, peers, 64, first, first + 2) for first in (2, 6)]
+    small = [_Copy(node, node, op, GROUP, peers, 8, first, first + 2) for first in (0, 4, 8)]
+    for _ in range(10):
+        copies = chance.sample(large + small, 5)
+        assert [place.numel for place in _assign(copies, []).places] == [64]
+
+
 def test_sums_of_more_ranks_are_made() -> None:
     assert not opened(4, range(LAYERS)).exchange.addends
 
@@ -260,7 +328,7 @@ def test_addends_are_waited_for_and_stay() -> None:
     into = {copy.args[1]: copy for copy in copies}  # the last
     kept = [into[places[addend.place]] for addend in made.exchange.addends.values()]
     check_places(made.module, kept)
-    gathered = next(copy for copy in copies if copy.args[1] is kept[0].args[1])
+    gathered = next(copy for copy in copies if copy.args[1] is kept[-1].args[1])
     waits = graph.find_nodes(op="call_function", target=PEER_WAIT)
     last = next(wait for wait in waits[::-1] if wait.args[0] is kept[-1].args[1])
     with pytest.raises(InternalError, match="holds in the end"):
